@@ -1,0 +1,58 @@
+"""lorakernels: low-rank adapters at nearly the speed of the frozen model.
+
+Names load when they are first used: `import lorakernels` itself starts neither Triton nor CUDA.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakernels.adapters.adapter_config import AdapterFileError as AdapterFileError
+    from lorakernels.adapters.files import load_adapter as load_adapter
+    from lorakernels.adapters.files import save_adapter as save_adapter
+    from lorakernels.adapters.inject import inject as inject
+    from lorakernels.adapters.inject import trainable_parameters as trainable_parameters
+    from lorakernels.adapters.merge import merge as merge
+    from lorakernels.adapters.merge import unmerge as unmerge
+    from lorakernels.adapters.switch import set_adapter as set_adapter
+    from lorakernels.adapters.switch import set_scale as set_scale
+    from lorakernels.backend import BackendError as BackendError
+    from lorakernels.config import LoRAConfig as LoRAConfig
+    from lorakernels.functional import explain as explain
+    from lorakernels.functional import lora_linear as lora_linear
+    from lorakernels.nn.linear import LoRALinear as LoRALinear
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "lora_linear": "lorakernels.functional",
+    "explain": "lorakernels.functional",
+    "LoRALinear": "lorakernels.nn.linear",
+    "LoRAConfig": "lorakernels.config",
+    "inject": "lorakernels.adapters.inject",
+    "trainable_parameters": "lorakernels.adapters.inject",
+    "merge": "lorakernels.adapters.merge",
+    "unmerge": "lorakernels.adapters.merge",
+    "set_adapter": "lorakernels.adapters.switch",
+    "set_scale": "lorakernels.adapters.switch",
+    "save_adapter": "lorakernels.adapters.files",
+    "load_adapter": "lorakernels.adapters.files",
+    "AdapterFileError": "lorakernels.adapters.adapter_config",
+    "BackendError": "lorakernels.backend",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorakernels' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,97 @@
+"""Which modules a configuration means."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lorakernels.config import LoRAConfig
+from lorakernels.nn.layer import LoRALayer
+
+ALL_LINEAR = "all-linear"
+T = TypeVar("T")
+
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    """The modules to adapt by their full names, shared ones under each of their names.
+
+    Raises ValueError, with the names that come near, when a configuration means no module.
+    """
+    if config.target_modules is None:
+        raise ValueError('target_modules is None; expected names, suffixes, a regular expression or "all-linear"')
+    modules = dict(_plain_modules(model))
+    if config.target_modules == ALL_LINEAR:
+        head = _output_layer(model)
+        named = {name for name, module in modules.items() if _is_linear(module) and module is not head}
+    else:
+        named = {name for name in modules if matches(name, config.target_modules)}
+    found = {name: modules[name] for name in modules if name in named and not _excluded(name, config)}
+    if not found:
+        excluded = f", of which exclude_modules={config.exclude_modules!r} leaves none" if named else ""
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches {len(named)} modules of {type(model).__name__}"
+            f"{excluded}; {_near_names(config.target_modules, modules)}"
+        )
+    return found
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """Whether a full module name is meant: by a regular expression for all of it, or by one of several suffixes."""
+    if isinstance(patterns, str):
+        return re.fullmatch(_compiled(patterns), name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
+
+
+def pattern_value(name: str, patterns: Mapping[str, T], otherwise: T) -> T:
+    """The value of the first pattern that means `name`, whole or as a suffix (PEFT's rule for rank_pattern)."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({_compiled(pattern).pattern})", name):
+            return value
+    return otherwise
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
+
+
+def _excluded(name: str, config: LoRAConfig) -> bool:
+    return bool(config.exclude_modules) and matches(name, config.exclude_modules)  # type: ignore[arg-type]
+
+
+def _plain_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    """Every module under its name, an adapted layer as one module: what is inside it is not a target."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and not name.startswith(inside or ("\0",)):
+            yield name, module
+            if isinstance(module, LoRALayer):
+                inside = (*inside, f"{name}.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or (isinstance(module, LoRALayer) and type(module.base_layer) is nn.Linear)
+
+
+def _output_layer(model: nn.Module) -> nn.Module | None:
+    """The head of a transformers model, which "all-linear" leaves alone as PEFT does."""
+    get: Any = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+def _near_names(patterns: str | Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+    linears = [name for name, module in modules.items() if _is_linear(module)]
+    suffixes = sorted({name.rpartition(".")[2] for name in linears} | set(linears))
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    near = [name for want in wanted for name in difflib.get_close_matches(want, suffixes, n=3, cutoff=0.5)]
+    if near:
+        return f"near names: {', '.join(dict.fromkeys(near))}"
+    if not linears:
+        return "the model has no torch.nn.Linear at all"
+    return f"its linear layers are: {', '.join(linears[:10])}{', …' if len(linears) > 10 else ''}"

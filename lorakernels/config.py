@@ -1,0 +1,87 @@
+"""LoRAConfig: what to adapt and how, with PEFT's names. Plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+INITS = (True, False, "kaiming", "gaussian")
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which layers of a model get an adapter, and of what rank, scale and start.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: numerator of the scaling lora_alpha / r (lora_alpha / √r with `use_rslora`).
+        lora_dropout: probability in [0, 1) that an element of x does not reach lora_A.
+        target_modules: names or suffixes of modules (["q_proj", "v_proj"]), a regular expression that
+            matches whole names, or "all-linear".
+        exclude_modules: names, suffixes or a regular expression of modules to leave alone.
+        bias: which biases train: "none", "all", or "lora_only" (those of adapted layers).
+        use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
+        init_lora_weights: True or "kaiming" (A Kaiming-uniform with a = √5, B zero), "gaussian"
+            (A normal with deviation 1 / r, B zero), or False (A and B both random: for tests).
+        rank_pattern, alpha_pattern: rank and alpha by module name, suffix or regular expression.
+
+    Raises:
+        ValueError, TypeError: naming the field, what was given and what is expected.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] | tuple[str, ...] | set[str] | None = None
+    exclude_modules: str | list[str] | tuple[str, ...] | set[str] | None = None
+    bias: str = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_rank(self.r)
+        check_alpha(self.lora_alpha)
+        check_dropout(self.lora_dropout)
+        if self.bias not in BIASES:
+            raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(map(repr, BIASES))}")
+        check_init(self.init_lora_weights)
+        for pattern, rank in self.rank_pattern.items():
+            check_rank(rank, f"rank_pattern[{pattern!r}]")
+        for pattern, alpha in self.alpha_pattern.items():
+            check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
+
+
+def check_rank(r: Any, name: str = "r") -> None:
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"{name} is {r!r} ({type(r).__name__}); expected an int of at least 1")
+    if r < 1:
+        raise ValueError(f"{name} is {r}; expected an int of at least 1")
+
+
+def check_alpha(alpha: Any, name: str = "lora_alpha") -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise TypeError(f"{name} is {alpha!r} ({type(alpha).__name__}); expected a finite number")
+    if not math.isfinite(alpha):
+        raise ValueError(f"{name} is {alpha}; expected a finite number")
+
+
+def check_dropout(p: Any, name: str = "lora_dropout") -> None:
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name} is {p!r} ({type(p).__name__}); expected a number in [0, 1)")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} is {p}; expected a number in [0, 1)")
+
+
+def check_init(init: Any) -> None:
+    if init not in INITS:
+        raise ValueError(f"init_lora_weights is {init!r}; expected one of {', '.join(map(repr, INITS))}")
+
+
+def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """lora_alpha / r (arXiv 2106.09685, section 4.1), or lora_alpha / √r (arXiv 2312.03732)."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r

@@ -1,0 +1,138 @@
+"""The public functions: check the arguments, then call the operators."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lorakernels import ops
+from lorakernels.backend import Explanation, explain_impl
+from lorakernels.tuning.table import choose, takes_few_tokens_form
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scaling: float | torch.Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """A frozen linear layer and its low-rank update: y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ.
+
+    Hu et al., "LoRA: Low-rank adaptation of large language models", arXiv 2106.09685, section 4.1.
+    Between forward and backward it keeps x, x Aᵀ and dropout's mask. Differentiable in every tensor,
+    a second time too.
+
+    Args:
+        x: [..., K]; float64, float32, float16 or bfloat16, any strides, zero tokens included.
+        weight: [N, K], of x's dtype.
+        lora_A: [r, K], any r ≥ 1; any float dtype: it is cast to x's, x never to its.
+        lora_B: [N, r], likewise.
+        bias: [N], of x's dtype.
+        scaling: lora_alpha / r, or lora_alpha / √r for rsLoRA. 0 gives the base layer's output to the bit.
+            A one-element tensor will do.
+        dropout_p: the probability, in [0, 1), with which an element of x does not reach A.
+        training: dropout acts only when True.
+        impl: "auto", "torch" or "triton"; a named one never falls back.
+
+    Returns:
+        [..., N], of x's dtype.
+
+    Raises:
+        ValueError: a shape, rank, scaling or probability is wrong.
+        TypeError: a dtype is wrong, or an argument is not a tensor.
+        BackendError: `impl="triton"` cannot run here.
+    """
+    if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)):
+        raise TypeError(f"x and weight must be tensors; got {type(x).__name__} and {type(weight).__name__}")
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(x.device.type))
+    _check(x, weight, lora_A, lora_B, bias)
+    if isinstance(scaling, torch.Tensor):
+        # Into B, a [N, r] product that autograd and torch.compile see: no wait for the value.
+        lora_B = lora_B * _one_element(scaling).to(lora_B)
+        scaling = 1.0
+    elif not math.isfinite(scaling):
+        raise ValueError(f"scaling is {scaling}; expected a finite number, such as lora_alpha / r")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
+    return ops.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, impl)
+
+
+def explain(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    lora_A: torch.Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    impl: str = "auto",
+) -> Explanation:
+    """Which implementation `lora_linear` takes for x, and why; with weight and lora_A, which kernels and configs too.
+
+    Raises what `lora_linear` would raise for this `impl`.
+    """
+    resolved, why = explain_impl(impl, x.device, x.dtype)
+    if resolved == "torch" or weight is None or lora_A is None:
+        return Explanation(resolved, why)
+    (N, K), r, M = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
+    names = ("few_tokens",) if takes_few_tokens_form(M, r) else ("shrink", "linear_expand")
+    outputs = {"few_tokens": N, "shrink": r, "linear_expand": N}
+    forward = [f"{name}: {choose(name, M, outputs[name], K, r, x.element_size())}" for name in names]
+    backward = f"outer (backward, dy pass): {choose('outer', M, N, M, r, x.element_size())}"
+    return Explanation(resolved, why, (*forward, backward))
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Raise, naming the argument, unless shapes, dtypes and devices fit together."""
+    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"x {_shape(x)} and weight {_shape(weight)} do not fit: expected x [..., K] and weight [N, K] with the "
+            "same K (weight as in torch.nn.Linear: [out_features, in_features])"
+        )
+    N, K = weight.shape
+    if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.shape[0] < 1:
+        hint = "; transposed?" if lora_A.dim() == 2 and lora_A.shape[0] == K else ""
+        raise ValueError(f"lora_A is {_shape(lora_A)}; expected [r, {K}] with r ≥ 1, for weight {_shape(weight)}{hint}")
+    r = lora_A.shape[0]
+    if lora_B.dim() != 2 or lora_B.shape[0] != N or lora_B.shape[1] != r:
+        hint = "; transposed?" if lora_B.dim() == 2 and tuple(lora_B.shape) == (r, N) else ""
+        raise ValueError(f"lora_B is {_shape(lora_B)}; expected [{N}, {r}], for lora_A {_shape(lora_A)}{hint}")
+    if not x.is_floating_point() or weight.dtype != x.dtype:
+        raise TypeError(
+            f"x is {x.dtype} and weight is {weight.dtype}; expected one float dtype for both "
+            "(only lora_A and lora_B may differ): cast one of them, or use torch.autocast"
+        )
+    if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
+        raise TypeError(f"lora_A is {lora_A.dtype} and lora_B is {lora_B.dtype}; expected float dtypes")
+    device = x.device
+    if weight.device != device or lora_A.device != device or lora_B.device != device:
+        raise ValueError(
+            f"x is on {device}, weight on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}; "
+            "expected one device: move them with .to(x.device)"
+        )
+    if bias is not None:
+        if bias.dim() != 1 or bias.shape[0] != N:
+            raise ValueError(f"bias is {_shape(bias)}; expected [{N}], for weight {_shape(weight)}")
+        if bias.dtype != x.dtype or bias.device != device:
+            raise TypeError(f"bias is {bias.dtype} on {bias.device}; expected x's: {x.dtype} on {device}")
+
+
+def _one_element(scaling: torch.Tensor) -> torch.Tensor:
+    if scaling.numel() != 1:
+        raise ValueError(f"scaling is a tensor of shape {_shape(scaling)}; expected a number or one element")
+    return scaling.reshape(())
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))

@@ -1,0 +1,139 @@
+"""y = x Wᵀ + scale · D'(S Bᵀ) + bias: a matrix product whose accumulator starts from the low-rank term.
+
+With the strides of W and of B exchanged the same kernel is dx = dy W + D'(G A), where D'
+multiplies by dropout's stored mask.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
+from lorakernels.tuning.table import choose
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_expand_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    b_ptr,
+    bias_ptr,
+    mask_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    R,
+    scale,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bn,
+    stride_br,
+    stride_bias,
+    HAS_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # Programs that run together share rows of x and of W in L2: GROUP_M blocks of rows at a time.
+    pid = tl.program_id(0)
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * num_pid_n)
+    rows_in_group = min(num_pid_m - group * GROUP_M, GROUP_M)
+    pid_in_group = pid % (GROUP_M * num_pid_n)
+    pid_m = group * GROUP_M + pid_in_group % rows_in_group
+    pid_n = pid_in_group // rows_in_group
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r in range(0, R, BLOCK_R):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1).to(x_ptr.dtype.element_ty)
+        b = load_tile(b_ptr, offs_r, offs_n, R, N, stride_br, stride_bn).to(x_ptr.dtype.element_ty)
+        acc = tl.dot(s, b, acc, input_precision=INPUT_PRECISION)
+    acc *= scale
+    if DROPOUT:
+        num_mask_bytes = (N + 7) // 8
+        byte_cols = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+        mask_bytes = load_mask_bytes(mask_ptr, offs_m, byte_cols, M, num_mask_bytes)
+        acc = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
+
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk)
+        w = load_tile(w_ptr, offs_k, offs_n, K, N, stride_wk, stride_wn)
+        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    store_tile(y_ptr, acc, offs_m, offs_n, M, N, N)
+
+
+def linear_expand(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y [M, N] of x [M, K], weight [N, K], s [M, r] float32 contiguous, lora_B [N, r].
+
+    `mask` [M, ceil(N / 8)] uint8 drops elements of the low-rank term.
+    """
+    M, K = x.shape
+    N, R = lora_B.shape
+    config = choose("linear_expand", M, N, K, R, x.element_size())
+    y = x.new_empty((M, N))
+    launch(
+        linear_expand_kernel,
+        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        {
+            "x_ptr": x,
+            "w_ptr": weight,
+            "s_ptr": s,
+            "b_ptr": lora_B,
+            "bias_ptr": bias,
+            "mask_ptr": mask,
+            "y_ptr": y,
+            "M": M,
+            "N": N,
+            "K": K,
+            "R": R,
+            "scale": scale,
+            "stride_xm": x.stride(0),
+            "stride_xk": x.stride(1),
+            "stride_wn": weight.stride(0),
+            "stride_wk": weight.stride(1),
+            "stride_bn": lora_B.stride(0),
+            "stride_br": lora_B.stride(1),
+            "stride_bias": 0 if bias is None else bias.stride(0),
+        },
+        {
+            "HAS_BIAS": bias is not None,
+            "DROPOUT": mask is not None,
+            "INPUT_PRECISION": input_precision(),
+            "BLOCK_M": config.BLOCK_M,
+            "BLOCK_N": config.BLOCK_N,
+            "BLOCK_K": config.BLOCK_K,
+            "BLOCK_R": config.BLOCK_R,
+            "GROUP_M": config.GROUP_M,
+        },
+        config,
+    )
+    return y

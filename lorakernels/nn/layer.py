@@ -1,0 +1,232 @@
+"""What every adapted layer has in common: its adapters, which of them are active, and merging."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakernels.config import check_alpha, check_dropout, check_init, check_rank, scaling_of
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What went into the base weight, so that exactly that comes out again."""
+
+    scaling: float
+    versions: tuple[int, ...]
+
+
+class LoRALayer(nn.Module):
+    """Adapters beside a frozen `base_layer`, under PEFT's names.
+
+    The state dict has `base_layer.weight`, `lora_A.<adapter>.weight` and `lora_B.<adapter>.weight`.
+    A subclass says what A and B are (`_new_pair`), what they add to the weight (`delta_weight`), and
+    how the layer runs (`forward`).
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.train(base_layer.training)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.scalings: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.active_adapters: list[str] = []
+        self._merged: dict[str, _Merged] = {}
+        self._kept_base: torch.Tensor | None = None
+
+    def _new_pair(self, r: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        raise NotImplementedError("a layer says what its lora_A and lora_B are")
+
+    def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
+        """scaling · B A as the base weight is shaped: what merging adds."""
+        raise NotImplementedError("a layer says what its adapters add to its weight")
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base weight."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def adapter_names(self) -> list[str]:
+        return list(self.r)
+
+    def add_adapter(
+        self,
+        adapter_name: str = DEFAULT,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        """Add an adapter on the base weight's device, in float32 where the base is 16-bit (PEFT's default).
+
+        The first adapter of a layer becomes its active one.
+        """
+        check_rank(r)
+        check_alpha(lora_alpha)
+        check_dropout(lora_dropout)
+        check_init(init_lora_weights)
+        check_adapter_name(adapter_name)
+        if self.merged:
+            raise RuntimeError(f"adapters {self.merged_adapters} are merged into the base weight; call unmerge() first")
+        if adapter_name in self.r:
+            raise ValueError(f"this layer has an adapter {adapter_name!r} already; its adapters: {self.adapter_names}")
+        dtype = torch.float32 if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight.dtype
+        self.lora_A[adapter_name], self.lora_B[adapter_name] = self._new_pair(r, self.weight.device, dtype)
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.lora_dropout[adapter_name] = lora_dropout
+        self.use_rslora[adapter_name] = use_rslora
+        self.scalings[adapter_name] = self.own_scaling(adapter_name)
+        self.reset_lora_parameters(adapter_name, init_lora_weights)
+        self.set_adapter(self.active_adapters or [adapter_name])
+
+    def reset_lora_parameters(self, adapter_name: str = DEFAULT, init_lora_weights: bool | str = True) -> None:
+        """Start an adapter anew: B zero, A Kaiming-uniform (True) or normal ("gaussian"); False makes both random."""
+        check_init(init_lora_weights)
+        name = self._known(adapter_name)
+        A, B = self.lora_A[name].weight, self.lora_B[name].weight
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(A, std=1 / self.r[name])  # type: ignore[arg-type]
+        else:
+            # a = √5 as nn.Linear and PEFT have it: uniform within ± 1 / √in_features.
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))  # type: ignore[arg-type]
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))  # type: ignore[arg-type]
+        else:
+            nn.init.zeros_(B)  # type: ignore[arg-type]
+
+    def set_adapter(self, adapter_names: str | list[str]) -> None:
+        """Make these adapters the active ones, and the only ones that train; their updates add up.
+
+        An empty list leaves the base layer alone.
+        """
+        if self.merged:
+            raise RuntimeError(f"adapters {self.merged_adapters} are merged into the base weight; call unmerge() first")
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.active_adapters = [self._known(name) for name in names]
+        for name in self.r:
+            for module in (self.lora_A[name], self.lora_B[name]):
+                module.requires_grad_(name in names)
+
+    @property
+    def scaling(self) -> float:
+        """The active adapter's scaling. Settable; 0 switches it off, to the base layer's output to the bit."""
+        return self.scalings[self._only_active("scaling")]
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        check_alpha(value, "scaling")
+        self.scalings[self._only_active("scaling")] = float(value)
+
+    def own_scaling(self, adapter_name: str) -> float:
+        """The scaling that an adapter was made with."""
+        name = self._known(adapter_name)
+        return scaling_of(self.lora_alpha[name], self.r[name], self.use_rslora[name])
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._merged)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(self._merged)
+
+    @torch.no_grad()
+    def merge(self, keep_base: bool = False) -> None:
+        """Add the active adapters to the base weight, summed in float32 and rounded once to its dtype.
+
+        `keep_base` keeps a copy of the weight, so that `unmerge` brings it back to the bit; without it
+        the weight comes back within one rounding.
+        """
+        if self.merged:
+            warnings.warn(f"adapters {self.merged_adapters} are merged already: nothing to do", stacklevel=2)
+            return
+        weight = self.weight
+        merged = weight.to(_sum_dtype(weight))
+        for name in self.active_adapters:
+            merged = merged + self.delta_weight(name).to(merged.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"merging {self.active_adapters} would give a weight that is not finite; nothing changed")
+        self._kept_base = weight.detach().clone() if keep_base else None
+        weight.copy_(merged)
+        self._merged = {name: _Merged(self.scalings[name], self._versions(name)) for name in self.active_adapters}
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take out of the base weight what `merge` has put in."""
+        if not self.merged:
+            warnings.warn("no adapter is merged: nothing to do", stacklevel=2)
+            return
+        weight = self.weight
+        if self._kept_base is not None:
+            weight.copy_(self._kept_base)
+        else:
+            base = weight.to(_sum_dtype(weight))
+            for name, record in self._merged.items():
+                if self._versions(name) != record.versions:
+                    raise RuntimeError(
+                        f"adapter {name!r} was changed after it was merged, so what to take out of the base weight is "
+                        "not known; use merge(keep_base=True) where adapters change while merged"
+                    )
+                scaling, self.scalings[name] = self.scalings[name], record.scaling
+                base = base - self.delta_weight(name).to(base.dtype)
+                self.scalings[name] = scaling
+            weight.copy_(base)
+        self._merged, self._kept_base = {}, None
+
+    def _versions(self, name: str) -> tuple[int, ...]:
+        return tuple(p._version for module in (self.lora_A[name], self.lora_B[name]) for p in module.parameters())
+
+    def _known(self, name: str) -> str:
+        if name not in self.r:
+            raise KeyError(f"this layer has no adapter {name!r}; its adapters: {self.adapter_names}")
+        return name
+
+    def _only_active(self, what: str) -> str:
+        if len(self.active_adapters) != 1:
+            raise RuntimeError(
+                f"{what} is that of the one active adapter, and {len(self.active_adapters)} are active "
+                f"({self.active_adapters}); use scalings[name]"
+            )
+        return self.active_adapters[0]
+
+    def _refuse_training_while_merged(self) -> None:
+        if self.training and torch.is_grad_enabled():
+            trained = [name for name in self._merged if self.lora_A[name].weight.requires_grad]  # type: ignore[union-attr]
+            if trained:
+                raise RuntimeError(
+                    f"adapters {trained} are merged into the base weight, so training would not reach them; "
+                    "call unmerge() first, or eval()"
+                )
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(
+            f"{name}: r={self.r[name]}, lora_alpha={self.lora_alpha[name]:g}, scaling={self.scalings[name]:g}, "
+            f"dropout={self.lora_dropout[name]:g}"
+            for name in self.r
+        )
+        return f"{adapters}, active={self.active_adapters}, merged={self.merged}"
+
+
+def check_adapter_name(name: Any) -> None:
+    """A name is part of parameter names and of paths: no dots, no separators, not empty."""
+    if not isinstance(name, str) or not name or any(c in name for c in "./\\\0") or name != name.strip():
+        raise ValueError(f"adapter name {name!r}: expected text without dots, slashes or spaces around it")
+
+
+def _sum_dtype(weight: torch.Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32

@@ -1,0 +1,327 @@
+"""The operators as torch sees them: schemas, fakes, autograd, autocast, FLOP formulas."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lorakernels.backend import resolve_impl
+from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.flops import register_flop_formulas
+from lorakernels.reference import formula
+from lorakernels.reference import lora_linear as reference_lora_linear
+from lorakernels.reference.dropout import unpack_mask
+
+# `Library` and not `custom_op`: 2 µs a call where `custom_op` costs 9 (torch 2.13, CPU).
+_library = torch.library.Library("lorakernels", "DEF")
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, "
+    "float scaling, float dropout_p, str impl) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, Tensor mask, "
+    "float scaling, float dropout_p, bool[] needs, ScalarType? bias_dtype, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _implementation(impl: str, x: torch.Tensor) -> ModuleType:
+    if resolve_impl(impl, x.device, x.dtype) == "torch":
+        return reference_lora_linear
+    from lorakernels.kernels import lora_linear as kernels_lora_linear
+
+    return kernels_lora_linear
+
+
+def _as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """[tokens, features] of x of any leading shape; a copy only where its strides allow no view."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _nothing(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What an operator returns in the place of a tensor nobody asked for."""
+    return like.new_empty((0,), dtype=dtype)
+
+
+def _forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if scaling == 0:
+        # Switched off: the base layer's own output to the bit, whatever the adapter holds.
+        return torch.nn.functional.linear(x, weight, bias), _nothing(x), _nothing(x, torch.uint8)
+    implementation = _implementation(impl, x)
+    y, s, mask = implementation.forward(
+        _as_matrix(x), weight, lora_A, lora_B, bias, seed, scaling, drop_threshold(dropout_p)
+    )
+    return y.view(*x.shape[:-1], weight.shape[0]), s, _nothing(x, torch.uint8) if mask is None else mask
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    if scaling == 0:
+        return y, _nothing(x), _nothing(x, torch.uint8)
+    on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
+    tokens, K = math.prod(x.shape[:-1]), x.shape[-1]
+    s = x.new_empty((tokens, lora_A.shape[0]), dtype=torch.float32 if on_triton else x.dtype)
+    if drop_threshold(dropout_p) == 0:
+        return y, s, _nothing(x, torch.uint8)
+    return y, s, x.new_empty((tokens, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
+
+
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    dropout_p: float,
+    needs: list[bool],
+    bias_dtype: torch.dtype | None,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    need_dx, need_dweight, need_dA, need_dB = needs
+    dy2 = _as_matrix(dy)
+    x2 = None if x is None else _as_matrix(x)
+    dx = dA = dB = dbias = None
+    if scaling == 0:
+        dx = dy2 @ weight if need_dx else None
+        dA = torch.zeros_like(lora_A, memory_format=torch.contiguous_format) if need_dA else None
+        dB = torch.zeros_like(lora_B, memory_format=torch.contiguous_format) if need_dB else None
+        dbias = None if bias_dtype is None else dy2.sum(0).to(bias_dtype)
+    else:
+        dx, dA, dB, dbias = _implementation(impl, dy).backward(
+            dy2,
+            x2,
+            weight,
+            lora_A,
+            lora_B,
+            s,
+            mask if mask.numel() else None,
+            scaling,
+            drop_threshold(dropout_p),
+            need_dx=need_dx,
+            need_dA=need_dA,
+            need_dB=need_dB,
+            bias_dtype=bias_dtype,
+        )
+    dweight = None
+    if need_dweight:
+        assert x2 is not None
+        dweight = (dy2.t() @ x2).to(weight.dtype)
+    return (
+        _nothing(dy) if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
+        _nothing(dy) if dweight is None else dweight,
+        _nothing(dy) if dA is None else dA,
+        _nothing(dy) if dB is None else dB,
+        _nothing(dy) if dbias is None else dbias,
+    )
+
+
+def _backward_fake(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    s: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    dropout_p: float,
+    needs: list[bool],
+    bias_dtype: torch.dtype | None,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    need_dx, need_dweight, need_dA, need_dB = needs
+    return (
+        dy.new_empty((*dy.shape[:-1], weight.shape[1])) if need_dx else _nothing(dy),
+        weight.new_empty(weight.shape) if need_dweight else _nothing(dy),
+        lora_A.new_empty(lora_A.shape) if need_dA else _nothing(dy),
+        lora_B.new_empty(lora_B.shape) if need_dB else _nothing(dy),
+        _nothing(dy) if bias_dtype is None else dy.new_empty((weight.shape[0],), dtype=bias_dtype),
+    )
+
+
+def _autocast(device_type: str) -> None:
+    """Under autocast x, weight and bias take its dtype, as in torch's linear; A and B are cast in the kernels anyway.
+
+    The body then runs with autocast off: plain torch inside it would be cast once more in eager
+    mode and not under torch.compile.
+    """
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+    keys = torch._C.DispatchKeySet(key)
+
+    def forward(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, *rest: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            x, weight, bias = autocast_arguments(x, weight, bias, torch.get_autocast_dtype(device_type))
+            return torch.ops.lorakernels.lora_linear(x, weight, lora_A, lora_B, bias, *rest)
+
+    def backward(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.ops.lorakernels.lora_linear_backward(*arguments)
+
+    _library.impl("lora_linear", forward, key.name)
+    _library.impl("lora_linear_backward", backward, key.name)
+
+
+def autocast_arguments(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What autocast to `dtype` makes of a linear's arguments; float64 is left alone, as torch leaves it."""
+    if torch.float64 in (x.dtype, weight.dtype):
+        return x, weight, bias
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+_autocast("cpu")
+_autocast("cuda")
+_library.impl("lora_linear", _forward, "CompositeExplicitAutograd")
+_library.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lorakernels::lora_linear", _forward_fake, lib=_library)
+torch.library.register_fake("lorakernels::lora_linear_backward", _backward_fake, lib=_library)
+
+
+register_flop_formulas()
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """(y, S, mask) of `lora_linear`; S and the mask are outputs only so that they can be kept."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        lora_A: torch.Tensor,
+        lora_B: torch.Tensor,
+        bias: torch.Tensor | None,
+        seed: torch.Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        impl: str,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.ops.lorakernels.lora_linear(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        x, weight, lora_A, lora_B, bias, _, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
+        _, s, mask = output
+        ctx.mark_non_differentiable(s, mask)
+        ctx.set_materialize_grads(False)
+        _, need_weight, need_A, _, need_bias, *_ = ctx.needs_input_grad
+        ctx.bias_dtype = bias.dtype if need_bias else None
+        ctx.save_for_backward(x if need_weight or need_A else None, weight, lora_A, lora_B, s, mask)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * 9
+        x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():
+            grads = _differentiable_backward(ctx, dy)
+        else:
+            grads = torch.ops.lorakernels.lora_linear_backward(
+                dy,
+                x,
+                weight,
+                lora_A,
+                lora_B,
+                s,
+                mask,
+                ctx.scaling,
+                ctx.dropout_p,
+                needs[:4],
+                ctx.bias_dtype,
+                ctx.impl,
+            )
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, tuple[int | None, ...]]:
+        return _vmap(LoRALinearFunction.apply, info, in_dims, inputs)
+
+
+def _differentiable_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The gradients as plain torch: for gradients of gradients and torch.func, whatever `impl` is."""
+    x, weight, lora_A, lora_B, _, mask = ctx.saved_tensors
+    if x is None:
+        raise RuntimeError(
+            "a second derivative of lora_linear needs x, which is not kept when neither lora_A nor weight needs a "
+            "gradient; call lora_A.requires_grad_() before the forward"
+        )
+    keep = None
+    if mask.numel():
+        keep = unpack_mask(mask, x.shape[-1]).to(x.dtype) * inverse_keep(drop_threshold(ctx.dropout_p))
+    dx, *grads = formula.lora_linear_backward(_as_matrix(dy), _as_matrix(x), weight, lora_A, lora_B, ctx.scaling, keep)
+    return dx.view(x.shape), *grads
+
+
+def _vmap(
+    call: Any, info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
+) -> tuple[Any, tuple[int | None, ...]]:
+    """A batched x alone is only more tokens; anything else is a loop over the examples."""
+    x, *others = inputs
+    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+        x = x.movedim(in_dims[0], 0)
+        tokens = math.prod(x.shape[1:-1])
+        y, *kept = call(x, *others)
+        dims = tuple(0 if tensor.dim() == 2 else None for tensor in kept)
+        kept = [tensor.view(info.batch_size, tokens, -1) if tensor.dim() == 2 else tensor for tensor in kept]
+        return (y, *kept), (0, *dims)
+    examples = [
+        call(*(value if dim is None else value.select(dim, i) for value, dim in zip(inputs, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(outputs) for outputs in zip(*examples, strict=True)), (0, 0, 0)
+
+
+def _op_vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, tuple[int | None, ...]]:
+    return _vmap(torch.ops.lorakernels.lora_linear, info, in_dims, inputs)
+
+
+torch.library.register_vmap("lorakernels::lora_linear", _op_vmap, lib=_library)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    impl: str,
+) -> torch.Tensor:
+    """The layer on checked arguments; no autograd.Function when nothing needs a gradient (25 µs a call)."""
+    seed = None
+    if dropout_p > 0:
+        # On x's device, and read there: the host never waits. randint takes part in checkpointing's
+        # stash of the generator, so a recomputed forward draws the same mask.
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    arguments = (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+        return LoRALinearFunction.apply(*arguments)[0]
+    return torch.ops.lorakernels.lora_linear(*arguments)[0]

@@ -1,0 +1,39 @@
+"""The base product, by the fastest route that torch has on a CPU."""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+
+import torch
+
+# Below this many multiplications the calls cost the same.
+_ONEDNN_FROM = 1 << 24
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x Wᵀ + bias of x [M, K] and weight [N, K] of any strides, as a new tensor."""
+    if x.device.type == "cpu":
+        if x.dtype is torch.float16 and not weight.is_contiguous():
+            # torch multiplies a transposed float16 matrix by a plain loop: 10.7 s where the copy and
+            # the other order take 0.1 s (512 × 2048 × 2048).
+            weight = weight.contiguous()
+        elif x.dtype is torch.float32 and _prefers_onednn() and x.numel() * weight.shape[0] >= _ONEDNN_FROM:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@lru_cache(maxsize=1)
+def _prefers_onednn() -> bool:
+    """Whether oneDNN's float32 product beats MKL's: MKL, torch's own choice, reaches 0.83 of it on an AMD EPYC."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return torch.backends.mkl.is_available() and platform.machine() == "x86_64" and "Intel" not in _cpu_vendor()
+
+
+def _cpu_vendor() -> str:
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            return next((line for line in cpuinfo if line.startswith("vendor_id")), "Intel")
+    except OSError:
+        return "Intel"

@@ -1,0 +1,98 @@
+"""Which KernelConfig a launch takes: what a caller forces, else a heuristic by shape and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+
+from lorakernels.tuning.config import KernelConfig
+
+# The few-token form reads A once for every block of output columns, so it stops paying when
+# a block of columns is no longer much wider than the rank.
+FEW_TOKENS = 256
+FEW_TOKENS_MAX_RANK = 64
+# Enough programs to fill an H100 or H200 (132 multiprocessors) about once.
+_PROGRAMS = 128
+
+_forced: Mapping[str, KernelConfig] | None = None
+
+
+def takes_few_tokens_form(M: int, r: int) -> bool:
+    """Whether the layer is one kernel, which makes x Aᵀ again for each block of output columns."""
+    return M <= FEW_TOKENS and r <= FEW_TOKENS_MAX_RANK
+
+
+def choose(operation: str, M: int, N: int, K: int, r: int, itemsize: int) -> KernelConfig:
+    """The config of `operation` for M tokens, N output and K summed features and rank r.
+
+    `itemsize` is that of x in bytes: float32 products run without tensor cores unless TF32 is
+    allowed, and take smaller tiles.
+    """
+    if _forced is not None and operation in _forced:
+        return _forced[operation]
+    return _heuristic(operation, _next_power_of_two(M), N, K, r, itemsize)
+
+
+@contextmanager
+def forced_configs(configs: Mapping[str, KernelConfig]) -> Iterator[None]:
+    """Use these configs, by operation, inside the block: for tests and the tuner."""
+    global _forced
+    outer, _forced = _forced, configs
+    try:
+        yield
+    finally:
+        _forced = outer
+
+
+@lru_cache(maxsize=4096)
+def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int) -> KernelConfig:
+    block_r = min(max(_next_power_of_two(r), 16), 64)
+    wide = itemsize <= 2
+    if operation == "shrink":
+        blocks = _cdiv(M, 64) * _cdiv(r, block_r)
+        block_k = 128 if wide else 64
+        return KernelConfig(
+            BLOCK_M=64,
+            BLOCK_K=block_k,
+            BLOCK_R=block_r,
+            SPLIT=_split(blocks, _cdiv(K, block_k)),
+        )
+    if operation == "linear_expand":
+        if wide and M > 64:
+            return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=block_r, num_warps=8, num_stages=3)
+        return KernelConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64 if wide else 32, BLOCK_R=block_r)
+    if operation == "few_tokens":
+        block_m = min(max(M, 16), 64)
+        block_k = 64 if wide else 32
+        blocks = _cdiv(M, block_m) * _cdiv(N, 64)
+        return KernelConfig(
+            BLOCK_M=block_m,
+            BLOCK_N=64,
+            BLOCK_K=block_k,
+            BLOCK_R=block_r,
+            SPLIT=_split(blocks, _cdiv(K, block_k)),
+        )
+    if operation == "outer":
+        block_n = 128 if wide else 64
+        blocks = _cdiv(N, block_n) * _cdiv(r, block_r)
+        return KernelConfig(
+            BLOCK_M=64 if wide else 32,
+            BLOCK_N=block_n,
+            BLOCK_R=block_r,
+            SPLIT=_split(blocks, _cdiv(M, 64)),
+        )
+    raise ValueError(f"there is no operation {operation!r}; operations: shrink, linear_expand, few_tokens, outer")
+
+
+def _split(blocks: int, most: int) -> int:
+    """Programs that share one sum: as many as fill the device, at most one a tile and 16."""
+    return max(1, min(_PROGRAMS // max(blocks, 1), most, 16))
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
