@@ -12,7 +12,7 @@ import triton.language as tl
 from rich.console import Console
 
 from lorakernels.kernels.launch import launch, record_launches
-from lorakernels.tuning.compile_report import ARCHS, compile_launch, compile_report, report_table
+from lorakernels.tuning.compile_report import ARCHS, _specialise, compile_launch, compile_report, report_table
 from lorakernels.tuning.config import KernelConfig
 
 
@@ -81,6 +81,8 @@ if __name__ == "__main__":
         spiller_launch(16384)  # an AMD warp has four times the registers
     nvidia = [arch for arch in ARCHS if arch.startswith("sm_")]
     rows = compile_report(everywhere) + compile_report(on_nvidia, nvidia) + compile_report(on_amd, ["gfx942"])
-    assert compile_launch(everywhere[0], "sm_90") in rows
+    assert compile_launch(everywhere[0], "sm_90") == rows[1]
+    assert compile_report(everywhere[:2], ["sm_90"], jobs=1) == rows[1:2]
     Console(width=200, stderr=True).print(report_table(rows))
-    print(json.dumps([asdict(row) for row in rows]))
+    signature = _specialise(everywhere[0], "sm_90").source.signature
+    print(json.dumps({"signature": signature, "rows": [asdict(row) for row in rows]}))

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lorakernels"
 LADDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo",),
+    ("demo", "doctor"),
     ("integrations", "serving"),
     ("adapters",),
     ("nn",),
@@ -30,7 +30,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("plan", "quant", "tuning", "config", "backend", "dropout"),
 )
 GROUND = frozenset(LADDER[-1])
-LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and the demo
+LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ def few_tokens_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
@@ -68,7 +67,7 @@ def few_tokens_kernel(
 
     y_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     s_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(pid_k * BLOCK_K, K, BLOCK_K * SPLIT):
+    for k in range(pid_k * BLOCK_K, K, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk)
         w = load_tile(w_ptr, offs_k, offs_n, K, N, stride_wk, stride_wn)
@@ -163,7 +162,6 @@ def few_tokens(
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_K": config.BLOCK_K,
             "BLOCK_R": config.BLOCK_R,
-            "SPLIT": config.SPLIT,
         },
         config,
     )

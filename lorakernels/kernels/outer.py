@@ -48,7 +48,6 @@ def outer_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
@@ -63,7 +62,7 @@ def outer_kernel(
         q = load_tile(q_ptr, offs_n, offs_r, N, R, stride_qn, stride_qr).to(z_ptr.dtype.element_ty)
         p_plane = p_ptr + pid_n.to(tl.int64) * M * R
 
-    for m in range(pid_m * BLOCK_M, M, BLOCK_M * SPLIT):
+    for m in range(pid_m * BLOCK_M, M, BLOCK_M * tl.num_programs(1)):
         offs_m = m + tl.arange(0, BLOCK_M)
         z = load_tile(z_ptr, offs_m, offs_n, M, N, stride_zm, stride_zn)
         if DROPOUT:
@@ -179,7 +178,6 @@ def _outer(
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_R": config.BLOCK_R,
-            "SPLIT": config.SPLIT,
         },
         config,
     )

@@ -34,7 +34,6 @@ def shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     pid_m = tl.program_id(0)
     pid_r = tl.program_id(1)
@@ -46,7 +45,7 @@ def shrink_kernel(
         num_mask_bytes = (K + 7) // 8
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(pid_k * BLOCK_K, K, BLOCK_K * SPLIT):
+    for k in range(pid_k * BLOCK_K, K, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
         x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk)
         if DROPOUT:
@@ -96,7 +95,6 @@ def shrink(
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_K": config.BLOCK_K,
             "BLOCK_R": config.BLOCK_R,
-            "SPLIT": config.SPLIT,
         },
         config,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+import rich
 import torch
 from rich.table import Table
 from rich.text import Text
@@ -21,8 +22,10 @@ from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import compile as triton_compile
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from lorakernels.kernels.launch import Launch
+from lorakernels.kernels.launch import Launch, compile_options
+from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.table import compiling_for
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class _Task(NamedTuple):
     def key(self) -> tuple[Any, ...]:
         source = self.source
         specialisation = (str(source.signature), str(source.constants), str(source.attrs))
-        return (self.launch.kernel, *specialisation, self.launch.config, self.arch.name)
+        return (self.launch.kernel, *specialisation, str(self.options), self.arch.name)
 
     def row(self, **measured: Any) -> CompileRow:
         tensors = (a for a in self.launch.args.values() if isinstance(a, torch.Tensor))
@@ -109,9 +112,9 @@ def _specialise(launch: Launch, arch_name: str) -> _Task:
         )
     if arch_name not in ARCHS:
         raise ValueError(f"unknown architecture {arch_name!r}; expected one of {', '.join(ARCHS)}")
-    kernel, arch, config = launch.kernel, ARCHS[arch_name], launch.config
+    kernel, arch = launch.kernel, ARCHS[arch_name]
     backend = make_backend(arch.target)
-    keywords = {**launch.args, **launch.constexprs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+    keywords = {**launch.args, **launch.constexprs, **compile_options(launch.config)}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, extra = bind(**keywords)
     options, signature, constexprs, attrs = kernel._pack_args(backend, keywords, bound, specialisation, extra)
@@ -183,7 +186,7 @@ def _read_amd(amdgcn: str) -> _Code:
         return max(map(int, re.findall(rf"^\s+(?:- )?\.{key}:\s+(\d+)", amdgcn, re.MULTILINE)))
 
     vector, scalar = number("vgpr_spill_count"), number("sgpr_spill_count")
-    scratch = number("private_segment_fixed_size") if vector else 0
+    scratch = number("private_segment_fixed_size") if vector or scalar else 0
     spills = f"spills {vector} vector and {scalar} scalar registers ({scratch} bytes a thread)"
     units = {"byte": 1, "short": 2, "dword": 4}
     load = r"^\s+(?:global|buffer|flat)_load_(?:lds_)?[us]?(byte|short|dword)(?:x(\d))?"
@@ -192,7 +195,8 @@ def _read_amd(amdgcn: str) -> _Code:
     return _Code(
         registers=number("vgpr_count"),
         spill_bytes=scratch,
-        spills=spills if vector or scalar else "",
+        # Scalar registers spill into lanes of vector registers; only scratch is memory.
+        spills=spills if scratch else "",
         tensor_core="mfma" if re.search(r"^\s+v_s?mfma", amdgcn, re.MULTILINE) else None,
         tma=False,
         async_copy=bool(re.search(to_lds, amdgcn, re.MULTILINE)),
@@ -280,7 +284,7 @@ def _compile_in_processes(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[i
 def report_table(rows: Iterable[CompileRow]) -> Table:
     """The rows for a terminal."""
     table = Table(title="Compile report")
-    for name in ("kernel", "dtype", "arch", "M×N×K×R", "warps", "stages"):
+    for name in ("kernel", "dtype", "arch", "M×N×K×R", "split", "warps", "stages"):
         table.add_column(name)
     for name in ("registers", "spill B", "shared B", "load B", "blocks/SM"):
         table.add_column(name, justify="right")
@@ -289,9 +293,27 @@ def report_table(rows: Iterable[CompileRow]) -> Table:
     for row in rows:
         c = row.config
         tiles = f"{c.BLOCK_M}×{c.BLOCK_N}×{c.BLOCK_K}×{c.BLOCK_R}"
-        chosen = (row.kernel, row.dtype, row.arch, tiles, c.num_warps, c.num_stages)
+        chosen = (row.kernel, row.dtype, row.arch, tiles, c.SPLIT, c.num_warps, c.num_stages)
         numbers = (row.registers, row.spill_bytes, row.shared_bytes, row.narrowest_load_bytes, row.ctas_per_sm)
         copies = " ".join(name for name, used in (("tma", row.tma), ("async", row.async_copy)) if used)
         cells = ("-" if cell is None else str(cell) for cell in (*chosen, *numbers, row.tensor_core, copies))
         table.add_row(*cells, Text("ok", "green") if row.ok else Text(row.why, "red"))
     return table
+
+
+def main() -> int:
+    """Compile every shipped launch for every architecture; print what is not ok, or how many are."""
+    rows = []
+    for backend in ("cuda", "hip"):
+        with compiling_for(backend):
+            launches = shipped_launches()
+        rows += compile_report(launches, [name for name, arch in ARCHS.items() if arch.target.backend == backend])
+    faults = [row for row in rows if not row.ok]
+    if faults:
+        rich.print(report_table(faults))
+    print(f"compile gate: {len(rows)} kernels compiled for {', '.join(ARCHS)}; {len(faults)} not ok")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

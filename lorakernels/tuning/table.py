@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
+import torch
+
 from lorakernels.tuning.config import KernelConfig
 
 # The few-token form reads A once for every block of output columns, so it stops paying when
@@ -16,6 +18,9 @@ FEW_TOKENS_MAX_RANK = 64
 _PROGRAMS = 128
 
 _forced: Mapping[str, KernelConfig] | None = None
+# What the kernels are compiled for: an AMD compute unit has 64 KiB of shared memory, an A100's
+# multiprocessor 163 and later ones 227.
+_backend = "hip" if torch.version.hip else "cuda"
 
 
 def takes_few_tokens_form(M: int, r: int) -> bool:
@@ -31,7 +36,7 @@ def choose(operation: str, M: int, N: int, K: int, r: int, itemsize: int) -> Ker
     """
     if _forced is not None and operation in _forced:
         return _forced[operation]
-    return _heuristic(operation, _next_power_of_two(M), N, K, r, itemsize)
+    return _heuristic(operation, _next_power_of_two(M), N, K, r, itemsize, _backend)
 
 
 @contextmanager
@@ -45,13 +50,24 @@ def forced_configs(configs: Mapping[str, KernelConfig]) -> Iterator[None]:
         _forced = outer
 
 
+@contextmanager
+def compiling_for(backend: str) -> Iterator[None]:
+    """Choose for "cuda" or "hip" inside the block, whatever this machine has."""
+    global _backend
+    outer, _backend = _backend, backend
+    try:
+        yield
+    finally:
+        _backend = outer
+
+
 @lru_cache(maxsize=4096)
-def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int) -> KernelConfig:
+def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int, backend: str) -> KernelConfig:
     block_r = min(max(_next_power_of_two(r), 16), 64)
     wide = itemsize <= 2
     if operation == "shrink":
         blocks = _cdiv(M, 64) * _cdiv(r, block_r)
-        block_k = 128 if wide else 64
+        block_k = 64 if wide else 32
         return KernelConfig(
             BLOCK_M=64,
             BLOCK_K=block_k,
@@ -59,8 +75,10 @@ def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int) ->
             SPLIT=_split(blocks, _cdiv(K, block_k)),
         )
     if operation == "linear_expand":
-        if wide and M > 64:
+        if wide and M > 64 and backend == "cuda":
             return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=block_r, num_warps=8, num_stages=3)
+        if wide and M > 64:
+            return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=block_r, num_warps=8, num_stages=2)
         return KernelConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64 if wide else 32, BLOCK_R=block_r)
     if operation == "few_tokens":
         block_m = min(max(M, 16), 64)

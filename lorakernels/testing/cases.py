@@ -1,0 +1,150 @@
+"""The table of cases that every implementation of the LoRA linear is put through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorakernels.reference import formula
+from lorakernels.testing.guards import guarded
+
+GRADIENTS = ("x", "weight", "lora_A", "lora_B", "bias")
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One call of `lora_linear`: sizes, layout, and what differs from the plain case."""
+
+    name: str
+    tokens: tuple[int, ...] = (37,)
+    K: int = 48
+    N: int = 40
+    r: int = 8
+    bias: bool = True
+    scaling: float = 0.7
+    dropout_p: float = 0.0
+    adapter_dtype: torch.dtype | None = None  # None: x's own
+    layout: str = "contiguous"
+    needs: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+LINEAR_CASES = (
+    LinearCase("plain"),
+    LinearCase("three_dimensions", tokens=(2, 5, 7)),
+    LinearCase("one_dimension", tokens=()),
+    LinearCase("one_token", tokens=(1,)),
+    LinearCase("zero_tokens", tokens=(3, 0)),
+    LinearCase("zero_tokens_dropout", tokens=(0,), dropout_p=0.1),
+    LinearCase("odd_sizes", tokens=(33,), K=51, N=29, r=5),
+    LinearCase("primes", tokens=(37,), K=67, N=53, r=17),
+    LinearCase("one_feature", K=1, N=1, r=1),
+    LinearCase("rank_1", r=1),
+    LinearCase("rank_3", r=3),
+    LinearCase("rank_17", r=17),
+    LinearCase("rank_64", r=64),
+    LinearCase("rank_over_both_sizes", K=16, N=24, r=100),
+    LinearCase("several_blocks", tokens=(150,), K=272, N=144, r=80),
+    LinearCase("no_bias", bias=False),
+    LinearCase("scaling_zero", scaling=0.0),
+    LinearCase("scaling_negative", scaling=-1.5),
+    LinearCase("scaling_large", scaling=64.0),
+    LinearCase("dropout", tokens=(35,), K=80, dropout_p=0.1),
+    LinearCase("dropout_half_odd", tokens=(41,), K=83, N=21, r=3, dropout_p=0.5),
+    LinearCase("dropout_no_bias", K=20, bias=False, dropout_p=0.3, scaling=-0.3),
+    LinearCase("adapter_float32", adapter_dtype=torch.float32),
+    LinearCase("adapter_float32_dropout", K=72, adapter_dtype=torch.float32, dropout_p=0.2),
+    LinearCase("adapter_float16", adapter_dtype=torch.float16),
+    LinearCase("transposed", layout="transposed"),
+    LinearCase("every_second", layout="every_second"),
+    LinearCase("huge_strides", tokens=(3,), K=5, N=4, r=2, layout="huge_strides"),
+    LinearCase("expanded", tokens=(6, 5), layout="expanded"),
+    LinearCase("only_x", needs=("x",)),
+    LinearCase("only_A", needs=("lora_A",), dropout_p=0.1),
+    LinearCase("only_B", needs=("lora_B",)),
+    LinearCase("only_bias", needs=("bias",)),
+    LinearCase("x_and_B", needs=("x", "lora_B"), dropout_p=0.1),
+    LinearCase("weight_too", needs=GRADIENTS),
+)
+
+# Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
+_HUGE = 1 << 30
+
+
+@dataclass
+class LinearInputs:
+    """The tensors of a case in one dtype, and the gradient that comes back to its output."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    bias: torch.Tensor | None
+    dy: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {name: getattr(self, name) for name in GRADIENTS}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def make_inputs(
+    case: LinearCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> LinearInputs:
+    """Random tensors of the case's layout, in memory that is NaN everywhere else."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
+        plain = (torch.randn(shape, generator=generator) * scale).to(device, of)
+        return _laid_out(plain, case.layout)
+
+    adapter = case.adapter_dtype or dtype
+    x = randn(*case.tokens, case.K)
+    dy = randn(*case.tokens, case.N)
+    return LinearInputs(
+        x=x,
+        weight=randn(case.N, case.K, scale=case.K**-0.5),
+        lora_A=randn(case.r, case.K, scale=case.K**-0.5, of=adapter),
+        lora_B=randn(case.N, case.r, scale=case.r**-0.5, of=adapter),
+        bias=randn(case.N) if case.bias else None,
+        dy=dy,
+    )
+
+
+def _laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
+    if plain.dim() == 0 or plain.numel() == 0:
+        return plain
+    if layout == "transposed":
+        return guarded(plain.mT.contiguous().mT if plain.dim() > 1 else plain)
+    if layout == "every_second":
+        wide = plain.new_full((*plain.shape[:-1], 2 * plain.shape[-1]), float("nan"))
+        wide[..., ::2] = plain
+        return wide[..., ::2]
+    if layout == "expanded" and plain.dim() == 3:
+        return guarded(plain[:1].expand_as(plain))
+    if layout == "huge_strides" and plain.dim() == 2 and plain.dtype is torch.float16:
+        # Sparse in memory: the pages between the rows are reserved and never touched.
+        storage = torch.UntypedStorage(plain.element_size() * (_HUGE * (plain.shape[0] - 1) + plain.shape[1]))
+        spread = torch.empty(0, dtype=plain.dtype).set_(storage, 0, plain.shape, (_HUGE, 1))
+        return spread.copy_(plain)
+    return guarded(plain)
+
+
+def run_formula(
+    case: LinearCase, inputs: LinearInputs, keep: torch.Tensor | None, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """y and the gradients of the one-line formula in `dtype`, by torch's autograd, under the mask `keep` [M, K]."""
+    leaves = {name: tensor.detach().to(dtype).clone() for name, tensor in inputs.tensors().items()}
+    for name in case.needs:
+        if name in leaves:
+            leaves[name].requires_grad_()
+    if keep is not None:
+        keep = keep.to(dtype).view(inputs.x.shape)
+    y = formula.lora_linear(
+        leaves["x"], leaves["weight"], leaves["lora_A"], leaves["lora_B"], leaves.get("bias"), case.scaling, keep
+    )
+    y.backward(inputs.dy.to(dtype))
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {"y": y.detach(), **grads}

@@ -1,0 +1,217 @@
+"""The command line: help, exit statuses, messages, and the doctor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakernels import __version__, cli, doctor
+from lorakernels.backend import ENVIRONMENT, BackendError
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_GPU = not torch.cuda.is_available()
+CHECKS = 2 * (1 + torch.cuda.device_count())
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", ENVIRONMENT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that ends with status 2."""
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.endswith("\n") and err.count("\n") == 1 and err.startswith("lorakernels: ")
+    return err.removeprefix("lorakernels: ").rstrip("\n")
+
+
+# ------------------------------------------------------------------------------------------- the command itself
+
+
+def test_help_names_every_command_and_starts_no_torch() -> None:
+    code = "import sys\nfrom lorakernels.cli import main\n"
+    done = run_python("-c", code + "try: main(['--help'])\nfinally: assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+    for command in cli.COMMANDS:
+        assert command.name in done.stdout and (command.run.__doc__ or "-").split(",")[0] in done.stdout
+
+
+def test_version_of_the_module() -> None:
+    done = run_python("-m", "lorakernels", "--version")
+    assert (done.returncode, done.stdout) == (0, f"lorakernels {__version__}\n")
+
+
+@pytest.mark.parametrize("argv", [[], ["no-such-command"], ["demo", "--impl", "cuda"], ["doctor", "extra"]])
+def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    assert exit.value.code == 2
+    assert "usage: lorakernels" in capsys.readouterr().err
+
+
+def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("fail", lambda parser: None, run),))
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("said so"), KeyError("said so"), OSError("said\nso"), BackendError("said so")], ids=repr
+)
+def test_a_mistake_is_one_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raising(error, monkeypatch)
+    assert mistake(capsys, "fail") == "said so"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(TypeError("a bug"), monkeypatch)
+    with pytest.raises(TypeError, match="a bug"):
+        cli.main(["fail"])
+
+
+def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raising(KeyboardInterrupt(), monkeypatch)
+    assert cli.main(["fail"]) == 130
+    assert capsys.readouterr().err == "lorakernels: interrupted\n"
+
+
+# ------------------------------------------------------------------------------------------- demo
+
+
+def test_demo_with_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected at least 1" in mistake(capsys, "demo", "--out", str(tmp_path), "--steps", "0")
+    assert "seed is -1" in mistake(capsys, "demo", "--out", str(tmp_path), "--seed", "-1")
+
+
+def test_demo_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").write_text("")
+    assert "taken" in mistake(capsys, "demo", "--out", str(tmp_path / "taken"))
+
+
+@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")])
+def test_demo_without_its_extra(
+    module: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    message = mistake(capsys, "demo", "--out", str(tmp_path / "out"))
+    assert package in message and 'pip install "lorakernels[demo]"' in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_demo_with_triton_and_no_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    message = mistake(capsys, "demo", "--out", str(tmp_path / "out"), "--impl", "triton")
+    assert message.startswith('impl="triton" cannot run')
+    assert ENVIRONMENT not in os.environ and not (tmp_path / "out").exists()
+
+
+def test_demo_exits_with_1_when_a_claim_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorakernels import demo
+
+    monkeypatch.setattr(demo, "BASE_STEPS", 1)
+    assert cli.main(["demo", "--out", str(tmp_path), "--steps", "1", "--impl", "torch"]) == 1
+    assert "FAILED: 1 of" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------- doctor
+
+
+def doctor_json(capsys: pytest.CaptureFixture[str], status: int) -> dict[str, Any]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    assert cli.main(["doctor", "--json"]) == status
+    return json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("interpreter", [True, False])
+def test_doctor_json(interpreter: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", str(int(interpreter)))
+    found = doctor_json(capsys, 0)
+    assert found["ok"] is True
+    assert found["interpreter"] is interpreter and found["environment_valid"] is True
+    assert found["versions"]["torch"] == torch.__version__ and found["versions"]["lorakernels"] == __version__
+    assert found["devices"][0]["name"] == "cpu" and found["devices"][0]["threads"] == torch.get_num_threads()
+    assert len(found["devices"]) == 1 + torch.cuda.device_count()
+    cpu = [choice for choice in found["choices"] if choice["device"] == "cpu"]
+    assert {choice["impl"] for choice in cpu} == {"torch"} and all(choice["why"] for choice in cpu)
+    assert len(found["checks"]) == CHECKS
+    assert all(check["ok"] and 0 < check["error"] <= check["limit"] for check in found["checks"])
+    assert all(problem["what"] and problem["mend"] for problem in found["problems"])
+
+
+def test_doctor_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in (torch.__version__, "Devices", "threads", "Self-check", "✓ cpu float32 torch: error"):
+        assert word in out
+    assert "FAILED" not in out
+
+
+def test_doctor_checks_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv(ENVIRONMENT, "triton")
+    if NO_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        found = doctor_json(capsys, 0)
+        assert any("bfloat16" in problem["what"] for problem in found["problems"])
+        assert {check["impl"] for check in found["checks"]} == {"triton"}
+    else:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        found = doctor_json(capsys, 1)
+        assert all(check["ok"] is check["device"].startswith("cuda") for check in found["checks"])
+
+
+def test_doctor_with_an_unknown_implementation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(ENVIRONMENT, "tritn")
+    found = doctor_json(capsys, 1)
+    assert found["ok"] is found["environment_valid"] is False
+    assert found["problems"][0]["what"] == f"{ENVIRONMENT} is 'tritn'"
+    assert all(choice["impl"] is None and "tritn" in choice["why"] for choice in found["choices"])
+    assert all(not check["ok"] and "tritn" in check["why"] for check in found["checks"])
+    assert cli.main(["doctor"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [1.001, float("nan")])
+def test_doctor_finds_wrong_results(
+    factor: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound = doctor.lora_linear
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setattr(doctor, "lora_linear", lambda *args, **kwargs: factor * sound(*args, **kwargs))
+    checks = doctor_json(capsys, 1)["checks"]
+    assert not any(check["ok"] for check in checks if check["dtype"] == "float32")
+
+
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package in ("peft", "numpy") else real(package))
+    monkeypatch.setitem(doctor.OLDEST, "triton", (999, 0))
+    mends = [problem.mend for problem in doctor.examine().problems]
+    assert "pip install numpy" in mends and 'pip install "lorakernels[peft]"' in mends
+    assert ('pip install --upgrade "triton>=999.0"' in mends) is (real("triton") is not None)

@@ -1,0 +1,235 @@
+"""lora_linear against float64: every case of the table, both implementations, values and every gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lorakernels as lk
+from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.reference.dropout import draw_mask, philox_mask, unpack_mask
+from lorakernels.testing.budget import assert_within_budget, error
+from lorakernels.testing.cases import LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
+from lorakernels.testing.guards import canaries
+from lorakernels.tuning import table
+from lorakernels.tuning.config import KernelConfig
+
+ON_GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SEED = 1234
+LARGE = ("several_blocks",)
+IN_ALL_DTYPES = ("plain", "dropout_half_odd", "adapter_float32_dropout", "odd_sizes")
+Results = dict[str, torch.Tensor]
+# Sixteen is the smallest block there is: odd shapes then take several programs and several turns of every loop.
+TINY = dict.fromkeys(
+    ("shrink", "linear_expand", "few_tokens", "outer"),
+    KernelConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_R=16, GROUP_M=2, SPLIT=3),
+)
+PATHS = ["torch", "triton-few", "triton-general", "triton-few-tiny", "triton-general-tiny"]
+
+
+@contextlib.contextmanager
+def path(name: str, r: int = 1) -> Iterator[str]:
+    """One way through the layer: the implementation, the form of its kernels, their block sizes."""
+    impl, _, form = name.partition("-")
+    few = "few" in form and r <= table.FEW_TOKENS_MAX_RANK
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(table, "FEW_TOKENS", 1 << 30 if few else -1)
+        if "tiny" in form:
+            block_r = max(16, 1 << (r - 1).bit_length()) if few else 16
+            tiny = {name: KernelConfig(**{**vars(config), "BLOCK_R": block_r}) for name, config in TINY.items()}
+            stack.enter_context(table.forced_configs(tiny))
+        yield impl
+
+
+def run(case: LinearCase, inputs: LinearInputs, impl: str) -> dict[str, torch.Tensor]:
+    """y and the gradients that the case asks for; no input may be written to."""
+    leaves = {name: tensor.detach() for name, tensor in inputs.tensors().items()}
+    versions = {name: leaf._version for name, leaf in leaves.items()}
+    for name in case.needs:
+        if name in leaves:
+            leaves[name].requires_grad_()
+    torch.manual_seed(SEED)
+    y = lk.lora_linear(
+        leaves["x"],
+        leaves["weight"],
+        leaves["lora_A"],
+        leaves["lora_B"],
+        bias=leaves.get("bias"),
+        scaling=case.scaling,
+        dropout_p=case.dropout_p,
+        impl=impl,
+    )
+    y.backward(inputs.dy)
+    assert {name: leaf._version for name, leaf in leaves.items()} == versions
+    assert all((leaves[name].grad is not None) == (name in case.needs) for name in leaves)
+    return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
+
+
+def keep_of(case: LinearCase, inputs: LinearInputs, impl: str) -> torch.Tensor | None:
+    """Dropout's mask over 1 - p, as the operator drew it from the seed that `run` gives it."""
+    if not case.dropout_p or not case.scaling:
+        return None
+    torch.manual_seed(SEED)
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=inputs.x.device)
+    x, weight, A, B, *_ = inputs.tensors().values()
+    _, _, mask = torch.ops.lorakernels.lora_linear(x, weight, A, B, None, seed, 1.0, case.dropout_p, impl)
+    return unpack_mask(mask, case.K) * inverse_keep(drop_threshold(case.dropout_p))
+
+
+def _table() -> Iterator[tuple[LinearCase, str, torch.dtype]]:
+    """Every case in every dtype by every path on a GPU and in torch; what the interpreter takes long for, in fewer."""
+    for case, way, dtype in itertools.product(LINEAR_CASES, PATHS, DTYPES):
+        interpreted = way != "torch" and not ON_GPU
+        dtypes = [torch.float32] if way.endswith("tiny") else [torch.float32, torch.float16]
+        slow = way.endswith("tiny") and case.name in LARGE
+        if not interpreted or case.name in IN_ALL_DTYPES or (dtype in dtypes and not slow):
+            yield case, way, dtype
+
+
+@pytest.mark.parametrize(("case", "way", "dtype"), list(_table()), ids=lambda value: str(value).removeprefix("torch."))
+def test_against_float64(case: LinearCase, way: str, dtype: torch.dtype, device: str) -> None:
+    draws: list[tuple[Results, Results, Results]] = []
+    # Of a handful of elements eager torch may round every one luckily: its error is then taken over many draws.
+    for draw in range(1 if case.K * case.N > 100 else 16):
+        inputs = make_inputs(case, dtype, device, seed=draw)
+        with path(way, case.r) as impl, canaries():
+            ours = run(case, inputs, impl)
+            keep = keep_of(case, inputs, impl)
+        draws.append((ours, run_formula(case, inputs, keep, dtype), run_formula(case, inputs, keep, torch.float64)))
+        for name, result in ours.items():
+            assert result.dtype == (dtype if name == "y" else getattr(inputs, name).dtype)
+    assert all(ours.keys() == exact.keys() for ours, _, exact in draws)
+    for name in draws[0][0]:
+        actual, eager, exact = (torch.stack([results[name] for results in kind]) for kind in zip(*draws, strict=True))
+        rounding = max(dtype, draws[0][0][name].dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        assert_within_budget(actual, eager, exact, rounding, name if name == "y" else f"gradient of {name}")
+
+
+def test_float64_is_exact_to_its_own_rounding() -> None:
+    for case in LINEAR_CASES:
+        if case.dropout_p == 0 and case.adapter_dtype is None:
+            inputs = make_inputs(case, torch.float64)
+            ours, exact = run(case, inputs, "torch"), run_formula(case, inputs, None, torch.float64)
+            for name, result in ours.items():
+                assert error(result, exact[name]) < 1e-14, (case.name, name)
+
+
+@pytest.mark.parametrize("way", ["torch", "triton-few-tiny", "triton-general-tiny"])
+@given(
+    tokens=st.integers(0, 40),
+    K=st.integers(1, 70),
+    N=st.integers(1, 50),
+    r=st.integers(1, 20),
+    dropout_p=st.sampled_from([0.0, 0.25]),
+)
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_any_shape(way: str, tokens: int, K: int, N: int, r: int, dropout_p: float) -> None:
+    test_against_float64(
+        LinearCase("drawn", tokens=(tokens,), K=K, N=N, r=r, dropout_p=dropout_p), way, torch.float32, "cpu"
+    )
+
+
+@pytest.mark.parametrize("way", PATHS)
+def test_scaling_zero_is_the_base_layer_to_the_bit(way: str, device: str) -> None:
+    inputs = make_inputs(LinearCase("off", scaling=0.0), torch.float32, device)
+    inputs.lora_A.fill_(float("inf"))
+    with path(way) as impl:
+        y = lk.lora_linear(
+            inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, bias=inputs.bias, scaling=0.0, impl=impl
+        )
+    assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
+
+
+@pytest.mark.parametrize("way", PATHS)
+def test_bitwise_the_same_on_every_run(way: str, device: str) -> None:
+    case = next(case for case in LINEAR_CASES if case.name == "dropout")
+    inputs = make_inputs(case, torch.float16, device)
+    with path(way) as impl:
+        first, second = run(case, inputs, impl), run(case, inputs, impl)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("way", ["triton-few-tiny", "triton-general-tiny"])
+def test_programs_run_in_any_order(way: str, device: str) -> None:
+    if device != "cpu":
+        pytest.skip("the interpreter's order of programs: a GPU has its own")
+    from lorakernels.testing.interpreter import shuffled_programs
+
+    case = next(case for case in LINEAR_CASES if case.name == "dropout")
+    inputs = make_inputs(case, torch.float32, device)
+    with path(way) as impl:
+        in_order = run(case, inputs, impl)
+        for seed in range(3):
+            with shuffled_programs(seed):
+                shuffled = run(case, inputs, impl)
+            assert all(torch.equal(in_order[name], shuffled[name]) for name in in_order)
+
+
+@pytest.mark.parametrize("way", PATHS)
+def test_a_row_of_nan_stays_in_its_row(way: str, device: str) -> None:
+    inputs = make_inputs(LinearCase("rows"), torch.float32, device)
+    with path(way) as impl:
+        clean = lk.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, impl=impl)
+        inputs.x[5] = float("nan")
+        dirty = lk.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, impl=impl)
+    rows = torch.arange(len(clean), device=device) != 5
+    assert torch.equal(dirty[rows], clean[rows])
+    assert dirty[5].isnan().all()
+
+
+@pytest.mark.parametrize("way", ["triton-few-tiny", "triton-general-tiny", "triton-few", "triton-general"])
+@pytest.mark.parametrize("K", [1, 8, 83])
+def test_the_kernels_mask_is_philox_of_the_seed(way: str, K: int, device: str) -> None:
+    inputs = make_inputs(LinearCase("mask", tokens=(50,), K=K), torch.float32, device)
+    seed = torch.tensor([-(2**62) + 12345], device=device)
+    with path(way) as impl:
+        x, weight, A, B, *_ = inputs.tensors().values()
+        _, _, mask = torch.ops.lorakernels.lora_linear(x, weight, A, B, None, seed, 1.0, 0.3, impl)
+    assert mask.shape == (50, -(-K // 8))
+    expected = philox_mask(seed, 50, K, drop_threshold(0.3))
+    assert torch.equal(unpack_mask(mask, K), unpack_mask(expected, K))
+
+
+@pytest.mark.parametrize("draw", [draw_mask, lambda *args: unpack_mask(philox_mask(*args), args[2])])
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.999])
+def test_dropout_keeps_the_right_share(draw, p: float) -> None:
+    rows, cols = 400, 1003
+    masks = [draw(torch.tensor([seed]), rows, cols, drop_threshold(p)).double() for seed in range(4)]
+    # Four deviations of the binomial, of the whole mask and of its worst column: 1 - 6e-5 and, over 1003 columns, 6 of them.
+    deviation = (p * (1 - p)) ** 0.5
+    for mask in masks:
+        assert abs(mask.mean() - (1 - p)) < 4 * deviation / (rows * cols) ** 0.5 + 2**-17
+        assert ((mask.mean(0) - (1 - p)).abs() < 6 * deviation / rows**0.5 + 2 / rows).all()
+    flat = [(mask.flatten() - (1 - p)) / deviation for mask in masks]
+    # Neighbours, rows and seeds do not know of each other.
+    for one, other in ((flat[0][1:], flat[0][:-1]), (flat[0][cols:], flat[0][:-cols]), (flat[0], flat[1])):
+        assert abs((one * other).mean()) < 5 / len(one) ** 0.5
+
+
+@pytest.mark.parametrize("way", PATHS)
+def test_one_seed_one_mask_and_dropout_is_unbiased(way: str, device: str) -> None:
+    inputs = make_inputs(LinearCase("mean", tokens=(8,), K=24, N=16), torch.float32, device)
+    x, weight, A, B, bias = inputs.tensors().values()
+    with path(way) as impl:
+
+        def call() -> torch.Tensor:
+            return lk.lora_linear(x, weight, A, B, bias=bias, dropout_p=0.4, impl=impl)
+
+        torch.manual_seed(7)
+        first = call()
+        torch.manual_seed(7)
+        assert torch.equal(call(), first)
+        assert not torch.equal(call(), first)
+        runs = torch.stack([call() for _ in range(64)]).double()
+        exact = lk.lora_linear(x, weight, A, B, bias=bias, impl=impl)
+        evaluated = lk.lora_linear(x, weight, A, B, bias=bias, dropout_p=0.4, training=False, impl=impl)
+    assert torch.equal(evaluated, exact)
+    # The mean of 64 runs lies within its own standard error: five of them for the worst of 128 elements.
+    assert ((runs.mean(0) - exact).abs() < 5 * runs.std(0) / 8 + 1e-6).all()
