@@ -81,10 +81,10 @@ def explain(
     if resolved == "torch" or weight is None or lora_A is None:
         return Explanation(resolved, why)
     (N, K), r, M = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
-    names = ("few_tokens",) if takes_few_tokens_form(M, r) else ("shrink", "linear_expand")
-    outputs = {"few_tokens": N, "shrink": r, "linear_expand": N}
+    names = ("few_tokens",) if takes_few_tokens_form(M, r, x.element_size()) else ("shrink", "linear_expand")
+    outputs = {"few_tokens": N, "shrink": K, "linear_expand": N}
     forward = [f"{name}: {choose(name, M, outputs[name], K, r, x.element_size())}" for name in names]
-    backward = f"outer (backward, dy pass): {choose('outer', M, N, M, r, x.element_size())}"
+    backward = f"outer (backward, dy pass): {choose('outer', M, N, N, r, x.element_size())}"
     return Explanation(resolved, why, (*forward, backward))
 
 

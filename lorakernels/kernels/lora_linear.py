@@ -23,7 +23,7 @@ def forward(
     threshold: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """y [M, N], S = D(x) Aᵀ [M, r] float32 and the mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K]."""
-    if takes_few_tokens_form(x.shape[0], lora_A.shape[0]):
+    if takes_few_tokens_form(x.shape[0], lora_A.shape[0], x.element_size()):
         return few_tokens(x, weight, lora_A, lora_B, bias=bias, y_scale=scaling, seed=seed, threshold=threshold)
     s, mask = shrink(x, lora_A, seed, threshold)
     return linear_expand(x, weight, s, lora_B, bias=bias, scale=scaling), s, mask
@@ -47,7 +47,7 @@ def backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dx [M, K], dA [r, K], dB [N, r], dbias [N] in `bias_dtype`; None for what is not asked for."""
     keep = inverse_keep(threshold)
-    few = takes_few_tokens_form(dy.shape[0], lora_A.shape[0])
+    few = takes_few_tokens_form(dy.shape[0], lora_A.shape[0], dy.element_size())
     dx: torch.Tensor | None = None
     g: torch.Tensor | None = None
     if need_dx and few:

@@ -109,7 +109,7 @@ def dy_pass(
     """
     M, N = dy.shape
     R = lora_B.shape[1]
-    config = choose("outer", M, N, M, R, dy.element_size())
+    config = choose("outer", M, N, N, R, dy.element_size())
     g = dy.new_empty((M, R), dtype=torch.float32) if need_g else None
     dB = dy.new_empty((N, R), dtype=lora_B.dtype) if need_dB else None
     dbias = None if bias_dtype is None else dy.new_empty((N,), dtype=bias_dtype)
@@ -123,7 +123,7 @@ def grad_A(
     """dA [r, K] = scale · Gᵀ D(x) of x [M, K], g [M, r] float32 contiguous, mask [M, ceil(K / 8)] uint8."""
     M, K = x.shape
     R = g.shape[1]
-    config = choose("outer", M, K, M, R, x.element_size())
+    config = choose("outer", M, K, K, R, x.element_size())
     dA = x.new_empty((R, K), dtype=dtype)
     _outer(x, g, None, mask, dA, (1, K), None, None, scale, R, config)
     return dA

@@ -66,7 +66,7 @@ def shrink(
     """S [M, r] float32 and dropout's mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K], lora_A [r, K]."""
     M, K = x.shape
     R = lora_A.shape[0]
-    config = choose("shrink", M, R, K, R, x.element_size())
+    config = choose("shrink", M, K, K, R, x.element_size())
     s = x.new_empty((M, R), dtype=torch.float32)
     planes = planes_for(s, config.SPLIT)
     mask = x.new_empty((M, triton.cdiv(K, 8)), dtype=torch.uint8) if threshold else None

@@ -23,9 +23,9 @@ _forced: Mapping[str, KernelConfig] | None = None
 _backend = "hip" if torch.version.hip else "cuda"
 
 
-def takes_few_tokens_form(M: int, r: int) -> bool:
+def takes_few_tokens_form(M: int, r: int, itemsize: int) -> bool:
     """Whether the layer is one kernel, which makes x Aᵀ again for each block of output columns."""
-    return M <= FEW_TOKENS and r <= FEW_TOKENS_MAX_RANK
+    return M <= FEW_TOKENS and r <= (FEW_TOKENS_MAX_RANK if itemsize <= 2 else FEW_TOKENS_MAX_RANK // 2)
 
 
 def choose(operation: str, M: int, N: int, K: int, r: int, itemsize: int) -> KernelConfig:
@@ -63,43 +63,34 @@ def compiling_for(backend: str) -> Iterator[None]:
 
 @lru_cache(maxsize=4096)
 def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int, backend: str) -> KernelConfig:
-    block_r = min(max(_next_power_of_two(r), 16), 64)
+    # Sixteen-bit tiles are sized for the matrix units. Exact float32 products are made element by element from
+    # registers, and rows that start at odd addresses are loaded so: both take smaller tiles, or they spill.
     wide = itemsize <= 2
+    easy = wide and N % 8 == 0 and K % 8 == 0
+    block_r = min(max(_next_power_of_two(r), 16), 64 if wide else 32)
     if operation == "shrink":
         blocks = _cdiv(M, 64) * _cdiv(r, block_r)
         block_k = 64 if wide else 32
-        return KernelConfig(
-            BLOCK_M=64,
-            BLOCK_K=block_k,
-            BLOCK_R=block_r,
-            SPLIT=_split(blocks, _cdiv(K, block_k)),
-        )
+        split = _split(blocks, _cdiv(K, block_k))
+        return KernelConfig(BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=4 if wide else 8)
     if operation == "linear_expand":
-        if wide and M > 64 and backend == "cuda":
-            return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=block_r, num_warps=8, num_stages=3)
-        if wide and M > 64:
-            return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=block_r, num_warps=8, num_stages=2)
-        return KernelConfig(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64 if wide else 32, BLOCK_R=block_r)
+        block_r = min(block_r, 32)
+        if easy and M > 64:
+            stages = 3 if backend == "cuda" else 2
+            return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_R=block_r, num_warps=8, num_stages=stages)
+        return KernelConfig(BLOCK_M=64, BLOCK_N=64 if wide else 32, BLOCK_K=32, BLOCK_R=block_r, num_warps=8)
     if operation == "few_tokens":
-        block_m = min(max(M, 16), 64)
-        block_k = 64 if wide else 32
-        blocks = _cdiv(M, block_m) * _cdiv(N, 64)
-        return KernelConfig(
-            BLOCK_M=block_m,
-            BLOCK_N=64,
-            BLOCK_K=block_k,
-            BLOCK_R=block_r,
-            SPLIT=_split(blocks, _cdiv(K, block_k)),
-        )
+        block_m = min(max(M, 16), 64 if easy else 32)
+        block_n = 64 if wide else 32
+        block_k = 64 if easy else 32
+        split = _split(_cdiv(M, block_m) * _cdiv(N, block_n), _cdiv(K, block_k))
+        warps = 8 if block_m == 64 or not wide else 4
+        return KernelConfig(block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps)
     if operation == "outer":
-        block_n = 128 if wide else 64
-        blocks = _cdiv(N, block_n) * _cdiv(r, block_r)
-        return KernelConfig(
-            BLOCK_M=64 if wide else 32,
-            BLOCK_N=block_n,
-            BLOCK_R=block_r,
-            SPLIT=_split(blocks, _cdiv(M, 64)),
-        )
+        block_m = 64 if easy else 32
+        block_n = 64 if wide else 32
+        split = _split(_cdiv(N, block_n) * _cdiv(r, block_r), _cdiv(M, 64))
+        return KernelConfig(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, SPLIT=split, num_warps=8 if wide else 4)
     raise ValueError(f"there is no operation {operation!r}; operations: shrink, linear_expand, few_tokens, outer")
 
 
