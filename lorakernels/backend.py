@@ -80,7 +80,10 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         raise ValueError(f'impl (or {ENVIRONMENT}) is {impl!r}; expected "auto", "torch" or "triton"')
     problem = triton_problem(device, dtype)
     if problem is not None:
-        raise BackendError(f'impl="triton" cannot run: {problem}; or use impl="auto", which then takes torch')
+        otherwise = 'use impl="auto", which then takes torch'
+        if os.environ.get(ENVIRONMENT) == "triton":
+            otherwise = f"unset {ENVIRONMENT}, which makes every call take triton"
+        raise BackendError(f'impl="triton" cannot run: {problem}; or {otherwise}')
     return impl
 
 

@@ -208,10 +208,6 @@ def _problems(versions: dict[str, str | None], choices: tuple[Choice, ...], has_
         problems.append(Problem(f"{ENVIRONMENT} is {value!r}", f"unset it, or set one of {', '.join(IMPLS)}"))
     if has_gpu and interpreter_on():
         problems.append(Problem("Triton's interpreter is on: kernels run on the CPU", "unset TRITON_INTERPRET"))
-    if interpreter_on() and any(choice.impl == "triton" and choice.dtype == "bfloat16" for choice in choices):
-        # Its tl.dot multiplies the bits of bfloat16 as integers.
-        mend = "use float32 or float16 in it, or unset TRITON_INTERPRET"
-        problems.append(Problem("Triton's interpreter gets bfloat16 products wrong", mend))
     if not has_gpu:
         problems.append(_no_gpu())
     for package, extra in OPTIONAL.items():

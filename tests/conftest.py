@@ -21,15 +21,6 @@ def pytest_report_header() -> str:
     return f"lorakernels: kernels run {kernels}; torch {torch.__version__}"
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _mended_interpreter() -> None:
-    if not ON_GPU:
-        pytest.importorskip("triton")
-        from lorakernels.testing.interpreter import mend_bf16
-
-        mend_bf16()
-
-
 @pytest.fixture(autouse=True)
 def _poison() -> Iterator[None]:
     """torch.empty gives NaN, so that an element nobody wrote shows."""

@@ -176,7 +176,6 @@ def test_doctor_checks_the_kernels(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     if NO_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         found = doctor_json(capsys, 0)
-        assert any("bfloat16" in problem["what"] for problem in found["problems"])
         assert {check["impl"] for check in found["checks"]} == {"triton"}
     else:
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)

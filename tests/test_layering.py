@@ -51,7 +51,7 @@ FACADE = "lorakernels"  # __init__.py: hands out the library's names, so it may 
 FACADE_USERS = frozenset({"__main__", "cli", "demo"})  # the rest name the module that they mean
 FACADE_OPEN_NAMES = frozenset({"lorakernels.__version__"})
 
-TRITON_UNITS = frozenset({"kernels", "tuning.tuner", "tuning.compile_report"})
+TRITON_UNITS = frozenset({"kernels", "testing", "tuning.tuner", "tuning.compile_report"})
 TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
 HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})  # each only in integrations/<one of these>.py
 MAX_LINES = 500

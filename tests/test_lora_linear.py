@@ -202,7 +202,7 @@ def test_the_kernels_mask_is_philox_of_the_seed(way: str, K: int, device: str) -
 def test_dropout_keeps_the_right_share(draw, p: float) -> None:
     rows, cols = 400, 1003
     masks = [draw(torch.tensor([seed]), rows, cols, drop_threshold(p)).double() for seed in range(4)]
-    # Four deviations of the binomial, of the whole mask and of its worst column: 1 - 6e-5 and, over 1003 columns, 6 of them.
+    # Four deviations of the binomial for the whole mask, six for the worst of its 1003 columns.
     deviation = (p * (1 - p)) ** 0.5
     for mask in masks:
         assert abs(mask.mean() - (1 - p)) < 4 * deviation / (rows * cols) ** 0.5 + 2**-17

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
-import torch
-
 from lorakernels.tuning.config import KernelConfig
 
 # The few-token form reads A once for every block of output columns, so it stops paying when
@@ -18,9 +16,6 @@ FEW_TOKENS_MAX_RANK = 64
 _PROGRAMS = 128
 
 _forced: Mapping[str, KernelConfig] | None = None
-# What the kernels are compiled for: an AMD compute unit has 64 KiB of shared memory, an A100's
-# multiprocessor 163 and later ones 227.
-_backend = "hip" if torch.version.hip else "cuda"
 
 
 def takes_few_tokens_form(M: int, r: int, itemsize: int) -> bool:
@@ -36,7 +31,7 @@ def choose(operation: str, M: int, N: int, K: int, r: int, itemsize: int) -> Ker
     """
     if _forced is not None and operation in _forced:
         return _forced[operation]
-    return _heuristic(operation, _next_power_of_two(M), N, K, r, itemsize, _backend)
+    return _heuristic(operation, _next_power_of_two(M), N, K, r, itemsize)
 
 
 @contextmanager
@@ -50,19 +45,8 @@ def forced_configs(configs: Mapping[str, KernelConfig]) -> Iterator[None]:
         _forced = outer
 
 
-@contextmanager
-def compiling_for(backend: str) -> Iterator[None]:
-    """Choose for "cuda" or "hip" inside the block, whatever this machine has."""
-    global _backend
-    outer, _backend = _backend, backend
-    try:
-        yield
-    finally:
-        _backend = outer
-
-
 @lru_cache(maxsize=4096)
-def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int, backend: str) -> KernelConfig:
+def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int) -> KernelConfig:
     # Sixteen-bit tiles are sized for the matrix units. Exact float32 products are made element by element from
     # registers, and rows that start at odd addresses are loaded so: both take smaller tiles, or they spill.
     wide = itemsize <= 2
@@ -72,17 +56,16 @@ def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int, ba
         blocks = _cdiv(M, 64) * _cdiv(r, block_r)
         block_k = 64 if wide else 32
         split = _split(blocks, _cdiv(K, block_k))
-        return KernelConfig(BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=4 if wide else 8)
+        return KernelConfig(BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=8)
     if operation == "linear_expand":
-        block_r = min(block_r, 32)
+        block_r = min(block_r, 32 if wide else 16)
         if easy and M > 64:
-            stages = 3 if backend == "cuda" else 2
-            return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_R=block_r, num_warps=8, num_stages=stages)
+            return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, BLOCK_R=block_r, num_warps=8, num_stages=3)
         return KernelConfig(BLOCK_M=64, BLOCK_N=64 if wide else 32, BLOCK_K=32, BLOCK_R=block_r, num_warps=8)
     if operation == "few_tokens":
         block_m = min(max(M, 16), 64 if easy else 32)
         block_n = 64 if wide else 32
-        block_k = 64 if easy else 32
+        block_k = 64 if easy else 32 if wide else 16
         split = _split(_cdiv(M, block_m) * _cdiv(N, block_n), _cdiv(K, block_k))
         warps = 8 if block_m == 64 or not wide else 4
         return KernelConfig(block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps)
