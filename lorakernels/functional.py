@@ -58,7 +58,7 @@ def lora_linear(
         # Into B, a [N, r] product that autograd and torch.compile see: no wait for the value.
         lora_B = lora_B * _one_element(scaling).to(lora_B)
         scaling = 1.0
-    elif not math.isfinite(scaling):
+    elif not -math.inf < scaling < math.inf:  # math.isfinite of a dynamic float breaks the graph
         raise ValueError(f"scaling is {scaling}; expected a finite number, such as lora_alpha / r")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")

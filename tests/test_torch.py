@@ -1,0 +1,277 @@
+"""The layer among torch's own machinery: autograd, memory, compile, autocast, checkpointing, functorch."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import lorakernels as lk
+from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
+
+IMPLS = ["torch", "triton"]
+
+
+def leaves(dtype: torch.dtype = torch.float32, tokens: int = 20, **fields: object) -> LinearInputs:
+    """Contiguous inputs whose x, A, B and bias need a gradient."""
+    inputs = make_inputs(LinearCase("torch", tokens=(tokens,), K=24, N=16, r=3, **fields), dtype)  # type: ignore[arg-type]
+    for name, tensor in inputs.tensors().items():
+        setattr(inputs, name, tensor.detach().clone().requires_grad_(name != "weight"))
+    return inputs
+
+
+def call(inputs: LinearInputs, impl: str = "torch", **arguments: object) -> torch.Tensor:
+    return lk.lora_linear(
+        inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, bias=inputs.bias, scaling=0.7, impl=impl, **arguments
+    )
+
+
+def gradients(inputs: LinearInputs, y: torch.Tensor) -> list[torch.Tensor]:
+    wanted = [tensor for tensor in inputs.tensors().values() if tensor.requires_grad]
+    return list(torch.autograd.grad(y, wanted, inputs.dy.to(y.dtype)))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("order", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_gradcheck(order: Callable[..., bool], dropout_p: float) -> None:
+    inputs = leaves(torch.float64, tokens=4)
+    inputs.weight.requires_grad_()
+
+    def under_one_seed(*tensors: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        x, weight, A, B, bias = tensors
+        return lk.lora_linear(x, weight, A, B, bias=bias, scaling=-0.6, dropout_p=dropout_p)
+
+    assert order(under_one_seed, tuple(inputs.tensors().values()))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_opcheck(impl: str, dropout_p: float) -> None:
+    inputs = make_inputs(LinearCase("op", tokens=(2, 5), K=24, N=16, r=3), torch.float32)
+    x, weight, A, B, bias = inputs.tensors().values()
+    seed = torch.tensor([5]) if dropout_p else None
+    arguments = (x, weight, A, B, bias, seed, 0.5, dropout_p, impl)
+    torch.library.opcheck(torch.ops.lorakernels.lora_linear.default, arguments)
+    _, s, mask = torch.ops.lorakernels.lora_linear(*arguments)
+    for needs, bias_dtype in (([True] * 4, torch.float32), ([True, False, False, True], None)):
+        torch.library.opcheck(
+            torch.ops.lorakernels.lora_linear_backward.default,
+            (inputs.dy, x, weight, A, B, s, mask, 0.5, dropout_p, needs, bias_dtype, impl),
+        )
+
+
+def kept_bytes(function: Callable[[], torch.Tensor], parameters: list[torch.Tensor]) -> int:
+    """Bytes that autograd keeps for the backward, those of the parameters left out."""
+    ours = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = function()
+    assert kept.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_kept_for_the_backward(impl: str, dtype: torch.dtype, dropout_p: float) -> None:
+    M, K, N, r = 64, 48, 80, 4
+    x = torch.randn(M, K, dtype=dtype, requires_grad=True)
+    weight, bias = torch.randn(N, K, dtype=dtype), torch.randn(N, dtype=dtype)
+    A, B = torch.randn(r, K, requires_grad=True), torch.randn(N, r, requires_grad=True)
+    kept = kept_bytes(
+        lambda: lk.lora_linear(x, weight, A, B, bias=bias, dropout_p=dropout_p, impl=impl), [weight, bias, A, B]
+    )
+    s_bytes = M * r * (4 if impl == "triton" else dtype.itemsize)
+    mask_bytes = 0 if not dropout_p else M * -(-K // 8) if impl == "triton" else M * K
+    assert kept == M * K * dtype.itemsize + s_bytes + mask_bytes
+
+
+def test_x_is_not_kept_where_nobody_needs_it() -> None:
+    x, weight = torch.randn(64, 48), torch.randn(80, 48)
+    A, B = torch.randn(4, 48), torch.randn(80, 4, requires_grad=True)
+    assert kept_bytes(lambda: lk.lora_linear(x, weight, A, B), [weight, A, B]) == 64 * 4 * 4
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_an_edit_in_place_between_forward_and_backward_raises(name: str) -> None:
+    inputs = leaves()
+    y = call(inputs)
+    with torch.no_grad():
+        getattr(inputs, name).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_draws_the_same_mask(impl: str, reentrant: bool) -> None:
+    inputs = leaves()
+    torch.manual_seed(11)
+    y = call(inputs, impl, dropout_p=0.4)
+    plain = [y, *gradients(inputs, y)]
+    torch.manual_seed(11)
+    y = checkpoint(lambda x: lk.lora_linear(
+        x, inputs.weight, inputs.lora_A, inputs.lora_B, bias=inputs.bias, scaling=0.7, impl=impl, dropout_p=0.4
+    ), inputs.x, use_reentrant=reentrant)  # fmt: skip
+    torch.rand(1000)  # the generator moves on before the recomputation
+    for leaf in inputs.tensors().values():
+        leaf.grad = None
+    y.backward(inputs.dy)
+    again = [y, *(leaf.grad for leaf in inputs.tensors().values() if leaf.requires_grad)]
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))  # type: ignore[arg-type]
+
+
+def graph_backend(names: list[str]) -> Callable[..., object]:
+    """A compiler that runs graphs as they are and notes which operators they call."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def note(graph: torch.fx.GraphModule, _: object) -> object:
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=note, bw_compiler=note)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_compile_takes_one_operator_forward_and_one_backward(dropout_p: float) -> None:
+    torch._dynamo.reset()
+    inputs = leaves()
+    names: list[str] = []
+    compiled = torch.compile(call, fullgraph=True, backend=graph_backend(names))
+    torch.manual_seed(2)
+    y = compiled(inputs, "torch", dropout_p=dropout_p)
+    grads = gradients(inputs, y)
+    assert names.count("lorakernels.lora_linear.default") == 1
+    assert names.count("lorakernels.lora_linear_backward.default") == 1
+    torch.manual_seed(2)
+    expected = call(inputs, "torch", dropout_p=dropout_p)
+    assert torch.equal(y, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, gradients(inputs, expected), strict=True))
+
+
+def test_compile_with_dynamic_shapes_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    layer = lk.LoRALinear(24, 16, r=3)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    counts = torch._dynamo.utils.counters["stats"]
+    for tokens in (5, 9, 31):
+        x = torch.randn(tokens, 24, requires_grad=True)
+        assert torch.allclose(compiled(x), layer(x))
+    frames = counts["unique_graphs"]
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    x = torch.randn(7, 24, requires_grad=True)
+    assert torch.equal(compiled(x), layer(x))
+    assert counts["unique_graphs"] == frames
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_gives_one_dtype_eager_and_compiled(impl: str) -> None:
+    torch._dynamo.reset()
+    inputs = leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = call(inputs, impl)
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs, impl)
+        plain = torch.nn.functional.linear(inputs.x, inputs.weight)
+        direct = torch.ops.lorakernels.lora_linear(
+            *(tensor.detach() for tensor in inputs.tensors().values()), None, 0.7, 0.0, impl
+        )[0]
+    assert eager.dtype == compiled.dtype == plain.dtype == direct.dtype == torch.bfloat16
+    assert torch.equal(eager, compiled) and torch.equal(eager, direct)
+    assert all(grad.dtype == torch.float32 for grad in gradients(inputs, eager))
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    inputs = leaves(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(inputs).dtype == torch.float64
+
+
+def test_func_grad_and_vmap_agree_with_autograd() -> None:
+    inputs = leaves(torch.float64)
+    fixed = {name: tensor.detach() for name, tensor in inputs.tensors().items()}
+
+    def loss(A: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return lk.lora_linear(x, fixed["weight"], A, fixed["lora_B"], bias=fixed["bias"]).square().sum()
+
+    expected = torch.autograd.grad(loss(inputs.lora_A, fixed["x"]), inputs.lora_A)[0]
+    assert torch.allclose(torch.func.grad(loss)(fixed["lora_A"], fixed["x"]), expected)
+    batch = fixed["x"].view(4, 5, -1)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(fixed["lora_A"], batch)
+    assert torch.allclose(each.sum(0), expected)
+    for i in range(4):
+        assert torch.allclose(each[i], torch.func.grad(loss)(fixed["lora_A"], batch[i]))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None, None), (None, 0, None, None), (0, None, 0, 0), (1, 0, 0, 0)])
+def test_vmap_over_any_argument(in_dims: tuple[int | None, ...]) -> None:
+    inputs = make_inputs(LinearCase("vmap", tokens=(5,), K=6, N=4, r=2), torch.float64)
+    x, weight, A, B, _ = inputs.tensors().values()
+    batched = [
+        tensor if dim is None else torch.stack([tensor, 2 * tensor, -tensor], dim)
+        for tensor, dim in zip((x, weight, A, B), in_dims, strict=True)
+    ]
+    result = torch.func.vmap(lk.lora_linear, in_dims=in_dims)(*batched)
+    for i in range(3):
+        one = [t if dim is None else t.select(dim, i) for t, dim in zip(batched, in_dims, strict=True)]
+        assert torch.allclose(result[i], lk.lora_linear(*one))
+
+
+def test_flops_are_counted_for_what_is_computed() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    inputs = leaves()
+    M, (N, K), r = 20, inputs.weight.shape, 3
+    with FlopCounterMode(display=False) as counter:
+        y = call(inputs)
+    assert counter.get_total_flops() == 2 * M * (N * K + r * (N + K))
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * M * (N * K + 2 * r * (N + K))
+
+
+def test_scaling_as_a_tensor_and_its_gradient() -> None:
+    inputs = leaves(torch.float64)
+    scaling = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    y = lk.lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, bias=inputs.bias, scaling=scaling)
+    assert torch.allclose(y, call(inputs))
+    low_rank = (inputs.x @ inputs.lora_A.T) @ inputs.lora_B.T
+    (grad,) = torch.autograd.grad(y, scaling, inputs.dy)
+    assert torch.allclose(grad, (low_rank * inputs.dy).sum())
+
+
+def test_layers_copy_save_and_load() -> None:
+    layer = lk.LoRALinear(24, 16, r=3, lora_dropout=0.1)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(5, 24)
+    layer.eval()
+    copied = copy.deepcopy(layer)
+    assert torch.equal(copied(x), layer(x))
+    assert copied.base_layer.weight is not layer.base_layer.weight
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = lk.LoRALinear(24, 16, r=3).eval()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), layer(x))
+
+
+def test_export() -> None:
+    layer = lk.LoRALinear(24, 16, r=3).eval()
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(5, 24)
+    exported = torch.export.export(layer, (x,))
+    assert torch.equal(exported.module()(x), layer(x))
