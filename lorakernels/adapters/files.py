@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorakernels.adapters.adapter_config import AdapterFileError, read_config, write_config
-from lorakernels.adapters.inject import adapted_layers, adapter_configs
+from lorakernels.adapters.inject import adapted_layers, adapter_configs, freeze_all_but_adapters
 from lorakernels.adapters.targets import pattern_value
 from lorakernels.config import LoRAConfig
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
@@ -79,26 +79,28 @@ def load_adapter(
     config = read_config(_existing(folder, CONFIG_FILE))
     pairs = _pairs(_read_tensors(_existing(folder, WEIGHTS_FILE)))
     layers = {path: _layer(model, path) for path in pairs}
+    ranks, alphas = _by_pattern(pairs, config)
     for path, (A, B) in pairs.items():
-        _check_pair(path, layers[path], A, B, pattern_value(path, config.rank_pattern, config.r))
+        _check_pair(path, layers[path], A, B, ranks[path])
     _check_name_is_free(model, adapter_name, pairs)
 
     for path, (A, B) in pairs.items():
         layer = layers[path]
         if not isinstance(layer, LoRALayer):
             assert isinstance(layer, nn.Linear)
-            layer = _adapted(layer, path, config, A.shape[0], adapter_name)
+            layer = LoRALinear.from_linear(
+                layer, ranks[path], alphas[path], config.lora_dropout, config.use_rslora, adapter_name=adapter_name
+            )
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
         elif adapter_name not in layer.r:
-            _add(layer, path, config, A.shape[0], adapter_name)
+            layer.add_adapter(adapter_name, ranks[path], alphas[path], config.lora_dropout, config.use_rslora)
         _set_weights(layer, adapter_name, A, B, trainable)
+    freeze_all_but_adapters(model, config.bias)
     for layer in adapted_layers(model).values():
         layer.set_adapter([adapter_name] if adapter_name in layer.r else [])
-        for adapters in (layer.lora_A, layer.lora_B):
-            adapters.requires_grad_(False)
-            if trainable and adapter_name in adapters:
-                adapters[adapter_name].requires_grad_(True)
+        if not trainable:
+            layer.requires_grad_(False)
     config = dataclasses.replace(config, target_modules=sorted(pairs))
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return model
@@ -189,14 +191,13 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, pairs: dict[str, Pa
         raise AdapterFileError(f"adapters are merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge first")
 
 
-def _adapted(linear: nn.Linear, path: str, config: LoRAConfig, r: int, adapter_name: str) -> LoRALayer:
-    alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
-    return LoRALinear.from_linear(linear, r, alpha, config.lora_dropout, config.use_rslora, adapter_name=adapter_name)
-
-
-def _add(layer: LoRALayer, path: str, config: LoRAConfig, r: int, adapter_name: str) -> None:
-    alpha = pattern_value(path, config.alpha_pattern, config.lora_alpha)
-    layer.add_adapter(adapter_name, r, alpha, config.lora_dropout, config.use_rslora)
+def _by_pattern(pairs: dict[str, Pair], config: LoRAConfig) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha by module path."""
+    try:
+        ranks = {path: pattern_value(path, config.rank_pattern, config.r) for path in pairs}
+        return ranks, {path: pattern_value(path, config.alpha_pattern, config.lora_alpha) for path in pairs}
+    except ValueError as error:
+        raise AdapterFileError(f"{CONFIG_FILE}: rank_pattern or alpha_pattern: {error}") from error
 
 
 @torch.no_grad()

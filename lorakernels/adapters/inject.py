@@ -45,7 +45,7 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
             made[id(module)] = _adapt(module, name, config, adapter_name)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, made[id(module)])
-    _freeze_all_but_adapters(model, config)
+    freeze_all_but_adapters(model, config.bias)
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return model
 
@@ -100,7 +100,8 @@ def _adapt(module: nn.Module, name: str, config: LoRAConfig, adapter_name: str) 
     )
 
 
-def _freeze_all_but_adapters(model: nn.Module, config: LoRAConfig) -> None:
+def freeze_all_but_adapters(model: nn.Module, bias: str) -> None:
+    """Only the parameters of adapters train, and the biases that `bias` names ("none", "all" or "lora_only")."""
     adapter_parameters = {
         id(p)
         for layer in adapted_layers(model).values()
@@ -109,8 +110,8 @@ def _freeze_all_but_adapters(model: nn.Module, config: LoRAConfig) -> None:
     }
     for name, parameter in model.named_parameters():
         if id(parameter) not in adapter_parameters:
-            parameter.requires_grad_(config.bias == "all" and name.rpartition(".")[2] == "bias")
-    if config.bias == "lora_only":
+            parameter.requires_grad_(bias == "all" and name.rpartition(".")[2] == "bias")
+    if bias == "lora_only":
         for layer in adapted_layers(model).values():
             if isinstance(layer.base_layer.bias, nn.Parameter):
                 layer.base_layer.bias.requires_grad_(True)

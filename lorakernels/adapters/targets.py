@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+import regex
 from torch import nn
 
 from lorakernels.config import LoRAConfig
 from lorakernels.nn.layer import LoRALayer
 
 ALL_LINEAR = "all-linear"
+SECONDS_A_MATCH = 1.0
 T = TypeVar("T")
 
 
@@ -42,23 +43,28 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
     """Whether a full module name is meant: by a regular expression for all of it, or by one of several suffixes."""
     if isinstance(patterns, str):
-        return re.fullmatch(_compiled(patterns), name) is not None
+        return _fullmatch(patterns, name)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
 
 
 def pattern_value(name: str, patterns: Mapping[str, T], otherwise: T) -> T:
     """The value of the first pattern that means `name`, whole or as a suffix (PEFT's rule for rank_pattern)."""
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({_compiled(pattern).pattern})", name):
+        if _fullmatch(rf"(.*\.)?({pattern})", name):
             return value
     return otherwise
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _fullmatch(pattern: str, name: str) -> bool:
+    """`re.fullmatch` with an end: patterns come from files too, and some take exponential time."""
     try:
-        return re.compile(pattern)
-    except re.error as error:
+        return regex.fullmatch(pattern, name, timeout=SECONDS_A_MATCH) is not None
+    except regex.error as error:
         raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
+    except TimeoutError as error:
+        raise ValueError(
+            f"{pattern!r} took over {SECONDS_A_MATCH} s on {name!r}; expected a simpler pattern"
+        ) from error
 
 
 def _excluded(name: str, config: LoRAConfig) -> bool:

@@ -1,0 +1,347 @@
+"""Whole models: targets, injection, switching, merging, files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lorakernels as lk
+from lorakernels.adapters.targets import pattern_value
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.v_proj = nn.Linear(12, 12), nn.Linear(12, 12)
+        self.norm = nn.LayerNorm(12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + self.v_proj(torch.tanh(self.q_proj(x))))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block() for _ in range(3)])
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def net() -> Net:
+    """Always the same weights."""
+    torch.manual_seed(5)
+    return Net()
+
+
+def trained(model: nn.Module) -> nn.Module:
+    for parameter in lk.trainable_parameters(model):
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+X = torch.randn(6, 12, generator=torch.Generator().manual_seed(0))
+
+
+def adapted_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, lk.LoRALinear)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "exclude", "expected"),
+    [
+        (["q_proj"], None, ["layers.0.q_proj", "layers.1.q_proj", "layers.2.q_proj"]),
+        (["layers.1.v_proj", "head"], None, ["layers.1.v_proj", "head"]),
+        (["1.v_proj"], None, ["layers.1.v_proj"]),
+        (r"layers\.[02]\.v.*", None, ["layers.0.v_proj", "layers.2.v_proj"]),
+        ("all-linear", ["v_proj", "head"], ["layers.0.q_proj", "layers.1.q_proj", "layers.2.q_proj"]),
+        ("all-linear", r"layers.*", ["head"]),
+        (("q_proj", "head"), ["layers.0.q_proj"], ["layers.1.q_proj", "layers.2.q_proj", "head"]),
+    ],
+)
+def test_targets(targets: Any, exclude: Any, expected: list[str]) -> None:
+    model = lk.inject(net(), lk.LoRAConfig(target_modules=targets, exclude_modules=exclude))
+    assert adapted_names(model) == expected
+    adapted = {f"{name}.lora_{factor}.default.weight" for name in expected for factor in "AB"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == adapted
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (dict(target_modules=["q_prj"]), ValueError, "near names: q_proj"),
+        (dict(target_modules=["proj"]), ValueError, "matches 0 modules of Net; near names: .*_proj"),
+        (dict(target_modules="head", exclude_modules=["head"]), ValueError, "exclude_modules=.* leaves none"),
+        (dict(target_modules=["norm"]), TypeError, "'layers.0.norm' is a torch.nn.modules.normalization.LayerNorm"),
+        (dict(target_modules="("), ValueError, "is not a regular expression"),
+        (dict(), ValueError, "target_modules is None"),
+    ],
+)
+def test_targets_that_cannot_be_leave_the_model_alone(config: dict, error: type[Exception], message: str) -> None:
+    model = net()
+    with pytest.raises(error, match=message):
+        lk.inject(model, lk.LoRAConfig(**config))
+    assert not adapted_names(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_patterns_of_rank_and_alpha() -> None:
+    config = lk.LoRAConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        rank_pattern={"head": 1, r"layers\.0\..*": 2},
+        alpha_pattern={"v_proj": 32, "^layers.1.q_proj": 16},
+    )
+    model = lk.inject(net(), config)
+    found = {
+        name: (model.get_submodule(name).r["default"], model.get_submodule(name).scaling)
+        for name in adapted_names(model)
+    }
+    assert found["head"] == (1, 8.0)
+    assert found["layers.0.q_proj"] == (2, 4.0)
+    assert found["layers.0.v_proj"] == (2, 16.0)
+    assert found["layers.1.q_proj"] == (4, 4.0)
+    assert found["layers.2.v_proj"] == (4, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("bias", "trained_biases"),
+    [
+        ("none", set()),
+        (
+            "lora_only",
+            {"layers.0.q_proj.base_layer.bias", "layers.1.q_proj.base_layer.bias", "layers.2.q_proj.base_layer.bias"},
+        ),
+        ("all", None),
+    ],
+)
+def test_biases_that_train(bias: str, trained_biases: set[str] | None) -> None:
+    model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"], bias=bias))
+    names = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    assert names == (
+        trained_biases if trained_biases is not None else {n for n, _ in model.named_parameters() if n.endswith("bias")}
+    )
+
+
+def test_a_shared_layer_stays_shared() -> None:
+    model = net()
+    model.layers[2].q_proj = model.layers[0].q_proj
+    lk.inject(model, lk.LoRAConfig(target_modules=["q_proj"]))
+    assert model.layers[2].q_proj is model.layers[0].q_proj
+    assert isinstance(model.layers[2].q_proj, lk.LoRALinear)
+
+
+def test_injecting_into_a_training_model_keeps_its_mode() -> None:
+    assert not lk.inject(net().eval(), lk.LoRAConfig(target_modules=["head"])).head.training
+    assert lk.inject(net().train(), lk.LoRAConfig(target_modules=["head"])).head.training
+
+
+def test_parameters_are_counted() -> None:
+    model = lk.inject(net(), lk.LoRAConfig(r=2, target_modules=["head"]))
+    parameters = lk.trainable_parameters(model)
+    assert parameters.num_trainable == 2 * (12 + 4) == sum(p.numel() for p in parameters)
+    assert str(parameters) == f"trainable: 32 of {parameters.num_total:,} parameters ({parameters.share:.2%})"
+    assert parameters.num_total == sum(p.numel() for p in model.parameters())
+    torch.optim.SGD(parameters, lr=0.1)
+
+
+def test_switching_scaling_and_merging() -> None:
+    model = trained(lk.inject(net(), lk.LoRAConfig(r=2, target_modules=["q_proj"]))).eval()
+    base = net()(X)
+    one = model(X)
+    lk.inject(model, lk.LoRAConfig(r=3, target_modules=["v_proj", "head"]), "other")
+    lk.set_adapter(model, "default")
+    assert torch.equal(model(X), one)
+    lk.set_adapter(model, "other")
+    trained(model)
+    other = model(X)
+    lk.set_adapter(model, ["default", "other"])
+    both = model(X)
+    assert not torch.allclose(both, one) and not torch.allclose(both, other)
+    lk.set_scale(model, "other", 0)
+    assert torch.equal(model(X), one)
+    lk.set_scale(model, "default", 0)
+    assert torch.equal(model(X), base)
+    for name in ("default", "other"):
+        lk.set_scale(model, name, 1)
+    assert torch.equal(model(X), both)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    lk.merge(model, keep_base=True)
+    assert torch.allclose(model(X), both, atol=1e-5) and not torch.equal(model(X), both)
+    lk.unmerge(model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    lk.merge(model, "other")
+    assert torch.allclose(model(X), other, atol=1e-5)
+    for call in (lambda: lk.set_adapter(net(), "x"), lambda: lk.set_scale(model, "x", 1)):
+        with pytest.raises(KeyError, match="no adapter 'x'; its adapters"):
+            call()
+
+
+def saved(folder: Path, **fields: Any) -> tuple[nn.Module, Path]:
+    config = lk.LoRAConfig(**{"r": 3, "target_modules": ["q_proj", "head"], "use_rslora": True, **fields})
+    model = trained(lk.inject(net(), config)).eval()
+    return model, lk.save_adapter(model, folder)
+
+
+def test_files_go_round(tmp_path: Path) -> None:
+    model, folder = saved(tmp_path / "a", rank_pattern={"head": 2}, alpha_pattern={"layers.1.q_proj": 5})
+    again = lk.load_adapter(net().eval(), folder)
+    assert torch.equal(again(X), model(X))
+    assert not lk.trainable_parameters(again)
+    lk.save_adapter(again, tmp_path / "b")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert lk.trainable_parameters(lk.load_adapter(net(), folder, trainable=True)).num_trainable > 0
+
+
+def test_files_are_pefts_both_ways(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, folder = saved(tmp_path / "ours", rank_pattern={"head": 2})
+    theirs = peft.PeftModel.from_pretrained(net().eval(), folder)
+    assert torch.allclose(theirs(X), model(X), atol=1e-6)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, back = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert ours.keys() == back.keys() and all(torch.equal(ours[key], back[key]) for key in ours)
+    again = lk.load_adapter(net().eval(), tmp_path / "theirs")
+    assert torch.equal(again(X), model(X))
+
+
+def test_loading_under_a_taken_name_replaces_the_weights(tmp_path: Path) -> None:
+    model, folder = saved(tmp_path)
+    answer = model(X)
+    weight = model.head.lora_A["default"].weight
+    trained(model)
+    lk.load_adapter(model, folder)
+    assert torch.equal(model(X), answer) and model.head.lora_A["default"].weight is weight
+    lk.load_adapter(model, folder, "second")
+    assert torch.equal(model(X), answer) and model.head.active_adapters == ["second"]
+    other = lk.inject(net(), lk.LoRAConfig(r=5, target_modules=["head"]))
+    with pytest.raises(lk.AdapterFileError, match="other layers or ranks"):
+        lk.load_adapter(other, folder)
+    lk.merge(model)
+    with pytest.raises(lk.AdapterFileError, match="call unmerge first"):
+        lk.load_adapter(model, folder)
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+
+    return edit
+
+
+def edit_config(**fields: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return edit
+
+
+def write(name: str, data: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+HEAD = "base_model.model.head.lora_{}.weight"
+A, B = HEAD.format("A"), HEAD.format("B")
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"never": "read"}))
+
+
+FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no B": (edit_tensors(lambda t: t.pop(B)), "module 'head' has no lora_B.weight"),
+    "no A": (edit_tensors(lambda t: t.pop(A)), "module 'head' has no lora_A.weight"),
+    "unknown key": (edit_tensors(lambda t: t.update(extra=torch.ones(2))), "unknown key 'extra'"),
+    "unknown module": (
+        edit_tensors(lambda t: t.update({A.replace("head", "hed"): t.pop(A), B.replace("head", "hed"): t.pop(B)})),
+        "no module 'hed'; near names: head",
+    ),
+    "other prefix": (edit_tensors(lambda t: t.update({A[5:]: t.pop(A)})), "unknown key"),
+    "ranks differ": (edit_tensors(lambda t: t.update({B: torch.ones(4, 5)})), "rank 3, lora_B 5"),
+    "A transposed": (edit_tensors(lambda t: t.update({A: t[A].T})), "transposed"),
+    "NaN": (edit_tensors(lambda t: t[A].fill_(float("nan"))), "head.lora_A holds NaN or Inf"),
+    "Inf": (edit_tensors(lambda t: t[B].fill_(float("inf"))), "head.lora_B holds NaN or Inf"),
+    "integers": (edit_tensors(lambda t: t.update({A: t[A].int()})), "head.lora_A is torch.int32"),
+    "three dimensions": (edit_tensors(lambda t: t.update({A: t[A][None]})), "expected two dimensions"),
+    "a layer that is no linear": (
+        edit_tensors(lambda t: t.update({k.replace("head", "layers.0.norm"): t[k].clone() for k in (A, B)})),
+        "'layers.0.norm' is a LayerNorm",
+    ),
+    "no tensors": (edit_tensors(lambda t: t.clear()), "holds no tensors"),
+    "truncated": (
+        lambda f: write("adapter_model.safetensors", (f / "adapter_model.safetensors").read_bytes()[:-9])(f),
+        "not a whole safetensors file",
+    ),
+    "empty": (write("adapter_model.safetensors", b""), "not a whole safetensors file"),
+    "header of 2**62 bytes": (write("adapter_model.safetensors", (2**62).to_bytes(8, "little")), "not a whole"),
+    "a pickle by another name": (write("adapter_model.safetensors", pickle.dumps({"a": 1})), "not a whole"),
+    "only a pickle": (only_a_pickle, "a pickle can run any code and is not read"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "has no adapter_config.json"),
+    "broken config": (write("adapter_config.json", b"{"), "cannot be read as JSON"),
+    "config that is a list": (write("adapter_config.json", b"[]"), "holds a list"),
+    "config of bytes": (write("adapter_config.json", b"\xff\xfe\x00"), "cannot be read as JSON"),
+    "another method": (edit_config(peft_type="LOHA"), "peft_type is 'LOHA'"),
+    "r = 0": (edit_config(r=0), "r is 0"),
+    "r negative": (edit_config(r=-1), "r is -1"),
+    "r a text": (edit_config(r="8"), "r is '8'"),
+    "r huge": (edit_config(r=10**9), "says 1000000000"),
+    "r null": (edit_config(r=None), "r is null"),
+    "alpha NaN": (edit_config(lora_alpha=float("nan")), "lora_alpha is nan"),
+    "alpha Inf": (edit_config(lora_alpha=float("inf")), "lora_alpha is inf"),
+    "alpha null": (edit_config(lora_alpha=None), "lora_alpha is null"),
+    "unknown field": (edit_config(use_magic=True), "use_magic=True changes what the adapter computes"),
+    "fan_in_fan_out": (edit_config(fan_in_fan_out=True), "fan_in_fan_out=True"),
+    "replication": (edit_config(layer_replication=[[0, 2]]), "layer_replication"),
+    "PiSSA": (edit_config(init_lora_weights="pissa"), "'pissa' changes the base weight"),
+    "rank_pattern disagrees": (edit_config(rank_pattern={"head": 9}), "says 9"),
+    "broken rank_pattern": (edit_config(rank_pattern={"(": 9}), "not a regular expression"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_faults_in_files_are_refused_and_change_nothing(fault: str, tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    spoil, message = FAULTS[fault]
+    spoil(folder)
+    model = net()
+    answer = model(X)
+    with pytest.raises(lk.AdapterFileError, match=message):
+        lk.load_adapter(model, folder)
+    assert not adapted_names(model) and torch.equal(model(X), answer)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_pattern_that_never_ends_is_given_up() -> None:
+    with pytest.raises(ValueError, match=r"took over 1\.0 s"):
+        pattern_value("a" * 60 + "b", {"(a|aa)+!": 3}, 8)
+
+
+def test_a_hundred_thousand_entries_are_refused_soon(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    entries = {f"entry.{i}": torch.ones(1) for i in range(100_000)}
+    save_file(entries, folder / "adapter_model.safetensors")
+    with pytest.raises(lk.AdapterFileError, match="unknown key"):
+        lk.load_adapter(net(), folder)
+
+
+def test_saving_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="no adapter 'default'; its adapters"):
+        lk.save_adapter(net(), tmp_path)
+    assert not list(tmp_path.iterdir())
