@@ -51,8 +51,9 @@ def lora_linear(
     """
     if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)):
         raise TypeError(f"x and weight must be tensors; got {type(x).__name__} and {type(weight).__name__}")
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(x.device.type))
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(device_type))
     _check(x, weight, lora_A, lora_B, bias)
     if isinstance(scaling, torch.Tensor):
         # Into B, a [N, r] product that autograd and torch.compile see: no wait for the value.

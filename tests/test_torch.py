@@ -275,3 +275,11 @@ def test_export() -> None:
     x = torch.randn(5, 24)
     exported = torch.export.export(layer, (x,))
     assert torch.equal(exported.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_meta_tensors_have_the_right_shapes(dropout: float) -> None:
+    layer = lk.LoRALinear(24, 16, r=3, lora_dropout=dropout, device="meta")
+    y = layer(torch.empty(2, 5, 24, device="meta"))
+    y.sum().backward()
+    assert y.shape == (2, 5, 16) and layer.lora_A["default"].weight.grad.shape == (3, 24)

@@ -1,0 +1,160 @@
+"""The documentation holds: its code runs, its commands, names and files are there, its links lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lorakernels as lk
+from lorakernels import cli
+from lorakernels.backend import ENVIRONMENT
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+WITH_CODE = [ROOT / "README.md", *DOCS]
+PAGES = [*WITH_CODE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+NOT_RUN = "<!-- not run -->"
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`([^`\n]+)`")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"(?<![\w./-])lorakernels +([a-z][\w-]*)")
+MODULE = re.compile(r"python -m (lorakernels[\w.]*)")
+PLACES = ("lorakernels/", "tests/", "docs/", "examples/")
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    code: str
+    line: int
+    run: bool
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The fenced blocks of a page; `line` is that of the code's first line."""
+    for match in FENCE.finditer(text):
+        before = text[: match.start()].rstrip()
+        yield Block(match[1], match[2], text.count("\n", 0, match.start(2)) + 1, not before.endswith(NOT_RUN))
+
+
+def prose(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+def spans(text: str) -> list[str]:
+    return SPAN.findall(prose(text))
+
+
+def page_id(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs writes into a temporary folder, and takes the implementation that a user would get."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("page", WITH_CODE, ids=page_id)
+def test_code_runs(page: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page.read_text(encoding="utf-8")):
+        if block.language == "python":
+            # Blank lines before it, so that a traceback names the line of the page.
+            code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+            if block.run:
+                exec(code, namespace)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("example", EXAMPLES, ids=page_id)
+def test_examples_run_and_are_short(example: Path) -> None:
+    assert len(example.read_text(encoding="utf-8").splitlines()) < 60
+    runpy.run_path(str(example), run_name="__main__")
+
+
+@every_page
+def test_commands_are_real(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    shell = [block.code for block in blocks(text) if block.language != "python"]
+    known = {command.name for command in cli.COMMANDS}
+    for code in (*shell, *spans(text)):
+        assert set(COMMAND.findall(code)) <= known, code
+        for module in MODULE.findall(code):
+            assert importlib.util.find_spec(module) is not None, module
+    for line in "\n".join(shell).splitlines():
+        for words in split_commands(line):
+            if words[0] == "lorakernels":
+                cli.parser().parse_args(words[1:])  # SystemExit, if an option is not there
+
+
+def split_commands(line: str) -> Iterator[list[str]]:
+    words: list[str] = []
+    for word in [*shlex.split(line, comments=True), "&&"]:
+        if word != "&&":
+            words.append(word)
+        elif words:
+            yield words
+            words = []
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(prose(page.read_text(encoding="utf-8"))):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page_id(page)} links to {target}"
+        if page in DOCS:
+            assert file in DOCS, f"{page_id(page)} links to {target}, which the built site does not have"
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{page_id(page)} links to {target}"
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ +(.+)$", prose(text), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@every_page
+def test_named_files_and_names_exist(page: Path) -> None:
+    for span in spans(page.read_text(encoding="utf-8")):
+        if span.startswith(PLACES) and re.fullmatch(r"[\w./-]+", span):
+            assert (ROOT / span).exists(), f"{page_id(page)} names {span}"
+        for name in re.findall(r"\blk\.(\w+)", span):
+            assert name in lk.__all__, f"{page_id(page)} names lk.{name}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(navigation) == [page.name for page in DOCS]
+
+
+def test_every_command_field_and_public_name_is_documented() -> None:
+    text = "\n".join(page.read_text(encoding="utf-8") for page in WITH_CODE)
+    missing = [command.name for command in cli.COMMANDS if f"lorakernels {command.name}" not in text]
+    table = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    missing += [field.name for field in dataclasses.fields(lk.LoRAConfig) if f"| `{field.name}` |" not in table]
+    missing += [name for name in lk.__all__ if name not in text and name != "__version__"]
+    assert not missing, f"not documented: {missing}"
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
