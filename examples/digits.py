@@ -15,12 +15,14 @@ train, test = slice(0, 1300), slice(1300, None)
 
 def fit(model: nn.Module, images: torch.Tensor, steps: int, lr: float) -> None:
     optimizer = torch.optim.AdamW(lk.trainable_parameters(model), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     model.train()
     for _ in range(steps):
         batch = torch.randint(0, train.stop, (128,))
         optimizer.zero_grad()
         F.cross_entropy(model(images[batch]), labels[batch]).backward()
         optimizer.step()
+        schedule.step()
     model.eval()
 
 
@@ -35,7 +37,7 @@ print(f"digits: {accuracy(model, images):.1%}, in negative: {accuracy(model, -im
 
 lk.inject(model, lk.LoRAConfig(r=4, lora_alpha=16, target_modules="all-linear"))
 print(lk.trainable_parameters(model))
-fit(model, -images, steps=400, lr=1e-2)
+fit(model, -images, steps=600, lr=1e-2)
 adapted = accuracy(model, -images)
 print(f"in negative, with the adapter: {adapted:.1%}")
 

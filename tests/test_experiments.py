@@ -33,7 +33,7 @@ def test_rank_1_follows_a_world_that_moves_by_one(
         return nn.functional.mse_loss(layer(x), y)
 
     optimizer = torch.optim.LBFGS(
-        parameters, max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
+        parameters, max_iter=30, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
     )
 
     def closure() -> torch.Tensor:

@@ -1,0 +1,232 @@
+"""PEFT's LoRA layers on the fused path: `accelerate` after the model is built, `restore` to undo it."""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lorakernels.functional import lora_linear
+from lorakernels.integrations.peft_report import AccelerationReport, LayerReport
+
+# Of other types are DTensors, quantised weights (torchao keeps nn.Linear and swaps its weight) and the like.
+_PLAIN = (torch.Tensor, nn.Parameter)
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*_AUTOCAST_DTYPES, torch.float64)
+
+# Of one active adapter: A [r, K], B [N, r], the bias [N] of B or None, scaling, and dropout's p (0 where it is off).
+_Term = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "float | torch.Tensor", float]
+
+
+def accelerate(model: nn.Module) -> AccelerationReport:
+    """Give every PEFT LoRA layer of `model` the fused forward, in place.
+
+    A layer is taken when its type is exactly `peft.tuners.lora.layer.Linear`; it then is a subclass of that, and all
+    else about it stays: parameters, hooks, names, state dict, and the files that PEFT saves. What the fused path does
+    not cover runs PEFT's own forward, decided at each call. Adapters added later to these layers need nothing more;
+    layers that a later adapter is the first to reach need another call, which does no harm to the others.
+
+    Args:
+        model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
+
+    Returns:
+        Every LoRA layer, whether it is accelerated as the adapters stand now, and why not. Print it.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: `model` is not a module.
+    """
+    fused = _fused_linear()
+    from peft.tuners.lora.layer import Linear, LoraLayer
+
+    rows = []
+    for name, module in _named_modules(model):
+        if isinstance(module, LoraLayer):
+            if type(module) is Linear:
+                module.__class__ = fused
+            reason = _why_not(module)
+            rows.append(LayerReport(name, not reason, reason))
+    if not rows:
+        warnings.warn(
+            f"{type(model).__name__} has no PEFT LoRA layer, so nothing is accelerated; call accelerate() after "
+            "get_peft_model or inject_adapter_in_model",
+            stacklevel=2,
+        )
+    return AccelerationReport(tuple(rows))
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: every layer is of PEFT's own type again. Harmless where nothing is accelerated.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: `model` is not a module.
+    """
+    fused = _fused_linear()
+    for _, module in _named_modules(model):
+        if type(module) is fused:
+            module.__class__ = fused.__base__  # type: ignore[assignment]
+
+
+@lru_cache(maxsize=1)
+def _fused_linear() -> type:
+    """The subclass of PEFT's Linear; made at the first use, so that this module can be imported without PEFT."""
+    try:
+        from peft.tuners.lora.layer import Linear
+    except ImportError as error:
+        raise ImportError(f"accelerate() and restore() need PEFT ({error}): pip install peft") from error
+
+    class FusedLinear(Linear):
+        """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            y = None if args or kwargs else _fused_forward(self, x)
+            return Linear.forward(self, x, *args, **kwargs) if y is None else y
+
+    FusedLinear.__qualname__ = "FusedLinear"  # a whole pickled model finds it in this module, by __getattr__
+    return FusedLinear
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FusedLinear":
+        return _fused_linear()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    return list(model.named_modules())
+
+
+def _why_not(layer: Any) -> str:
+    """Why calls of this LoRA layer, its adapters as they are, run PEFT's forward; empty where they do not."""
+    if type(layer) is not _fused_linear():
+        base = layer.get_base_layer()
+        return f"{_type_name(layer)} over {_type_name(base)}: only PEFT's lora.Linear over torch.nn.Linear is fused"
+    if "forward" in layer.__dict__:
+        return "its forward is replaced on the instance, so its class has no say"
+    terms = _active_terms(layer)
+    return terms if isinstance(terms, str) else ""
+
+
+def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """x [..., K] to [..., N] by the fused path, or None where PEFT's own forward is to run."""
+    if layer._disable_adapters or layer.merged_adapters or not _is_plain(x) or x.is_nested:
+        return None
+    terms = _active_terms(layer)
+    if isinstance(terms, str) or not terms:
+        return None
+    base = layer._modules["base_layer"]
+    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
+    if not _takes_dtypes(layer, x, weight, terms):
+        return None
+
+    first, *others = terms
+    if others and not any(term[4] for term in terms):
+        # Adapters without dropout are one adapter of their ranks' sum: still one pass over x.
+        A = torch.cat([term[0] for term in terms])
+        B = torch.cat([term[1] * term[3] for term in terms], dim=1)
+        return lora_linear(x, weight, A, B, bias=_with_lora_biases(bias, terms, x.dtype))
+    A, B, _, scaling, p = first
+    y = lora_linear(x, weight, A, B, bias=_with_lora_biases(bias, [first], x.dtype), scaling=scaling, dropout_p=p)
+    for A, B, lora_bias, scaling, p in others:  # each adapter has a mask of its own
+        s = F.linear(F.dropout(x, p), A.to(x.dtype))
+        y = y + F.linear(s, B.to(x.dtype), None if lora_bias is None else lora_bias.to(x.dtype)) * scaling
+    return y
+
+
+def _takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: list[_Term]) -> bool:
+    """Whether the fused path computes what PEFT computes with these dtypes; where not, PEFT's forward may raise."""
+    if x.dtype not in _DTYPES:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        # It leaves float64 and integers, which a quantised weight may be, alone.
+        return weight.dtype is x.dtype or (weight.dtype in _AUTOCAST_DTYPES and x.dtype in _AUTOCAST_DTYPES)
+    casting = getattr(layer, "cast_input_dtype_enabled", True)
+    return weight.dtype is x.dtype and (casting or all(A.dtype is B.dtype is x.dtype for A, B, *_ in terms))
+
+
+def _with_lora_biases(bias: torch.Tensor | None, terms: list[_Term], dtype: torch.dtype) -> torch.Tensor | None:
+    """The base bias [N] and scaling times the bias of each B (PEFT's `lora_bias`)."""
+    total = bias
+    for _, _, lora_bias, scaling, _ in terms:
+        if lora_bias is not None:
+            scaled = lora_bias * scaling
+            total = scaled if total is None else total + scaled
+    return total if total is bias or total is None else total.to(dtype)
+
+
+def _active_terms(layer: Any) -> list[_Term] | str:
+    """What each active adapter adds, or why this layer cannot take the fused path.
+
+    It runs at every call, since PEFT and the user may change any of it between two: so it goes through
+    `_modules` and `_parameters`, where `nn.Module.__getattr__` takes ten times as long.
+    """
+    modules = layer._modules
+    base = modules["base_layer"]
+    if type(base) is not nn.Linear:
+        return f"the base layer is {_type_name(base)}, not exactly torch.nn.Linear"
+    if _runs_more_than_forward(base):
+        return "the base layer has hooks or a replaced forward, which run only when it is called"
+    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
+    if not _is_plain(weight):
+        return f"the base weight is a {_type_name(weight)} ({weight.layout}), not a plain tensor"
+    if bias is not None and not (_is_plain(bias) and bias.dtype is weight.dtype):
+        return "the base bias is not a plain tensor of the weight's dtype"
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out is set"
+    lora_A, lora_B, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
+    terms: list[_Term] = []
+    for name in layer.active_adapters:
+        if name not in lora_A:
+            continue
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
+        A, B, dropout, scaling = lora_A[name], lora_B[name], dropouts[name], layer.scaling[name]
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or _parameter(A, "bias") is not None:
+            return f"lora_A or lora_B of adapter {name!r} is not the torch.nn.Linear that PEFT makes"
+        if type(dropout) is nn.Identity:
+            p = 0.0
+        elif type(dropout) is nn.Dropout and dropout.p < 1 and not dropout.inplace:
+            p = dropout.p if dropout.training else 0.0
+        else:
+            return f"the dropout of adapter {name!r} is {dropout}, not a torch.nn.Dropout with p < 1"
+        if _runs_more_than_forward(A) or _runs_more_than_forward(B) or _runs_more_than_forward(dropout):
+            return f"lora_A, lora_B or lora_dropout of adapter {name!r} has hooks or a replaced forward"
+        weight_A, weight_B, bias_B = _parameter(A, "weight"), _parameter(B, "weight"), _parameter(B, "bias")
+        if not (_is_plain(weight_A) and _is_plain(weight_B)):
+            return f"a weight of adapter {name!r} is not a plain tensor"
+        if isinstance(scaling, torch.Tensor) and scaling.dim() != 0:
+            return f"the scaling of adapter {name!r} is a tensor of shape {list(scaling.shape)}, not a number"
+        terms.append((weight_A, weight_B, bias_B, scaling, p))
+    return terms
+
+
+def _is_plain(tensor: Any) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    """`module.name`, which need not be a parameter: FSDP and DataParallel put plain tensors in their place."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _runs_more_than_forward(module: nn.Module) -> bool:
+    """Whether a call of `module` does other things than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
