@@ -1,4 +1,4 @@
-"""lorakernels: low-rank adapters at nearly the speed of the frozen model.
+"""lorakernels: low-rank adapters (LoRA) in fused Triton kernels, and in plain torch where there is no GPU.
 
 Names load when they are first used: `import lorakernels` itself starts neither Triton nor CUDA.
 """
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lorakernels.config import LoRAConfig as LoRAConfig
     from lorakernels.functional import explain as explain
     from lorakernels.functional import lora_linear as lora_linear
+    from lorakernels.integrations.peft import accelerate as accelerate
+    from lorakernels.integrations.peft import restore as restore
     from lorakernels.nn.linear import LoRALinear as LoRALinear
 
 __version__ = "0.1.0"
@@ -39,6 +41,8 @@ _HOMES = {
     "set_scale": "lorakernels.adapters.switch",
     "save_adapter": "lorakernels.adapters.files",
     "load_adapter": "lorakernels.adapters.files",
+    "accelerate": "lorakernels.integrations.peft",
+    "restore": "lorakernels.integrations.peft",
     "AdapterFileError": "lorakernels.adapters.adapter_config",
     "BackendError": "lorakernels.backend",
 }

@@ -71,7 +71,6 @@ def explain(
     weight: torch.Tensor | None = None,
     lora_A: torch.Tensor | None = None,
     *,
-    dropout_p: float = 0.0,
     impl: str = "auto",
 ) -> Explanation:
     """Which implementation `lora_linear` takes for x, and why; with weight and lora_A, which kernels and configs too.

@@ -205,6 +205,48 @@ def test_files_go_round(tmp_path: Path) -> None:
     assert lk.trainable_parameters(lk.load_adapter(net(), folder, trainable=True)).num_trainable > 0
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_are_in_the_files(bias: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model, folder = saved(tmp_path / "ours", bias=bias)
+    again = lk.load_adapter(net().eval(), folder)
+    assert torch.equal(again(X), model(X)) and not lk.trainable_parameters(again)
+    trainable = lk.trainable_parameters(lk.load_adapter(net(), folder, trainable=True))
+    assert trainable.num_trainable == lk.trainable_parameters(model).num_trainable
+    theirs = peft.PeftModel.from_pretrained(net().eval(), folder)
+    assert torch.allclose(theirs(X), model(X), atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert torch.equal(lk.load_adapter(net().eval(), tmp_path / "theirs")(X), model(X))
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith(".bias"))
+    save_file({**tensors, key: torch.ones(99)}, path)
+    with pytest.raises(lk.AdapterFileError, match=r"bias is \[99\]"):
+        lk.load_adapter(net(), folder)
+
+
+def test_a_shared_layer_goes_through_files(tmp_path: Path) -> None:
+    def shared() -> Net:
+        model = net()
+        model.layers[2].q_proj = model.layers[0].q_proj
+        return model
+
+    model = trained(lk.inject(shared(), lk.LoRAConfig(r=2, target_modules=["q_proj"]))).eval()
+    again = lk.load_adapter(shared().eval(), lk.save_adapter(model, tmp_path))
+    assert again.layers[2].q_proj is again.layers[0].q_proj
+    assert torch.equal(again(X), model(X))
+
+
+def test_merging_is_all_or_nothing() -> None:
+    model = trained(lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj", "head"])))
+    nn.init.constant_(model.head.lora_A["default"].weight, float("inf"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="not finite; nothing changed"):
+        lk.merge(model)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert not any(model.get_submodule(name).merged for name in adapted_names(model))
+
+
 def test_files_are_pefts_both_ways(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model, folder = saved(tmp_path / "ours", rank_pattern={"head": 2})

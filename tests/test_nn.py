@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -122,10 +123,6 @@ def test_merging_takes_care() -> None:
     with pytest.raises(RuntimeError, match="training would not reach them"):
         layer(torch.randn(2, 8))
     layer.eval()
-    with torch.no_grad():
-        layer.lora_B["default"].weight.add_(1)
-    with pytest.raises(RuntimeError, match="was changed after it was merged"):
-        layer.unmerge()
     for forbidden in (lambda: layer.add_adapter("other"), lambda: layer.set_adapter([])):
         with pytest.raises(RuntimeError, match="unmerge"):
             forbidden()
@@ -137,13 +134,16 @@ def test_merging_takes_care() -> None:
     assert torch.equal(broken.weight, base) and not broken.merged
 
 
-def test_scaling_changed_while_merged_does_not_confuse_unmerge() -> None:
+def test_changes_while_merged_do_not_confuse_unmerge() -> None:
     layer = trained(lk.LoRALinear(8, 8, r=2, dtype=torch.float64)).eval()
     base = layer.weight.clone()
     layer.merge()
     layer.scaling = 100.0
-    layer.unmerge()
-    assert torch.allclose(layer.weight, base, atol=1e-12) and layer.scaling == 100.0
+    nn.init.normal_(layer.lora_A["default"].weight)
+    copied = copy.deepcopy(layer)
+    for merged in (layer, copied):
+        merged.unmerge()
+        assert torch.allclose(merged.weight, base, atol=1e-12) and merged.scaling == 100.0
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -163,6 +163,11 @@ def test_several_adapters_add_up(training: bool, dropout: float) -> None:
     first = layer(x)
     expected = first + x @ layer.delta_weight("second").double().T
     assert torch.allclose(both, expected)
+    layer.set_adapter(["default", "second"])
+    layer.scalings["second"] = 0.0
+    nn.init.constant_(layer.lora_A["second"].weight, float("inf"))
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), first)
     layer.set_adapter([])
     assert torch.equal(layer(x), layer.base_layer(x))
     with pytest.raises(KeyError, match="no adapter 'third'; its adapters"):
@@ -196,7 +201,7 @@ def test_hooks_of_the_base_layer_run() -> None:
     assert seen == [(3, 16)]
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a/b", "..", "a\\b", " a", "a\0"])
+@pytest.mark.parametrize("name", ["", "a.b", "a/b", "..", "a\\b", " a", "a\0", "train", "keys"])
 def test_names_that_cannot_be(name: str) -> None:
     with pytest.raises(ValueError, match="adapter name"):
         lk.LoRALinear(4, 4, adapter_name=name)

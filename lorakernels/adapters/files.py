@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorakernels.adapters.adapter_config import AdapterFileError, read_config, write_config
-from lorakernels.adapters.inject import adapted_layers, adapter_configs, freeze_all_but_adapters
+from lorakernels.adapters.inject import adapted_layers, adapter_configs, freeze_all_but_adapters, replace_module
 from lorakernels.adapters.targets import pattern_value
 from lorakernels.config import LoRAConfig
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
@@ -36,7 +36,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     configs = adapter_configs(model)
     if adapter_name not in configs:
         raise KeyError(f"the model has no adapter {adapter_name!r}; its adapters: {list(configs)}")
-    tensors = {}
+    tensors = {f"{PREFIX}{name}": bias.detach().cpu() for name, bias in _saved_biases(model, adapter_name).items()}
     for path, layer in adapted_layers(model).items():
         if adapter_name in layer.r:
             for factor, adapters in (("A", layer.lora_A), ("B", layer.lora_B)):
@@ -77,7 +77,9 @@ def load_adapter(
     check_adapter_name(adapter_name)
     folder = Path(folder)
     config = read_config(_existing(folder, CONFIG_FILE))
-    pairs = _pairs(_read_tensors(_existing(folder, WEIGHTS_FILE)))
+    tensors = _read_tensors(_existing(folder, WEIGHTS_FILE))
+    biases = _take_biases(tensors, model, config)
+    pairs = _pairs(tensors)
     layers = {path: _layer(model, path) for path in pairs}
     ranks, alphas = _by_pattern(pairs, config)
     for path, (A, B) in pairs.items():
@@ -88,15 +90,18 @@ def load_adapter(
         layer = layers[path]
         if not isinstance(layer, LoRALayer):
             assert isinstance(layer, nn.Linear)
+            plain = layer
             layer = LoRALinear.from_linear(
-                layer, ranks[path], alphas[path], config.lora_dropout, config.use_rslora, adapter_name=adapter_name
+                plain, ranks[path], alphas[path], config.lora_dropout, config.use_rslora, adapter_name=adapter_name
             )
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer)
+            replace_module(model, plain, layer)
         elif adapter_name not in layer.r:
             layer.add_adapter(adapter_name, ranks[path], alphas[path], config.lora_dropout, config.use_rslora)
         _set_weights(layer, adapter_name, A, B, trainable)
-    freeze_all_but_adapters(model, config.bias)
+    with torch.no_grad():
+        for bias, value in biases:
+            bias.copy_(value)
+    freeze_all_but_adapters(model, config.bias if trainable else "none")
     for layer in adapted_layers(model).values():
         layer.set_adapter([adapter_name] if adapter_name in layer.r else [])
         if not trainable:
@@ -104,6 +109,34 @@ def load_adapter(
     config = dataclasses.replace(config, target_modules=sorted(pairs))
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return model
+
+
+def _saved_biases(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+    """The biases that trained with an adapter, by PEFT's names: `<module>.base_layer.bias` in an adapted layer."""
+    kind = adapter_configs(model)[adapter_name].bias
+    adapted = tuple(f"{path}.base_layer." for path, layer in adapted_layers(model).items() if adapter_name in layer.r)
+    biases = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    if kind == "none":
+        return {}
+    return {name: bias for name, bias in biases.items() if kind == "all" or name.startswith(adapted)}
+
+
+def _take_biases(
+    tensors: dict[str, torch.Tensor], model: nn.Module, config: LoRAConfig
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Take the biases out of a file's tensors, each beside the model's own that it replaces."""
+    if config.bias == "none":
+        return []
+    own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if name.endswith("bias")}
+    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".bias")]:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        value = tensors.pop(key)
+        if name not in own or own[name].shape != value.shape or not torch.isfinite(value).all():
+            expected = list(own[name].shape) if name in own else "a bias that the model has"
+            raise AdapterFileError(f"{key} is {list(value.shape)}, {value.dtype}; expected finite numbers, {expected}")
+        taken.append((own[name], value))
+    return taken
 
 
 def _existing(folder: Path, name: str) -> Path:

@@ -38,16 +38,25 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
                 f"target {name!r} is a {type(module).__module__}.{type(module).__qualname__}; "
                 "expected exactly torch.nn.Linear: narrow target_modules, or name it in exclude_modules"
             )
-    made: dict[int, LoRALayer] = {}
+    adapted: set[int] = set()
     for name, module in targets.items():
         # A module under two names stays one module, with one adapter.
-        if id(module) not in made:
-            made[id(module)] = _adapt(module, name, config, adapter_name)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
+        if id(module) not in adapted:
+            adapted.add(id(module))
+            replace_module(model, module, _adapt(module, name, config, adapter_name))
     freeze_all_but_adapters(model, config.bias)
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return model
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` under every name that `old` has in `model`."""
+    if old is new:
+        return
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old and parent is not new:
+                setattr(parent, name, new)
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:

@@ -17,17 +17,18 @@ DEFAULT = "default"
 
 @dataclass(frozen=True)
 class _Merged:
-    """What went into the base weight, so that exactly that comes out again."""
+    """What went into the base weight, so that exactly that comes out again, whatever became of the adapter."""
 
+    A: torch.Tensor
+    B: torch.Tensor
     scaling: float
-    versions: tuple[int, ...]
 
 
 class LoRALayer(nn.Module):
     """Adapters beside a frozen `base_layer`, under PEFT's names.
 
     The state dict has `base_layer.weight`, `lora_A.<adapter>.weight` and `lora_B.<adapter>.weight`.
-    A subclass says what A and B are (`_new_pair`), what they add to the weight (`delta_weight`), and
+    A subclass says what A and B are (`_new_pair`), what they add to the weight (`_delta`), and
     how the layer runs (`forward`).
     """
 
@@ -49,9 +50,13 @@ class LoRALayer(nn.Module):
     def _new_pair(self, r: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
         raise NotImplementedError("a layer says what its lora_A and lora_B are")
 
-    def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
-        """scaling · B A as the base weight is shaped: what merging adds."""
+    def _delta(self, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
         raise NotImplementedError("a layer says what its adapters add to its weight")
+
+    def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
+        """scaling · B A in the base weight's shape, float32 (float64 for a float64 adapter): what merging adds."""
+        name = self._only_active("delta_weight") if adapter_name is None else self._known(adapter_name)
+        return self._delta(*self._factors(name), self.scalings[name])
 
     @property
     def weight(self) -> torch.Tensor:
@@ -155,15 +160,25 @@ class LoRALayer(nn.Module):
         if self.merged:
             warnings.warn(f"adapters {self.merged_adapters} are merged already: nothing to do", stacklevel=2)
             return
-        weight = self.weight
-        merged = weight.to(_sum_dtype(weight))
+        merged = self.merged_weight()
+        self._kept_base = self.weight.detach().clone() if keep_base else None
+        self.weight.copy_(merged)
+        for name in self.active_adapters:
+            A, B = self._factors(name)
+            self._merged[name] = _Merged(A.detach().clone(), B.detach().clone(), self.scalings[name])
+
+    @torch.no_grad()
+    def merged_weight(self) -> torch.Tensor:
+        """The base weight with the active adapters in it, float32 (float64 for a float64 base).
+
+        Raises ValueError when it is not finite.
+        """
+        merged = self.weight.to(_sum_dtype(self.weight))
         for name in self.active_adapters:
             merged = merged + self.delta_weight(name).to(merged.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(f"merging {self.active_adapters} would give a weight that is not finite; nothing changed")
-        self._kept_base = weight.detach().clone() if keep_base else None
-        weight.copy_(merged)
-        self._merged = {name: _Merged(self.scalings[name], self._versions(name)) for name in self.active_adapters}
+        return merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -176,20 +191,14 @@ class LoRALayer(nn.Module):
             weight.copy_(self._kept_base)
         else:
             base = weight.to(_sum_dtype(weight))
-            for name, record in self._merged.items():
-                if self._versions(name) != record.versions:
-                    raise RuntimeError(
-                        f"adapter {name!r} was changed after it was merged, so what to take out of the base weight is "
-                        "not known; use merge(keep_base=True) where adapters change while merged"
-                    )
-                scaling, self.scalings[name] = self.scalings[name], record.scaling
-                base = base - self.delta_weight(name).to(base.dtype)
-                self.scalings[name] = scaling
+            for record in self._merged.values():
+                A, B = record.A.to(weight.device), record.B.to(weight.device)
+                base = base - self._delta(A, B, record.scaling).to(base.dtype)
             weight.copy_(base)
         self._merged, self._kept_base = {}, None
 
-    def _versions(self, name: str) -> tuple[int, ...]:
-        return tuple(p._version for module in (self.lora_A[name], self.lora_B[name]) for p in module.parameters())
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
     def _known(self, name: str) -> str:
         if name not in self.r:
@@ -226,6 +235,8 @@ def check_adapter_name(name: Any) -> None:
     """A name is part of parameter names and of paths: no dots, no separators, not empty."""
     if not isinstance(name, str) or not name or any(c in name for c in "./\\\0") or name != name.strip():
         raise ValueError(f"adapter name {name!r}: expected text without dots, slashes or spaces around it")
+    if hasattr(nn.ModuleDict, name):
+        raise ValueError(f"adapter name {name!r} is an attribute of torch.nn.ModuleDict; expected another name")
 
 
 def _sum_dtype(weight: torch.Tensor) -> torch.dtype:

@@ -92,12 +92,9 @@ class LoRALinear(LoRALayer):
 
         return linear(self.in_features, r), linear(r, self.out_features)
 
-    def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
-        """scaling · B A, [out_features, in_features], float32 (float64 for a float64 adapter)."""
-        name = self._only_active("delta_weight") if adapter_name is None else self._known(adapter_name)
-        A, B = self._factors(name)
+    def _delta(self, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
         dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-        return (B.to(dtype) @ A.to(dtype)) * self.scalings[name]
+        return (B.to(dtype) @ A.to(dtype)) * scaling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -105,12 +102,14 @@ class LoRALinear(LoRALayer):
             self._refuse_training_while_merged()
             return self.base_layer(x)
         names = self.active_adapters
+        if len(names) > 1:  # one alone gets gradients that are zero; of several those that are off are left out
+            names = [name for name in names if self.scalings[name] != 0]
         if not names:
             return self.base_layer(x)
         first, *others = names
         if self.base_layer._forward_hooks or self.base_layer._forward_pre_hooks:
             # Somebody watches or changes what goes through the base layer: let it run as a module.
-            return self._add_low_rank(self.base_layer(x), x, names)
+            return self._add_low_rank(self.base_layer(x), x, [name for name in names if self.scalings[name] != 0])
         if not others:
             A, B = self._factors(first)
             return self._fused(x, A, B, self.scalings[first], self.lora_dropout[first])
@@ -122,9 +121,6 @@ class LoRALinear(LoRALayer):
         A, B = self._factors(first)
         y = self._fused(x, A, B, self.scalings[first], self.lora_dropout[first])
         return self._add_low_rank(y, x, others)
-
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
     def _fused(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, p: float) -> torch.Tensor:
         return lora_linear(x, self.weight, A, B, bias=self.bias, scaling=scaling, dropout_p=p, training=self.training)

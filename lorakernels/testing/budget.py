@@ -7,6 +7,7 @@ import torch
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     """‖actual - exact‖ / ‖exact‖ in float64; the norm of the difference where exact is zero. NaN is infinitely far."""
+    actual, exact = actual.detach(), exact.detach()
     difference = torch.linalg.vector_norm(actual.double() - exact.double())
     norm = torch.linalg.vector_norm(exact.double())
     value = float(difference / norm) if norm > 0 else float(difference)
