@@ -294,12 +294,12 @@ def test_dropout_is_unbiased(rates: tuple[float, ...], fused: list[dict[str, Any
     x = torch.randn(2, IN, dtype=torch.float64)
     outputs = []
     with torch.no_grad():
-        for seed in range(30):
+        for seed in range(12):
             torch.manual_seed(seed)
             outputs.append(layer(x.expand(500, 2, IN)))
         samples = torch.cat(outputs)
         expected = layer.eval()(x)
-    assert len(fused) == 31
+    assert len(fused) == 13
     deviation = samples.std(0)
     assert (deviation > 0).all()
     assert ((samples.mean(0) - expected).abs() < 5 * deviation / len(samples) ** 0.5).all()
