@@ -21,9 +21,10 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
     rows = config.stash.get(ROWS, [])
     if not rows:
         return
-    table = Table(title="Ratios of times in one run: median (p20 … p80)")
-    for name in rows[0]:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console(width=140).print(table)
+    console = Console(width=140)
+    for columns in dict.fromkeys(tuple(row) for row in rows):
+        table = Table(*columns, title="Ratios of times in one run: median (p20 … p80)")
+        for row in rows:
+            if tuple(row) == columns:
+                table.add_row(*map(str, row.values()))
+        console.print(table)

@@ -1,19 +1,19 @@
 """A training step of one adapted layer beside PEFT's and beside the frozen layer, interleaved in one process.
 
-    pytest bench/test_training_step.py
+pytest bench/test_training_step.py
 
 A ratio is that of two steps run one after the other, so that a slow spell of the machine hits both.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from interleaved import interleaved_seconds, percentiles
 from torch import nn
 
 import lorakernels as lk
@@ -21,7 +21,7 @@ import lorakernels as lk
 peft = pytest.importorskip("peft")
 
 M, K, N, R = 512, 2048, 2048, 16
-ROUNDS, WARM_UP = 40, 5
+ROUNDS = 40
 
 
 class OneLinear(nn.Module):
@@ -56,17 +56,6 @@ def step(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], No
     return run
 
 
-def seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def percentiles(ratios: np.ndarray) -> str:
-    low, middle, high = np.percentile(ratios, [20, 50, 80])
-    return f"{middle:.3f} ({low:.3f} … {high:.3f})"
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_training_step(benchmark: Any, record_ratio: Any, dtype: torch.dtype, dropout: float) -> None:
@@ -77,8 +66,7 @@ def test_training_step(benchmark: Any, record_ratio: Any, dtype: torch.dtype, dr
     assert dropout or torch.allclose(ours(x), theirs(x), atol=0.1 if dtype is torch.bfloat16 else 1e-4)
 
     steps = [step(layer, x, dy) for layer in (ours, theirs, frozen)]
-    times = np.array([[seconds(one) for one in steps] for _ in range(WARM_UP + ROUNDS)])[WARM_UP:]
-    ours_s, peft_s, frozen_s = times.T
+    ours_s, peft_s, frozen_s = interleaved_seconds(steps, ROUNDS)
     record_ratio(
         {
             "dtype": str(dtype).removeprefix("torch."),
