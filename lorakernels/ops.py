@@ -41,6 +41,10 @@ def _as_matrix(x: torch.Tensor) -> torch.Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def _functorch_is_active() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _nothing(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """What an operator returns in the place of a tensor nobody asked for."""
     return like.new_empty((0,), dtype=dtype)
@@ -195,6 +199,8 @@ def autocast_arguments(
     """What autocast to `dtype` makes of a linear's arguments; float64 is left alone, as torch leaves it."""
     if torch.float64 in (x.dtype, weight.dtype):
         return x, weight, bias
+    if not x.is_floating_point():
+        return x, weight, bias
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
@@ -232,9 +238,11 @@ class LoRALinearFunction(torch.autograd.Function):
         _, s, mask = output
         ctx.mark_non_differentiable(s, mask)
         ctx.set_materialize_grads(False)
-        _, need_weight, need_A, _, need_bias, *_ = ctx.needs_input_grad
+        _, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         ctx.bias_dtype = bias.dtype if need_bias else None
-        ctx.save_for_backward(x if need_weight or need_A else None, weight, lora_A, lora_B, s, mask)
+        # dB needs S alone, until it is differentiated again: torch.func always asks for that.
+        need_x = need_weight or need_A or (need_B and _functorch_is_active())
+        ctx.save_for_backward(x if need_x else None, weight, lora_A, lora_B, s, mask)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
@@ -242,8 +250,14 @@ class LoRALinearFunction(torch.autograd.Function):
             return (None,) * 9
         x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
+        need_B = needs[3]
         if torch.is_grad_enabled():
             grads = _differentiable_backward(ctx, dy)
+            if x is None and need_B:
+                raise RuntimeError(
+                    "the gradient of lora_B cannot be differentiated again: x is not kept when neither lora_A nor "
+                    "weight needs a gradient; call lora_A.requires_grad_() before the forward"
+                )
         else:
             grads = torch.ops.lorakernels.lora_linear_backward(
                 dy,
@@ -280,19 +294,15 @@ class _EagerFunction(torch.autograd.Function):
     backward = LoRALinearFunction.backward
 
 
-def _differentiable_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _differentiable_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradients as plain torch: for gradients of gradients and torch.func, whatever `impl` is."""
     x, weight, lora_A, lora_B, _, mask = ctx.saved_tensors
-    if x is None:
-        raise RuntimeError(
-            "a second derivative of lora_linear needs x, which is not kept when neither lora_A nor weight needs a "
-            "gradient; call lora_A.requires_grad_() before the forward"
-        )
     keep = None
     if mask.numel():
-        keep = unpack_mask(mask, x.shape[-1]).to(x.dtype) * inverse_keep(drop_threshold(ctx.dropout_p))
-    dx, *grads = formula.lora_linear_backward(_as_matrix(dy), _as_matrix(x), weight, lora_A, lora_B, ctx.scaling, keep)
-    return dx.view(x.shape), *grads
+        keep = unpack_mask(mask, weight.shape[1]).to(dy.dtype) * inverse_keep(drop_threshold(ctx.dropout_p))
+    dy2, x2 = _as_matrix(dy), None if x is None else _as_matrix(x)
+    dx, *grads = formula.lora_linear_backward(dy2, x2, weight, lora_A, lora_B, ctx.scaling, keep)
+    return dx.reshape(*dy.shape[:-1], weight.shape[1]), *grads
 
 
 def _vmap(
@@ -300,12 +310,15 @@ def _vmap(
 ) -> tuple[Any, tuple[int | None, ...]]:
     """A batched x alone is only more tokens; anything else is a loop over the examples."""
     x, *others = inputs
-    if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+    seed = others[4]  # flattened tokens would get one mask from it, and equal examples different ones
+    if in_dims[0] is not None and seed is None and all(dim is None for dim in in_dims[1:]):
         x = x.movedim(in_dims[0], 0)
         tokens = math.prod(x.shape[1:-1])
         y, *kept = call(x, *others)
         dims = tuple(0 if tensor.dim() == 2 else None for tensor in kept)
-        kept = [tensor.view(info.batch_size, tokens, -1) if tensor.dim() == 2 else tensor for tensor in kept]
+        kept = [
+            tensor.view(info.batch_size, tokens, tensor.shape[1]) if tensor.dim() == 2 else tensor for tensor in kept
+        ]
         return (y, *kept), (0, *dims)
     examples = [
         call(*(value if dim is None else value.select(dim, i) for value, dim in zip(inputs, in_dims, strict=True)))
@@ -338,7 +351,9 @@ def lora_linear(
         # stash of the generator, so a recomputed forward draws the same mask.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     arguments = (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
-        eager = not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
-        return (_EagerFunction if eager else LoRALinearFunction).apply(*arguments)[0]
+    functorch = _functorch_is_active()
+    transformed = functorch or torch.compiler.is_compiling()
+    # Under torch.func always: the operator alone would drop the tangents of jvp, where the Function raises.
+    if functorch or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5])):
+        return (LoRALinearFunction if transformed else _EagerFunction).apply(*arguments)[0]
     return torch.ops.lorakernels.lora_linear(*arguments)[0]

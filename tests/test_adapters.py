@@ -183,6 +183,7 @@ def test_switching_scaling_and_merging() -> None:
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     lk.merge(model, "other")
     assert torch.allclose(model(X), other, atol=1e-5)
+    lk.unmerge(model)
     for call in (lambda: lk.set_adapter(net(), "x"), lambda: lk.set_scale(model, "x", 1)):
         with pytest.raises(KeyError, match="no adapter 'x'; its adapters"):
             call()
@@ -235,6 +236,58 @@ def test_a_shared_layer_goes_through_files(tmp_path: Path) -> None:
     again = lk.load_adapter(shared().eval(), lk.save_adapter(model, tmp_path))
     assert again.layers[2].q_proj is again.layers[0].q_proj
     assert torch.equal(again(X), model(X))
+
+
+def test_loading_over_an_adapter_takes_its_alpha_too(tmp_path: Path) -> None:
+    model, folder = saved(tmp_path, lora_alpha=32, use_rslora=False)
+    other = lk.inject(
+        net().eval(), lk.LoRAConfig(r=3, lora_alpha=2, lora_dropout=0.5, target_modules=["q_proj", "head"])
+    )
+    lk.load_adapter(other, folder)
+    assert torch.equal(other(X), model(X))
+    assert other.head.scaling == 32 / 3 and other.head.lora_dropout["default"] == 0
+
+
+def test_merging_a_tied_weight_is_refused() -> None:
+    model = net()
+    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    lk.inject(model, lk.LoRAConfig(target_modules=["q_proj"]))
+    before = model.layers[0].q_proj.weight.clone()
+    with pytest.raises(ValueError, match="share one weight"):
+        lk.merge(model)
+    assert torch.equal(before, model.layers[0].q_proj.weight) and not model.layers[0].q_proj.merged
+
+
+def test_nothing_switches_or_is_added_while_a_layer_is_merged() -> None:
+    model = lk.inject(net().eval(), lk.LoRAConfig(target_modules=["q_proj"]))
+    lk.inject(model, lk.LoRAConfig(target_modules=["q_proj"]), "other")
+    model.layers[2].q_proj.merge()
+    for call in (
+        lambda: lk.set_adapter(model, "other"),
+        lambda: lk.set_scale(model, "default", 0),
+        lambda: lk.inject(model, lk.LoRAConfig(target_modules=["q_proj"]), "third"),
+    ):
+        with pytest.raises(RuntimeError, match="unmerge first"):
+            call()
+    assert model.layers[0].q_proj.active_adapters == ["default"]
+    assert model.layers[0].q_proj.adapter_names == ["default", "other"]
+
+
+def test_a_broken_pattern_leaves_the_model_alone() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="not a regular expression"):
+        lk.inject(model, lk.LoRAConfig(target_modules=["q_proj"], rank_pattern={"layers.0.q_proj": 4, "(": 3}))
+    assert not adapted_names(model)
+
+
+def test_loading_beside_a_training_adapter_leaves_its_biases_training(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"], bias="all"))
+    biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
+    lk.load_adapter(model, folder, "other")
+    assert biases <= {
+        name.replace("head.base_layer", "head") for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def test_merging_is_all_or_nothing() -> None:
@@ -324,6 +377,16 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a layer that is no linear": (
         edit_tensors(lambda t: t.update({k.replace("head", "layers.0.norm"): t[k].clone() for k in (A, B)})),
         "'layers.0.norm' is a LayerNorm",
+    ),
+    "inside an adapted layer": (
+        edit_tensors(lambda t: t.update({k.replace("head", "head.base_layer"): t.pop(k) for k in (A, B)})),
+        "no module 'head.base_layer'",
+    ),
+    "lora_ga": (edit_config(init_lora_weights="lora_ga"), "changes the base weight"),
+    "alpha of 401 digits": (edit_config(lora_alpha=10**400), "adapter_config.json"),
+    "alpha of 5000 digits": (
+        lambda f: write("adapter_config.json", b'{"r": 3, "lora_alpha": 1' + b"0" * 5000 + b"}")(f),
+        "cannot be read as JSON",
     ),
     "no tensors": (edit_tensors(lambda t: t.clear()), "holds no tensors"),
     "truncated": (

@@ -138,7 +138,9 @@ def test_changes_while_merged_do_not_confuse_unmerge() -> None:
     layer = trained(lk.LoRALinear(8, 8, r=2, dtype=torch.float64)).eval()
     base = layer.weight.clone()
     layer.merge()
-    layer.scaling = 100.0
+    with pytest.raises(RuntimeError, match="call unmerge"):
+        layer.scaling = 100.0
+    layer.scalings["default"] = 100.0
     nn.init.normal_(layer.lora_A["default"].weight)
     copied = copy.deepcopy(layer)
     for merged in (layer, copied):
@@ -155,7 +157,7 @@ def test_several_adapters_add_up(training: bool, dropout: float) -> None:
     assert layer.active_adapters == ["default"]
     assert not layer.lora_A["second"].weight.requires_grad
     x = torch.randn(3, 24, dtype=torch.float64)
-    layer.set_adapter(["default", "second"])
+    layer.set_adapter(["default", "second", "default"])
     torch.manual_seed(1)
     both = layer(x)
     torch.manual_seed(1)
@@ -188,6 +190,15 @@ def test_each_of_several_adapters_has_its_own_dropout(training: bool) -> None:
     # The mean of 400 runs within five of its standard errors; in eval mode there is nothing random.
     assert ((runs.mean(0) - layer(x)).abs() <= 5 * runs.std(0) / 20 + 1e-5).all()
     assert bool(runs.std(0).any()) == training
+
+
+def test_a_forward_of_the_base_layers_own_runs() -> None:
+    layer = trained(lk.LoRALinear(24, 16, r=4))
+    x = torch.randn(3, 24)
+    plain = layer(x)
+    forward = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: forward(x) + 1  # type: ignore[method-assign]
+    assert torch.allclose(layer(x), plain + 1, atol=1e-5)
 
 
 def test_hooks_of_the_base_layer_run() -> None:

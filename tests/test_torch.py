@@ -283,3 +283,67 @@ def test_meta_tensors_have_the_right_shapes(dropout: float) -> None:
     y = layer(torch.empty(2, 5, 24, device="meta"))
     y.sum().backward()
     assert y.shape == (2, 5, 16) and layer.lora_A["default"].weight.grad.shape == (3, 24)
+
+
+@pytest.mark.parametrize("argument", ["x", "lora_A", "lora_B", "bias"])
+def test_func_grad_of_one_argument(argument: str) -> None:
+    inputs = leaves(torch.float64)
+    fixed = {name: tensor.detach() for name, tensor in inputs.tensors().items()}
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        tensors = {**fixed, argument: value}
+        return lk.lora_linear(*list(tensors.values())[:4], bias=tensors["bias"]).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(getattr(inputs, argument)), getattr(inputs, argument))
+    assert torch.allclose(torch.func.grad(loss)(fixed[argument]), expected)
+
+
+def test_a_gradient_penalty_with_a_frozen_adapter() -> None:
+    inputs = leaves(torch.float64)
+    x, weight, A, B, bias = (tensor.detach() for tensor in inputs.tensors().values())
+    x.requires_grad_()
+    y = lk.lora_linear(x, weight, A, B, bias=bias).square().sum()
+    (dx,) = torch.autograd.grad(y, x, create_graph=True)
+    (again,) = torch.autograd.grad(dx.square().sum(), x)
+    full = weight + B @ A
+    assert torch.allclose(again, 8 * ((x.detach() @ full.T + bias) @ full) @ full.T @ full)
+
+
+def test_forward_mode_raises_and_drops_nothing() -> None:
+    inputs = leaves(torch.float64)
+    x, weight, A, B, _ = (tensor.detach() for tensor in inputs.tensors().values())
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(lambda x: lk.lora_linear(x, weight, A, B), (x,), (torch.ones_like(x),))
+
+
+def test_vmap_over_zero_tokens_and_with_one_mask() -> None:
+    x, weight, A, B, _ = make_inputs(LinearCase("vmap", tokens=(5,), K=6, N=4, r=2), torch.float64).tensors().values()
+    assert torch.func.vmap(lambda x: lk.lora_linear(x, weight, A, B))(x.new_empty(3, 0, 6)).shape == (3, 0, 4)
+    same = torch.func.vmap(lambda x: lk.lora_linear(x, weight, A, B, dropout_p=0.5), randomness="same")
+    results = same(torch.stack([x, x, x]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_integers_are_refused_under_autocast_too() -> None:
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"x is torch\.int64"):
+        lk.lora_linear(torch.ones(3, 8).long(), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_strides_at_sizes_where_the_product_changes_hands(dtype: torch.dtype) -> None:
+    M = K = N = 272  # over 2²⁴ multiplications: float32 takes another product on some CPUs
+    wide = torch.randn(2 * M, 2 * K).to(dtype)
+    A, B = torch.randn(4, K), torch.randn(N, 4)
+    layouts = [wide[:M, :K], wide[:K, :M].t(), wide[::2, ::2], wide[:1, :K].expand(M, K)]
+    biases = [None, wide[0, :N], wide[0, : 2 * N : 2], wide[0, :1].expand(N)]
+    for x in layouts:
+        for weight in layouts:
+            for bias in biases:
+                strided = lk.lora_linear(x, weight, A, B, bias=bias)
+                packed = [None if t is None else t.contiguous() for t in (x, weight, bias)]
+                exact = (packed[0].double() @ (packed[1].double() + B.double() @ A.double()).T) + (  # type: ignore[union-attr]
+                    0 if bias is None else bias.double()
+                )
+                # Sums of K products: their rounding grows with √K, and eight of them is beyond chance.
+                limit = 8 * torch.finfo(dtype).eps * exact.abs().max()
+                assert ((strided.double() - exact).abs() <= limit).all()

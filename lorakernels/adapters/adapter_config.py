@@ -32,7 +32,6 @@ WITHOUT_EFFECT = (
     "layers_pattern",
     "layers_to_transform",
     "loftq_config",
-    "lora_ga_config",
     "megatron_config",
     "megatron_core",
     "peft_version",
@@ -42,7 +41,7 @@ WITHOUT_EFFECT = (
     "task_type",
 )
 # These start the adapter and leave the base weight as it was; the others take their start out of it.
-KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "lora_ga")
+KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 class AdapterFileError(ValueError):
@@ -55,7 +54,9 @@ def read_config(path: Path) -> LoRAConfig:
         if path.stat().st_size > MAX_BYTES:
             raise AdapterFileError(f"{path} has {path.stat().st_size:,} bytes; expected at most {MAX_BYTES:,}")
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except AdapterFileError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8, a number of 5000 digits
         raise AdapterFileError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterFileError(f"{path} holds a {type(fields).__name__}; expected an object of fields")
@@ -84,7 +85,7 @@ def config_from_fields(fields: dict[str, Any], source: str) -> LoRAConfig:
             raise AdapterFileError(f"{source}: {name} is null; expected a number")
     try:
         return LoRAConfig(**arguments)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AdapterFileError(f"{source}: {error}") from error
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lorakernels.adapters.adapter_config import AdapterFileError, read_config, write_config
-from lorakernels.adapters.inject import adapted_layers, adapter_configs, freeze_all_but_adapters, replace_module
-from lorakernels.adapters.targets import pattern_value
+from lorakernels.adapters.inject import adapted_layers, adapter_configs, freeze_all_but_adapters, replace_modules
+from lorakernels.adapters.targets import pattern_value, plain_modules
 from lorakernels.config import LoRAConfig
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
 from lorakernels.nn.linear import LoRALinear
@@ -49,7 +49,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     partial = folder / f".{WEIGHTS_FILE}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     os.replace(partial, folder / WEIGHTS_FILE)
-    write_config(folder / CONFIG_FILE, configs[adapter_name])
+    write_config(folder / f".{CONFIG_FILE}.partial", configs[adapter_name])
+    os.replace(folder / f".{CONFIG_FILE}.partial", folder / CONFIG_FILE)
     return folder
 
 
@@ -80,12 +81,16 @@ def load_adapter(
     tensors = _read_tensors(_existing(folder, WEIGHTS_FILE))
     biases = _take_biases(tensors, model, config)
     pairs = _pairs(tensors)
-    layers = {path: _layer(model, path) for path in pairs}
+    modules = dict(plain_modules(model))
+    layers = {path: _layer(modules, path) for path in pairs}
     ranks, alphas = _by_pattern(pairs, config)
     for path, (A, B) in pairs.items():
         _check_pair(path, layers[path], A, B, ranks[path])
     _check_name_is_free(model, adapter_name, pairs)
 
+    # A model that trains adapters already keeps what trains beside them.
+    beside = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    made: dict[nn.Module, nn.Module] = {}
     for path, (A, B) in pairs.items():
         layer = layers[path]
         if not isinstance(layer, LoRALayer):
@@ -94,18 +99,25 @@ def load_adapter(
             layer = LoRALinear.from_linear(
                 plain, ranks[path], alphas[path], config.lora_dropout, config.use_rslora, adapter_name=adapter_name
             )
-            replace_module(model, plain, layer)
+            made[plain] = layer
         elif adapter_name not in layer.r:
             layer.add_adapter(adapter_name, ranks[path], alphas[path], config.lora_dropout, config.use_rslora)
+        layer.configure(adapter_name, alphas[path], config.lora_dropout, config.use_rslora)
         _set_weights(layer, adapter_name, A, B, trainable)
+    replace_modules(model, made)
     with torch.no_grad():
         for bias, value in biases:
             bias.copy_(value)
-    freeze_all_but_adapters(model, config.bias if trainable else "none")
+    if not adapter_configs(model):
+        freeze_all_but_adapters(model, config.bias if trainable else "none")
+    else:
+        for parameter in beside:
+            parameter.requires_grad_(True)
     for layer in adapted_layers(model).values():
         layer.set_adapter([adapter_name] if adapter_name in layer.r else [])
-        if not trainable:
-            layer.requires_grad_(False)
+        if not trainable and adapter_name in layer.r:
+            layer.lora_A[adapter_name].requires_grad_(False)
+            layer.lora_B[adapter_name].requires_grad_(False)
     config = dataclasses.replace(config, target_modules=sorted(pairs))
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return model
@@ -132,7 +144,7 @@ def _take_biases(
     for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".bias")]:
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         value = tensors.pop(key)
-        if name not in own or own[name].shape != value.shape or not torch.isfinite(value).all():
+        if name not in own or own[name].shape != value.shape or not torch.isfinite(value.float()).all():
             expected = list(own[name].shape) if name in own else "a bias that the model has"
             raise AdapterFileError(f"{key} is {list(value.shape)}, {value.dtype}; expected finite numbers, {expected}")
         taken.append((own[name], value))
@@ -179,11 +191,10 @@ def _pairs(tensors: dict[str, torch.Tensor]) -> dict[str, Pair]:
     return {path: (found["A"], found["B"]) for path, found in factors.items()}
 
 
-def _layer(model: nn.Module, path: str) -> nn.Module:
-    modules = dict(model.named_modules())
+def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module:
     layer = modules.get(path)
     if layer is None:
-        near = difflib.get_close_matches(path, [name for name in modules if name], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
     if type(layer) is not nn.Linear and not isinstance(layer, LoRALinear):
         raise AdapterFileError(f"module {path!r} is a {type(layer).__qualname__}; expected torch.nn.Linear")
@@ -197,7 +208,7 @@ def _check_pair(path: str, layer: nn.Module, A: torch.Tensor, B: torch.Tensor, r
             raise AdapterFileError(f"{path}.{name} is {tensor.dtype}; expected a float dtype")
         if tensor.dim() != 2:
             raise AdapterFileError(f"{path}.{name} is {list(tensor.shape)}; expected two dimensions")
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise AdapterFileError(f"{path}.{name} holds NaN or Inf")
     if A.shape[1] != K or B.shape[0] != N:
         hint = " (transposed?)" if A.shape[0] == K or B.shape[1] == N else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from lorakernels.adapters.targets import find_targets, pattern_value
@@ -38,25 +40,29 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
                 f"target {name!r} is a {type(module).__module__}.{type(module).__qualname__}; "
                 "expected exactly torch.nn.Linear: narrow target_modules, or name it in exclude_modules"
             )
-    adapted: set[int] = set()
+        if isinstance(module, LoRALayer) and module.merged:
+            raise RuntimeError(f"adapters are merged into {name!r}; call unmerge first")
+    ranks = {name: pattern_value(name, config.rank_pattern, config.r) for name in targets}
+    alphas = {name: pattern_value(name, config.alpha_pattern, config.lora_alpha) for name in targets}
+
+    made: dict[nn.Module, nn.Module] = {}
     for name, module in targets.items():
         # A module under two names stays one module, with one adapter.
-        if id(module) not in adapted:
-            adapted.add(id(module))
-            replace_module(model, module, _adapt(module, name, config, adapter_name))
+        if module not in made:
+            made[module] = _adapt(module, ranks[name], alphas[name], config, adapter_name)
+    replace_modules(model, made)
     freeze_all_but_adapters(model, config.bias)
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return model
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` under every name that `old` has in `model`."""
-    if old is new:
-        return
-    for parent in list(model.modules()):
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module under every name that the old one has in `model`."""
+    new = set(replacements.values())
+    for parent in [module for module in model.modules() if module not in new]:
         for name, child in list(parent._modules.items()):
-            if child is old and parent is not new:
-                setattr(parent, name, new)
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
@@ -91,9 +97,7 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     return TrainableParameters(model)
 
 
-def _adapt(module: nn.Module, name: str, config: LoRAConfig, adapter_name: str) -> LoRALayer:
-    r = pattern_value(name, config.rank_pattern, config.r)
-    alpha = pattern_value(name, config.alpha_pattern, config.lora_alpha)
+def _adapt(module: nn.Module, r: int, alpha: float, config: LoRAConfig, adapter_name: str) -> LoRALayer:
     if isinstance(module, LoRALayer):
         module.add_adapter(adapter_name, r, alpha, config.lora_dropout, config.use_rslora, config.init_lora_weights)
         return module

@@ -18,6 +18,7 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     layers = adapted_layers(model)
     for name in wanted:
         _layers_with(layers, name)
+    _refuse_merged(layers)
     for layer in layers.values():
         layer.set_adapter([name for name in wanted if name in layer.r])
 
@@ -25,8 +26,17 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
 def set_scale(model: nn.Module, name: str, scale: float) -> None:
     """Multiply an adapter's own scaling (lora_alpha / r) by `scale`: 1 restores it, 0 switches it off."""
     check_alpha(scale, "scale")
-    for layer in _layers_with(adapted_layers(model), name):
+    layers = adapted_layers(model)
+    _refuse_merged(layers)
+    for layer in _layers_with(layers, name):
         layer.scalings[name] = layer.own_scaling(name) * scale
+
+
+def _refuse_merged(layers: dict[str, LoRALayer]) -> None:
+    """Before anything changes."""
+    merged = [path for path, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(f"adapters are merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge first")
 
 
 def _layers_with(layers: dict[str, LoRALayer], name: str) -> list[LoRALayer]:

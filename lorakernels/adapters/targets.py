@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import regex
@@ -24,7 +24,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     """
     if config.target_modules is None:
         raise ValueError('target_modules is None; expected names, suffixes, a regular expression or "all-linear"')
-    modules = dict(_plain_modules(model))
+    modules = dict(plain_modules(model))
     if config.target_modules == ALL_LINEAR:
         head = _output_layer(model)
         named = {name for name, module in modules.items() if _is_linear(module) and module is not head}
@@ -71,14 +71,14 @@ def _excluded(name: str, config: LoRAConfig) -> bool:
     return bool(config.exclude_modules) and matches(name, config.exclude_modules)  # type: ignore[arg-type]
 
 
-def _plain_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """Every module under its name, an adapted layer as one module: what is inside it is not a target."""
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and not name.startswith(inside or ("\0",)):
-            yield name, module
-            if isinstance(module, LoRALayer):
-                inside = (*inside, f"{name}.")
+def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under each of its names, an adapted layer as one module: what is inside it is not a target."""
+    for name, module in model._modules.items():
+        if module is None:
+            continue
+        yield f"{prefix}{name}", module
+        if not isinstance(module, LoRALayer):
+            yield from plain_modules(module, f"{prefix}{name}.")
 
 
 def _is_linear(module: nn.Module) -> bool:

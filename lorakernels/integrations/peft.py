@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft_report import AccelerationReport, LayerReport
+from lorakernels.nn.layer import runs_more_than_forward
 
 # Of other types are DTensors, quantised weights (torchao keeps nn.Linear and swaps its weight) and the like.
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -171,7 +172,7 @@ def _active_terms(layer: Any) -> list[_Term] | str:
     base = modules["base_layer"]
     if type(base) is not nn.Linear:
         return f"the base layer is {_type_name(base)}, not exactly torch.nn.Linear"
-    if _runs_more_than_forward(base):
+    if runs_more_than_forward(base):
         return "the base layer has hooks or a replaced forward, which run only when it is called"
     weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
     if not _is_plain(weight):
@@ -196,7 +197,7 @@ def _active_terms(layer: Any) -> list[_Term] | str:
             p = dropout.p if dropout.training else 0.0
         else:
             return f"the dropout of adapter {name!r} is {dropout}, not a torch.nn.Dropout with p < 1"
-        if _runs_more_than_forward(A) or _runs_more_than_forward(B) or _runs_more_than_forward(dropout):
+        if runs_more_than_forward(A) or runs_more_than_forward(B) or runs_more_than_forward(dropout):
             return f"lora_A, lora_B or lora_dropout of adapter {name!r} has hooks or a replaced forward"
         weight_A, weight_B, bias_B = _parameter(A, "weight"), _parameter(B, "weight"), _parameter(B, "bias")
         if not (_is_plain(weight_A) and _is_plain(weight_B)):
@@ -215,17 +216,6 @@ def _parameter(module: nn.Module, name: str) -> Any:
     """`module.name`, which need not be a parameter: FSDP and DataParallel put plain tensors in their place."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
-
-
-def _runs_more_than_forward(module: nn.Module) -> bool:
-    """Whether a call of `module` does other things than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _type_name(value: object) -> str:

@@ -157,7 +157,7 @@ def few_tokens(
             "HAS_BIAS": bias is not None,
             "DRAW_MASK": threshold > 0,
             "APPLY_MASK": mask is not None,
-            "INPUT_PRECISION": input_precision(),
+            "INPUT_PRECISION": input_precision(x),
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_K": config.BLOCK_K,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +26,14 @@ class Launch:
 _recorded: list[Launch] | None = None
 
 
-def input_precision() -> str:
+def input_precision(x: torch.Tensor) -> str:
     """How float32 products are made: exactly, unless torch was told that TF32 will do. Moot for 16-bit x."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if x.dtype is not torch.float32 or not x.is_cuda:
+        return "ieee"
+    # The older reading raises once the newer setting was used.
+    matmul = torch.backends.cuda.matmul
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def compile_options(config: KernelConfig) -> dict[str, Any]:
@@ -45,7 +50,11 @@ def launch(
         return
     if 0 in grid:
         return
-    kernel[grid](**args, **constexprs, **compile_options(config))
+    device = next((tensor.device for tensor in args.values() if isinstance(tensor, torch.Tensor)), None)
+    # Triton starts kernels on the current device, which need not be the tensors'.
+    elsewhere = device is not None and device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        kernel[grid](**args, **constexprs, **compile_options(config))
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def linear_expand(
         {
             "HAS_BIAS": bias is not None,
             "DROPOUT": mask is not None,
-            "INPUT_PRECISION": input_precision(),
+            "INPUT_PRECISION": input_precision(x),
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_K": config.BLOCK_K,

@@ -81,7 +81,7 @@ def outer_kernel(
 
     inside_n = offs_n < N
     if WITH_OUT:
-        offsets = offs_n.to(tl.int64)[:, None] * stride_on + offs_r[None, :] * stride_or
+        offsets = offs_n.to(tl.int64)[:, None] * stride_on + offs_r.to(tl.int64)[None, :] * stride_or
         out_plane = out_ptr + pid_m.to(tl.int64) * N * R
         tl.store(
             out_plane + offsets,
@@ -174,7 +174,7 @@ def _outer(
             "WITH_P": p is not None,
             "WITH_SUMS": sums is not None,
             "DROPOUT": mask is not None,
-            "INPUT_PRECISION": input_precision(),
+            "INPUT_PRECISION": input_precision(z),
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_N": config.BLOCK_N,
             "BLOCK_R": config.BLOCK_R,

@@ -91,7 +91,7 @@ def shrink(
         },
         {
             "DROPOUT": threshold > 0,
-            "INPUT_PRECISION": input_precision(),
+            "INPUT_PRECISION": input_precision(x),
             "BLOCK_M": config.BLOCK_M,
             "BLOCK_K": config.BLOCK_K,
             "BLOCK_R": config.BLOCK_R,

@@ -85,19 +85,21 @@ class LoRALayer(nn.Module):
         check_dropout(lora_dropout)
         check_init(init_lora_weights)
         check_adapter_name(adapter_name)
-        if self.merged:
-            raise RuntimeError(f"adapters {self.merged_adapters} are merged into the base weight; call unmerge() first")
+        self._refuse_while_merged()
         if adapter_name in self.r:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already; its adapters: {self.adapter_names}")
         dtype = torch.float32 if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight.dtype
         self.lora_A[adapter_name], self.lora_B[adapter_name] = self._new_pair(r, self.weight.device, dtype)
         self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.lora_dropout[adapter_name] = lora_dropout
-        self.use_rslora[adapter_name] = use_rslora
-        self.scalings[adapter_name] = self.own_scaling(adapter_name)
+        self.configure(adapter_name, lora_alpha, lora_dropout, use_rslora)
         self.reset_lora_parameters(adapter_name, init_lora_weights)
         self.set_adapter(self.active_adapters or [adapter_name])
+
+    def configure(self, adapter_name: str, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
+        """Set what scales an adapter and drops its inputs; its scaling becomes its own again."""
+        name = self._known(adapter_name)
+        self.lora_alpha[name], self.lora_dropout[name], self.use_rslora[name] = lora_alpha, lora_dropout, use_rslora
+        self.scalings[name] = self.own_scaling(name)
 
     def reset_lora_parameters(self, adapter_name: str = DEFAULT, init_lora_weights: bool | str = True) -> None:
         """Start an adapter anew: B zero, A Kaiming-uniform (True) or normal ("gaussian"); False makes both random."""
@@ -119,9 +121,8 @@ class LoRALayer(nn.Module):
 
         An empty list leaves the base layer alone.
         """
-        if self.merged:
-            raise RuntimeError(f"adapters {self.merged_adapters} are merged into the base weight; call unmerge() first")
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._refuse_while_merged()
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         self.active_adapters = [self._known(name) for name in names]
         for name in self.r:
             for module in (self.lora_A[name], self.lora_B[name]):
@@ -135,6 +136,7 @@ class LoRALayer(nn.Module):
     @scaling.setter
     def scaling(self, value: float) -> None:
         check_alpha(value, "scaling")
+        self._refuse_while_merged()
         self.scalings[self._only_active("scaling")] = float(value)
 
     def own_scaling(self, adapter_name: str) -> float:
@@ -213,6 +215,10 @@ class LoRALayer(nn.Module):
             )
         return self.active_adapters[0]
 
+    def _refuse_while_merged(self) -> None:
+        if self.merged:
+            raise RuntimeError(f"adapters {self.merged_adapters} are merged into the base weight; call unmerge() first")
+
     def _refuse_training_while_merged(self) -> None:
         if self.training and torch.is_grad_enabled():
             trained = [name for name in self._merged if self.lora_A[name].weight.requires_grad]  # type: ignore[union-attr]
@@ -237,6 +243,17 @@ def check_adapter_name(name: Any) -> None:
         raise ValueError(f"adapter name {name!r}: expected text without dots, slashes or spaces around it")
     if hasattr(nn.ModuleDict, name):
         raise ValueError(f"adapter name {name!r} is an attribute of torch.nn.ModuleDict; expected another name")
+
+
+def runs_more_than_forward(module: nn.Module) -> bool:
+    """Whether a call of `module` does other things than its class's forward: hooks, or a forward of its own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def _sum_dtype(weight: torch.Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakernels.functional import lora_linear
-from lorakernels.nn.layer import DEFAULT, LoRALayer
+from lorakernels.nn.layer import DEFAULT, LoRALayer, runs_more_than_forward
 
 
 class LoRALinear(LoRALayer):
@@ -107,7 +107,7 @@ class LoRALinear(LoRALayer):
         if not names:
             return self.base_layer(x)
         first, *others = names
-        if self.base_layer._forward_hooks or self.base_layer._forward_pre_hooks:
+        if runs_more_than_forward(self.base_layer):
             # Somebody watches or changes what goes through the base layer: let it run as a module.
             return self._add_low_rank(self.base_layer(x), x, [name for name in names if self.scalings[name] != 0])
         if not others:

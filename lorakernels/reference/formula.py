@@ -27,19 +27,24 @@ def lora_linear(
 
 def lora_linear_backward(
     dy: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
     keep: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dx, dweight, dA, dB and dbias of `lora_linear` for x [M, K] and dy [M, N], differentiable again."""
-    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    adapted = x if keep is None else x * keep
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+    """dx, dweight, dA, dB and dbias of `lora_linear` for x [M, K] and dy [M, N], differentiable again.
+
+    Without x there is no dweight, dA or dB.
+    """
+    A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
     g = scaling * (dy @ B)
     through_adapter = g @ A
     dx = dy @ weight + (through_adapter if keep is None else through_adapter * keep)
+    if x is None:
+        return dx, None, None, None, dy.sum(0)
+    adapted = x if keep is None else x * keep
     dA = (g.mT @ adapted).to(lora_A.dtype)
     dB = (scaling * (dy.mT @ (adapted @ A.mT))).to(lora_B.dtype)
     return dx, dy.mT @ x, dA, dB, dy.sum(0)

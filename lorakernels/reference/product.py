@@ -19,6 +19,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
             # the other order take 0.1 s (512 × 2048 × 2048).
             weight = weight.contiguous()
         elif x.dtype is torch.float32 and _prefers_onednn() and x.numel() * weight.shape[0] >= _ONEDNN_FROM:
+            if bias is not None:
+                bias = bias.contiguous()  # its strides are not looked at
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return torch.nn.functional.linear(x, weight, bias)
 
