@@ -30,6 +30,7 @@ def lora_linear_backward_flops(
     weight_shape: Sequence[int],
     a_shape: Sequence[int],
     b_shape: Sequence[int],
+    row_scale_shape: Sequence[int] | None,
     s_shape: Sequence[int],
     mask_shape: Sequence[int],
     scaling: float,
@@ -38,11 +39,15 @@ def lora_linear_backward_flops(
     *_: Any,
     **__: Any,
 ) -> int:
-    """dx and dweight, and of rank r: G and dB over N, dx's part and dA over K; only what is asked for."""
+    """dx and dweight, and of rank r: G and dB over N, dx's part and dA over K; only what is asked for.
+
+    The gradient of the row scale makes the forward's product again.
+    """
     tokens, (N, K), r = math.prod(dy_shape[:-1]), weight_shape, a_shape[0]
-    need_dx, need_dweight, need_dA, need_dB = needs
-    full = 2 * tokens * N * K * (need_dx + need_dweight)
-    return full + 2 * tokens * r * (N * ((need_dx or need_dA) + need_dB) + K * (need_dx + need_dA))
+    need_dx, need_dweight, need_dA, need_dB, need_drow_scale = needs
+    full = 2 * tokens * N * K * (need_dx + need_dweight + need_drow_scale)
+    over_N = (need_dx or need_dA) + need_dB + need_drow_scale
+    return full + 2 * tokens * r * (N * over_N + K * (need_dx + need_dA))
 
 
 def register_flop_formulas() -> None:

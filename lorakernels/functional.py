@@ -18,12 +18,13 @@ def lora_linear(
     lora_B: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
     scaling: float | torch.Tensor = 1.0,
     dropout_p: float = 0.0,
     training: bool = True,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """A frozen linear layer and its low-rank update: y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ.
+    """A frozen linear layer and its low-rank update: y = row_scale ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias.
 
     Hu et al., "LoRA: Low-rank adaptation of large language models", arXiv 2106.09685, section 4.1.
     Between forward and backward it keeps x, x Aᵀ and dropout's mask. Differentiable in every tensor,
@@ -35,6 +36,9 @@ def lora_linear(
         lora_A: [r, K], any r ≥ 1; any float dtype: it is cast to x's, x never to its.
         lora_B: [N, r], likewise.
         bias: [N], of x's dtype.
+        row_scale: [N], any float dtype: one factor a row of the weight (Liu et al., "DoRA", arXiv 2402.09353, eq. 5:
+            magnitude / norm, see `lora_weight_norm`). Its gradient makes the base product a second time in the
+            backward, so that nothing of size [M, N] is kept.
         scaling: lora_alpha / r, or lora_alpha / √r for rsLoRA. 0 gives the base layer's output to the bit.
             A one-element tensor will do.
         dropout_p: the probability, in [0, 1), with which an element of x does not reach A.
@@ -55,6 +59,8 @@ def lora_linear(
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(device_type))
     _check(x, weight, lora_A, lora_B, bias)
+    if row_scale is not None:
+        _check_row_scale(row_scale, x, weight)
     if isinstance(scaling, torch.Tensor):
         # Into B, a [N, r] product that autograd and torch.compile see: no wait for the value.
         lora_B = lora_B * _one_element(scaling).to(lora_B)
@@ -63,7 +69,52 @@ def lora_linear(
         raise ValueError(f"scaling is {scaling}; expected a finite number, such as lora_alpha / r")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
-    return ops.lora_linear(x, weight, lora_A, lora_B, bias, scaling, dropout_p if training else 0.0, impl)
+    return ops.lora_linear(x, weight, lora_A, lora_B, bias, row_scale, scaling, dropout_p if training else 0.0, impl)
+
+
+def row_sq_norm(weight: torch.Tensor) -> torch.Tensor:
+    """‖W‖² by rows of weight [N, K]: [N] float32 (float64 for a float64 weight), for `lora_weight_norm`."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight is {_shape(weight)}, {weight.dtype}; expected [N, K] of a float dtype")
+    return ops.row_sq_norm(weight)
+
+
+def lora_weight_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    *,
+    scaling: float | torch.Tensor = 1.0,
+    weight_sq: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """The norm of each row of W + scaling · B A, without making B A: DoRA's denominator.
+
+    Liu et al., "DoRA: Weight-decomposed low-rank adaptation", arXiv 2402.09353, eq. 5; it carries no gradient
+    (section 4.3). Where the update cancels a row of W to a small remainder, that remainder's norm has the
+    absolute error of ‖W‖.
+
+    Args:
+        weight: [N, K], any float dtype and any strides.
+        lora_A: [r, K]. lora_B: [N, r].
+        scaling: as for `lora_linear`.
+        weight_sq: `row_sq_norm(weight)`, to spare reading the weight once more.
+        impl: as for `lora_linear`.
+
+    Returns:
+        [N] float32, float64 for a float64 weight.
+
+    Raises:
+        ValueError, TypeError, BackendError: as `lora_linear`.
+    """
+    _check(weight, weight, lora_A, lora_B, None)
+    weight_sq = row_sq_norm(weight) if weight_sq is None else weight_sq
+    if weight_sq.shape != weight.shape[:1]:
+        raise ValueError(f"weight_sq is {_shape(weight_sq)}; expected [{weight.shape[0]}], from row_sq_norm(weight)")
+    if isinstance(scaling, torch.Tensor):
+        lora_B = lora_B.detach() * _one_element(scaling).to(lora_B)
+        scaling = 1.0
+    return ops.lora_weight_norm(weight, lora_A, lora_B, weight_sq, scaling, impl)
 
 
 def explain(
@@ -126,6 +177,13 @@ def _check(
             raise ValueError(f"bias is {_shape(bias)}; expected [{N}], for weight {_shape(weight)}")
         if bias.dtype != x.dtype or bias.device != device:
             raise TypeError(f"bias is {bias.dtype} on {bias.device}; expected x's: {x.dtype} on {device}")
+
+
+def _check_row_scale(row_scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    if row_scale.dim() != 1 or row_scale.shape[0] != weight.shape[0]:
+        raise ValueError(f"row_scale is {_shape(row_scale)}; expected [{weight.shape[0]}], for weight {_shape(weight)}")
+    if not row_scale.is_floating_point() or row_scale.device != x.device:
+        raise TypeError(f"row_scale is {row_scale.dtype} on {row_scale.device}; expected a float dtype on {x.device}")
 
 
 def _one_element(scaling: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,8 @@ WRONG_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"lora_B": torch.randn(6, 3)}, ValueError, r"lora_B is \[6, 3\]; expected \[6, 2\]"),
     ({"bias": torch.randn(5)}, ValueError, r"bias is \[5\]; expected \[6\]"),
     ({"bias": torch.randn(6).half()}, TypeError, "bias is torch.float16"),
+    ({"row_scale": torch.randn(5)}, ValueError, r"row_scale is \[5\]; expected \[6\]"),
+    ({"row_scale": torch.ones(6, dtype=torch.long)}, TypeError, "row_scale is torch.int64"),
     ({"weight": torch.randn(6, 8).half()}, TypeError, "x is torch.float32 and weight is torch.float16"),
     ({"x": torch.ones(3, 8, dtype=torch.int64)}, TypeError, "x is torch.int64"),
     ({"lora_A": torch.ones(2, 8, dtype=torch.int32)}, TypeError, "lora_A is torch.int32"),

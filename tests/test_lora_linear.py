@@ -62,6 +62,7 @@ def run(case: LinearCase, inputs: LinearInputs, impl: str) -> dict[str, torch.Te
         leaves["lora_A"],
         leaves["lora_B"],
         bias=leaves.get("bias"),
+        row_scale=leaves.get("row_scale"),
         scaling=case.scaling,
         dropout_p=case.dropout_p,
         impl=impl,
@@ -79,7 +80,7 @@ def keep_of(case: LinearCase, inputs: LinearInputs, impl: str) -> torch.Tensor |
     torch.manual_seed(SEED)
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=inputs.x.device)
     x, weight, A, B, *_ = inputs.tensors().values()
-    _, _, mask = torch.ops.lorakernels.lora_linear(x, weight, A, B, None, seed, 1.0, case.dropout_p, impl)
+    _, _, mask = torch.ops.lorakernels.lora_linear(x, weight, A, B, None, None, seed, 1.0, case.dropout_p, impl)
     return unpack_mask(mask, case.K) * inverse_keep(drop_threshold(case.dropout_p))
 
 
@@ -191,7 +192,7 @@ def test_the_kernels_mask_is_philox_of_the_seed(way: str, K: int, device: str) -
     seed = torch.tensor([-(2**62) + 12345], device=device)
     with path(way) as impl:
         x, weight, A, B, *_ = inputs.tensors().values()
-        _, _, mask = torch.ops.lorakernels.lora_linear(x, weight, A, B, None, seed, 1.0, 0.3, impl)
+        _, _, mask = torch.ops.lorakernels.lora_linear(x, weight, A, B, None, None, seed, 1.0, 0.3, impl)
     assert mask.shape == (50, -(-K // 8))
     expected = philox_mask(seed, 50, K, drop_threshold(0.3))
     assert torch.equal(unpack_mask(mask, K), unpack_mask(expected, K))

@@ -35,33 +35,39 @@ def gradients(inputs: LinearInputs, y: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(y, wanted, inputs.dy.to(y.dtype)))
 
 
+@pytest.mark.parametrize("row_scale", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("order", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_gradcheck(order: Callable[..., bool], dropout_p: float) -> None:
-    inputs = leaves(torch.float64, tokens=4)
+def test_gradcheck(order: Callable[..., bool], dropout_p: float, row_scale: bool) -> None:
+    inputs = leaves(torch.float64, tokens=4, row_scale=row_scale)
     inputs.weight.requires_grad_()
 
     def under_one_seed(*tensors: torch.Tensor) -> torch.Tensor:
         torch.manual_seed(3)
-        x, weight, A, B, bias = tensors
-        return lk.lora_linear(x, weight, A, B, bias=bias, scaling=-0.6, dropout_p=dropout_p)
+        x, weight, A, B, bias, *scale = tensors
+        return lk.lora_linear(
+            x, weight, A, B, bias=bias, row_scale=scale[0] if scale else None, scaling=-0.6, dropout_p=dropout_p
+        )
 
     assert order(under_one_seed, tuple(inputs.tensors().values()))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("row_scaled", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_opcheck(impl: str, dropout_p: float) -> None:
-    inputs = make_inputs(LinearCase("op", tokens=(2, 5), K=24, N=16, r=3), torch.float32)
-    x, weight, A, B, bias = inputs.tensors().values()
+def test_opcheck(impl: str, dropout_p: float, row_scaled: bool) -> None:
+    inputs = make_inputs(LinearCase("op", tokens=(2, 5), K=24, N=16, r=3, row_scale=row_scaled), torch.float32)
+    x, weight, A, B, bias, *_ = inputs.tensors().values()
+    row_scale = inputs.row_scale
     seed = torch.tensor([5]) if dropout_p else None
-    arguments = (x, weight, A, B, bias, seed, 0.5, dropout_p, impl)
+    arguments = (x, weight, A, B, bias, row_scale, seed, 0.5, dropout_p, impl)
     torch.library.opcheck(torch.ops.lorakernels.lora_linear.default, arguments)
     _, s, mask = torch.ops.lorakernels.lora_linear(*arguments)
-    for needs, bias_dtype in (([True] * 4, torch.float32), ([True, False, False, True], None)):
+    all_of_it = [True] * 4 + [row_scaled]
+    for needs, bias_dtype in ((all_of_it, torch.float32), ([True, False, False, True, False], None)):
         torch.library.opcheck(
             torch.ops.lorakernels.lora_linear_backward.default,
-            (inputs.dy, x, weight, A, B, s, mask, 0.5, dropout_p, needs, bias_dtype, impl),
+            (inputs.dy, x, weight, A, B, row_scale, s, mask, 0.5, dropout_p, needs, bias_dtype, impl),
         )
 
 
@@ -85,13 +91,16 @@ def kept_bytes(function: Callable[[], torch.Tensor], parameters: list[torch.Tens
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_kept_for_the_backward(impl: str, dtype: torch.dtype, dropout_p: float) -> None:
+@pytest.mark.parametrize("row_scaled", [False, True])
+def test_kept_for_the_backward(impl: str, dtype: torch.dtype, dropout_p: float, row_scaled: bool) -> None:
     M, K, N, r = 64, 48, 80, 4
+    row_scale = torch.rand(N, requires_grad=True) if row_scaled else None
     x = torch.randn(M, K, dtype=dtype, requires_grad=True)
     weight, bias = torch.randn(N, K, dtype=dtype), torch.randn(N, dtype=dtype)
     A, B = torch.randn(r, K, requires_grad=True), torch.randn(N, r, requires_grad=True)
     kept = kept_bytes(
-        lambda: lk.lora_linear(x, weight, A, B, bias=bias, dropout_p=dropout_p, impl=impl), [weight, bias, A, B]
+        lambda: lk.lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, dropout_p=dropout_p, impl=impl),
+        [weight, bias, A, B] + ([row_scale] if row_scale is not None else []),
     )
     s_bytes = M * r * (4 if impl == "triton" else dtype.itemsize)
     mask_bytes = 0 if not dropout_p else M * -(-K // 8) if impl == "triton" else M * K
@@ -187,7 +196,7 @@ def test_autocast_gives_one_dtype_eager_and_compiled(impl: str) -> None:
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs, impl)
         plain = torch.nn.functional.linear(inputs.x, inputs.weight)
         direct = torch.ops.lorakernels.lora_linear(
-            *(tensor.detach() for tensor in inputs.tensors().values()), None, 0.7, 0.0, impl
+            *(tensor.detach() for tensor in inputs.tensors().values()), None, None, 0.7, 0.0, impl
         )[0]
     assert eager.dtype == compiled.dtype == plain.dtype == direct.dtype == torch.bfloat16
     assert torch.equal(eager, compiled) and torch.equal(eager, direct)

@@ -26,6 +26,7 @@ def few_tokens_kernel(
     a_ptr,
     b_ptr,
     bias_ptr,
+    row_scale_ptr,
     s_ptr,
     y_ptr,
     mask_ptr,
@@ -47,6 +48,7 @@ def few_tokens_kernel(
     stride_br,
     stride_bias,
     HAS_BIAS: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
     DRAW_MASK: tl.constexpr,
     APPLY_MASK: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -92,6 +94,8 @@ def few_tokens_kernel(
         out_bytes = load_mask_bytes(mask_ptr, offs_m, out_byte_cols, M, num_out_bytes)
         low_rank = tl.where(unpack_mask(out_bytes, BLOCK_M, BLOCK_N), low_rank, 0.0)
     y_acc += low_rank
+    if HAS_ROW_SCALE:
+        y_acc *= tl.load(row_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)
         y_acc += tl.where(pid_k == 0, bias, 0.0)[None, :]
@@ -105,13 +109,14 @@ def few_tokens(
     lora_B: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
     s_scale: float = 1.0,
     y_scale: float = 1.0,
     seed: torch.Tensor | None = None,
     threshold: int = 0,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [M, N] = x Wᵀ + y_scale · s Bᵀ + bias, s [M, r] float32 = s_scale · x Aᵀ, and the mask.
+    """y [M, N] = row_scale ∘ (x Wᵀ + y_scale · s Bᵀ) + bias, s [M, r] float32 = s_scale · x Aᵀ, and the mask.
 
     A `threshold` above 0 draws dropout's mask on x and returns it; a given `mask` [M, ceil(N / 8)]
     drops elements of the low-rank term of y instead.
@@ -132,6 +137,7 @@ def few_tokens(
             "a_ptr": lora_A,
             "b_ptr": lora_B,
             "bias_ptr": bias,
+            "row_scale_ptr": None if row_scale is None else row_scale.contiguous(),
             "s_ptr": s_planes,
             "y_ptr": y_planes,
             "mask_ptr": drawn if threshold else mask,
@@ -155,6 +161,7 @@ def few_tokens(
         },
         {
             "HAS_BIAS": bias is not None,
+            "HAS_ROW_SCALE": row_scale is not None,
             "DRAW_MASK": threshold > 0,
             "APPLY_MASK": mask is not None,
             "INPUT_PRECISION": input_precision(x),

@@ -1,7 +1,8 @@
 """y = x Wᵀ + scale · D'(S Bᵀ) + bias: a matrix product whose accumulator starts from the low-rank term.
 
 With the strides of W and of B exchanged the same kernel is dx = dy W + D'(G A), where D'
-multiplies by dropout's stored mask.
+multiplies by dropout's stored mask. It can also scale y by rows of W (DoRA), or, instead of storing y,
+sum its products with another matrix over tokens: the gradient of that scale.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.tuning.table import choose
 
@@ -22,7 +24,9 @@ def linear_expand_kernel(
     s_ptr,
     b_ptr,
     bias_ptr,
+    row_scale_ptr,
     mask_ptr,
+    dot_ptr,
     y_ptr,
     M,
     N,
@@ -36,7 +40,11 @@ def linear_expand_kernel(
     stride_bn,
     stride_br,
     stride_bias,
+    stride_dm,
+    stride_dn,
     HAS_BIAS: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    DOT: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,9 +85,16 @@ def linear_expand_kernel(
         w = load_tile(w_ptr, offs_k, offs_n, K, N, stride_wk, stride_wn)
         acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
 
+    if HAS_ROW_SCALE:
+        acc *= tl.load(row_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    store_tile(y_ptr, acc, offs_m, offs_n, M, N, N)
+    if DOT:
+        # Rows past M are zero in both.
+        acc *= load_tile(dot_ptr, offs_m, offs_n, M, N, stride_dm, stride_dn).to(tl.float32)
+        tl.store(y_ptr + pid_m.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=offs_n < N)
+    else:
+        store_tile(y_ptr, acc, offs_m, offs_n, M, N, N)
 
 
 def linear_expand(
@@ -89,28 +104,38 @@ def linear_expand(
     lora_B: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
     scale: float = 1.0,
     mask: torch.Tensor | None = None,
+    dot: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y [M, N] of x [M, K], weight [N, K], s [M, r] float32 contiguous, lora_B [N, r].
 
-    `mask` [M, ceil(N / 8)] uint8 drops elements of the low-rank term.
+    `mask` [M, ceil(N / 8)] uint8 drops elements of the low-rank term, `row_scale` [N] multiplies all but the bias.
+    With `dot` [M, N] the result is Σ over tokens of dot ∘ y, [N] float32, and y itself is never stored.
     """
     M, K = x.shape
     N, R = lora_B.shape
     config = choose("linear_expand", M, N, K, R, x.element_size())
-    y = x.new_empty((M, N))
+    num_blocks_m = triton.cdiv(M, config.BLOCK_M)
+    if dot is None:
+        y = out = x.new_empty((M, N))
+    else:
+        y = x.new_empty((N,), dtype=torch.float32)
+        out = planes_for(y, num_blocks_m)
     launch(
         linear_expand_kernel,
-        (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(N, config.BLOCK_N),),
+        (num_blocks_m * triton.cdiv(N, config.BLOCK_N),),
         {
             "x_ptr": x,
             "w_ptr": weight,
             "s_ptr": s,
             "b_ptr": lora_B,
             "bias_ptr": bias,
+            "row_scale_ptr": None if row_scale is None else row_scale.contiguous(),
             "mask_ptr": mask,
-            "y_ptr": y,
+            "dot_ptr": dot,
+            "y_ptr": out,
             "M": M,
             "N": N,
             "K": K,
@@ -123,9 +148,13 @@ def linear_expand(
             "stride_bn": lora_B.stride(0),
             "stride_br": lora_B.stride(1),
             "stride_bias": 0 if bias is None else bias.stride(0),
+            "stride_dm": 0 if dot is None else dot.stride(0),
+            "stride_dn": 0 if dot is None else dot.stride(1),
         },
         {
             "HAS_BIAS": bias is not None,
+            "HAS_ROW_SCALE": row_scale is not None,
+            "DOT": dot is not None,
             "DROPOUT": mask is not None,
             "INPUT_PRECISION": input_precision(x),
             "BLOCK_M": config.BLOCK_M,
@@ -136,4 +165,5 @@ def linear_expand(
         },
         config,
     )
+    sum_planes(out, y)
     return y

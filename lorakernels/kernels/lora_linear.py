@@ -18,15 +18,18 @@ def forward(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     seed: torch.Tensor | None,
     scaling: float,
     threshold: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """y [M, N], S = D(x) Aᵀ [M, r] float32 and the mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K]."""
     if takes_few_tokens_form(x.shape[0], lora_A.shape[0], x.element_size()):
-        return few_tokens(x, weight, lora_A, lora_B, bias=bias, y_scale=scaling, seed=seed, threshold=threshold)
+        return few_tokens(
+            x, weight, lora_A, lora_B, bias=bias, row_scale=row_scale, y_scale=scaling, seed=seed, threshold=threshold
+        )
     s, mask = shrink(x, lora_A, seed, threshold)
-    return linear_expand(x, weight, s, lora_B, bias=bias, scale=scaling), s, mask
+    return linear_expand(x, weight, s, lora_B, bias=bias, row_scale=row_scale, scale=scaling), s, mask
 
 
 def backward(
@@ -65,3 +68,20 @@ def backward(
         assert g is not None and x is not None
         dA = grad_A(x, g, mask, keep, lora_A.dtype)
     return dx, dA, dB, dbias
+
+
+def grad_row_scale(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+) -> torch.Tensor:
+    """[N] float32 = Σ over tokens of dy ∘ (x Wᵀ + scaling · S Bᵀ), with `low_rank` = (S, B); nothing [M, N] is made."""
+    s, lora_B = low_rank or (x.new_empty((x.shape[0], 0), dtype=torch.float32), weight.new_empty((weight.shape[0], 0)))
+    return linear_expand(x, weight, s, lora_B, scale=scaling, dot=dy)
+
+
+def project(weight: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
+    """W Aᵀ [N, r] float32: DoRA's norm needs it, and W is read as x is."""
+    return shrink(weight, lora_A, None, 0)[0]

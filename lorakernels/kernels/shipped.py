@@ -24,8 +24,9 @@ def shipped_launches() -> list[Launch]:
         for dtype, M, r in itertools.product(DTYPES, TOKENS, RANKS):
             _step(dtype, dtype, M, r, ALIGNED, threshold=0, bias=True)
             _step(dtype, torch.float32, M, r, ALIGNED, threshold=6554, bias=False)
+            _step(dtype, torch.float32, M, r, ALIGNED, threshold=0, bias=True, row_scale=True)
         for M in TOKENS:
-            _step(torch.bfloat16, torch.bfloat16, M, 5, ODD, threshold=6554, bias=True)
+            _step(torch.bfloat16, torch.bfloat16, M, 5, ODD, threshold=6554, bias=True, row_scale=True)
     return launches
 
 
@@ -38,6 +39,7 @@ def _step(
     *,
     threshold: int,
     bias: bool,
+    row_scale: bool = False,
 ) -> None:
     N, K = sizes
 
@@ -47,7 +49,11 @@ def _step(
     x, dy, weight = meta(M, K), meta(M, N), meta(N, K)
     lora_A, lora_B = meta(r, K, of=adapter_dtype), meta(N, r, of=adapter_dtype)
     seed = meta(1, of=torch.int64) if threshold else None
-    _, s, mask = lora_linear.forward(x, weight, lora_A, lora_B, meta(N) if bias else None, seed, 0.5, threshold)
+    scale = meta(N, of=torch.float32) if row_scale else None
+    _, s, mask = lora_linear.forward(x, weight, lora_A, lora_B, meta(N) if bias else None, scale, seed, 0.5, threshold)
+    if row_scale:
+        lora_linear.grad_row_scale(dy, x, weight, (s, lora_B), 0.5)
+        lora_linear.project(weight, lora_A)
     lora_linear.backward(
         dy,
         x,

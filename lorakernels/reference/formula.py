@@ -17,12 +17,15 @@ def lora_linear(
     bias: torch.Tensor | None = None,
     scaling: float = 1.0,
     keep: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = x Wᵀ + bias + scaling · ((x ∘ keep) Aᵀ) Bᵀ; `keep` is dropout's mask divided by 1 - p."""
+    """y = row_scale ∘ (x Wᵀ + scaling · ((x ∘ keep) Aᵀ) Bᵀ) + bias; `keep` is dropout's mask divided by 1 - p."""
     adapted = x if keep is None else x * keep
-    y = torch.nn.functional.linear(x, weight, bias)
     low_rank = (adapted @ lora_A.to(x.dtype).mT) @ lora_B.to(x.dtype).mT
-    return y + scaling * low_rank
+    if row_scale is None:
+        return torch.nn.functional.linear(x, weight, bias) + scaling * low_rank
+    y = (torch.nn.functional.linear(x, weight) + scaling * low_rank) * row_scale.to(x.dtype)
+    return y if bias is None else y + bias
 
 
 def lora_linear_backward(
@@ -33,18 +36,25 @@ def lora_linear_backward(
     lora_B: torch.Tensor,
     scaling: float,
     keep: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """dx, dweight, dA, dB and dbias of `lora_linear` for x [M, K] and dy [M, N], differentiable again.
+    row_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """dx, dweight, dA, dB, dbias and drow_scale of `lora_linear` for x [M, K] and dy [M, N], differentiable again.
 
-    Without x there is no dweight, dA or dB.
+    Without x there is no dweight, dA, dB or drow_scale.
     """
     A, B = lora_A.to(dy.dtype), lora_B.to(dy.dtype)
+    dbias, drow_scale = dy.sum(0), None
+    if row_scale is not None:
+        if x is not None:
+            scaled = lora_linear(x, weight, lora_A, lora_B, scaling=scaling, keep=keep)
+            drow_scale = (dy * scaled).sum(0).to(row_scale.dtype)
+        dy = dy * row_scale.to(dy.dtype)
     g = scaling * (dy @ B)
     through_adapter = g @ A
     dx = dy @ weight + (through_adapter if keep is None else through_adapter * keep)
     if x is None:
-        return dx, None, None, None, dy.sum(0)
+        return dx, None, None, None, dbias, None
     adapted = x if keep is None else x * keep
     dA = (g.mT @ adapted).to(lora_A.dtype)
     dB = (scaling * (dy.mT @ (adapted @ A.mT))).to(lora_B.dtype)
-    return dx, dy.mT @ x, dA, dB, dy.sum(0)
+    return dx, dy.mT @ x, dA, dB, dbias, drow_scale

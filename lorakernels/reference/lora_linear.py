@@ -11,7 +11,8 @@ import torch
 
 from lorakernels.dropout import inverse_keep
 from lorakernels.reference.dropout import draw_mask
-from lorakernels.reference.product import linear
+from lorakernels.reference.product import linear, scale_rows_, sum_rows
+from lorakernels.reference.weight_norm import project as project
 
 
 def forward(
@@ -20,6 +21,7 @@ def forward(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     seed: torch.Tensor | None,
     scaling: float,
     threshold: int,
@@ -35,8 +37,10 @@ def forward(
     s = adapted @ A.t()
     if threshold:
         s *= inverse_keep(threshold)
-    y = linear(x, weight, bias)
+    y = linear(x, weight, bias if row_scale is None else None)
     y.addmm_(s, B.t(), alpha=scaling)
+    if row_scale is not None:
+        scale_rows_(y, row_scale, bias)
     return y, s, mask
 
 
@@ -80,5 +84,20 @@ def backward(
             # Into D(x), which has been used: another [M, K] would cost its page faults.
             dx += torch.mm(g, A, out=adapted).mul_(kept)
     if bias_dtype is not None:
-        dbias = dy.sum(0, dtype=torch.float32 if dy.dtype.itemsize < 4 else None).to(bias_dtype)
+        dbias = sum_rows(dy).to(bias_dtype)
     return dx, dA, dB, dbias
+
+
+def grad_row_scale(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None,
+    scaling: float,
+) -> torch.Tensor:
+    """[N] = Σ over tokens of dy ∘ (x Wᵀ + scaling · S Bᵀ), with `low_rank` = (S, B); the product is made again."""
+    y = linear(x, weight)
+    if low_rank is not None:
+        s, lora_B = low_rank
+        y.addmm_(s, lora_B.to(s.dtype).t(), alpha=scaling)
+    return sum_rows(y.mul_(dy))

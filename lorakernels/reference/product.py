@@ -25,6 +25,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def sum_rows(y: torch.Tensor) -> torch.Tensor:
+    """Σ over the rows of y [M, N], in float32 where y is 16-bit."""
+    return y.sum(0, dtype=torch.float32 if y.dtype.itemsize < 4 else None)
+
+
+def scale_rows_(y: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """row_scale ∘ y + bias in y's place: a scale for each row of the weight, which is a column of y [M, N]."""
+    y.mul_(row_scale)
+    return y if bias is None else y.add_(bias)
+
+
 @lru_cache(maxsize=1)
 def _prefers_onednn() -> bool:
     """Whether oneDNN's float32 product beats MKL's: MKL, torch's own choice, reaches 0.83 of it on an AMD EPYC."""

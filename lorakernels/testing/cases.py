@@ -9,7 +9,7 @@ import torch
 from lorakernels.reference import formula
 from lorakernels.testing.guards import guarded
 
-GRADIENTS = ("x", "weight", "lora_A", "lora_B", "bias")
+GRADIENTS = ("x", "weight", "lora_A", "lora_B", "bias", "row_scale")
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,12 @@ class LinearCase:
     N: int = 40
     r: int = 8
     bias: bool = True
+    row_scale: bool = False
     scaling: float = 0.7
     dropout_p: float = 0.0
     adapter_dtype: torch.dtype | None = None  # None: x's own
     layout: str = "contiguous"
-    needs: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias")
+    needs: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias", "row_scale")
 
     def __str__(self) -> str:
         return self.name
@@ -68,6 +69,15 @@ LINEAR_CASES = (
     LinearCase("only_bias", needs=("bias",)),
     LinearCase("x_and_B", needs=("x", "lora_B"), dropout_p=0.1),
     LinearCase("weight_too", needs=GRADIENTS),
+    LinearCase("row_scale", row_scale=True),
+    LinearCase("row_scale_no_bias", tokens=(3, 11), K=51, N=29, r=5, bias=False, row_scale=True),
+    LinearCase("row_scale_dropout", tokens=(150,), K=80, N=144, r=17, row_scale=True, dropout_p=0.3),
+    LinearCase("row_scale_adapter_float32", row_scale=True, adapter_dtype=torch.float32),
+    LinearCase("row_scale_alone", row_scale=True, needs=("row_scale",), dropout_p=0.1),
+    LinearCase("row_scale_frozen", row_scale=True, needs=("x", "lora_A", "lora_B", "bias"), layout="transposed"),
+    LinearCase("row_scale_all", row_scale=True, needs=GRADIENTS, layout="every_second"),
+    LinearCase("row_scale_scaling_zero", row_scale=True, scaling=0.0),
+    LinearCase("row_scale_zero_tokens", tokens=(2, 0), row_scale=True),
 )
 
 # Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
@@ -83,6 +93,7 @@ class LinearInputs:
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     bias: torch.Tensor | None
+    row_scale: torch.Tensor | None
     dy: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -109,6 +120,7 @@ def make_inputs(
         lora_A=randn(case.r, case.K, scale=case.K**-0.5, of=adapter),
         lora_B=randn(case.N, case.r, scale=case.r**-0.5, of=adapter),
         bias=randn(case.N) if case.bias else None,
+        row_scale=randn(case.N, of=torch.promote_types(dtype, torch.float32)) if case.row_scale else None,
         dy=dy,
     )
 
@@ -143,7 +155,14 @@ def run_formula(
     if keep is not None:
         keep = keep.to(dtype).view(inputs.x.shape)
     y = formula.lora_linear(
-        leaves["x"], leaves["weight"], leaves["lora_A"], leaves["lora_B"], leaves.get("bias"), case.scaling, keep
+        leaves["x"],
+        leaves["weight"],
+        leaves["lora_A"],
+        leaves["lora_B"],
+        leaves.get("bias"),
+        case.scaling,
+        keep,
+        leaves.get("row_scale"),
     )
     y.backward(inputs.dy.to(dtype))
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

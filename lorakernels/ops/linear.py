@@ -1,53 +1,28 @@
-"""The operators as torch sees them: schemas, fakes, autograd, autocast, FLOP formulas."""
+"""`lora_linear` as torch sees it: schemas, fakes, autograd, autocast, vmap."""
 
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold, inverse_keep
-from lorakernels.flops import register_flop_formulas
+from lorakernels.ops.library import as_matrix, functorch_is_active, implementation, library, nothing
 from lorakernels.reference import formula
-from lorakernels.reference import lora_linear as reference_lora_linear
 from lorakernels.reference.dropout import unpack_mask
+from lorakernels.reference.product import scale_rows_, sum_rows
 
-# `Library` and not `custom_op`: 2 µs a call where `custom_op` costs 9 (torch 2.13, CPU).
-_library = torch.library.Library("lorakernels", "DEF")
-_library.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, "
+library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? row_scale, Tensor? seed, "
     "float scaling, float dropout_p, str impl) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(
-    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor s, Tensor mask, "
-    "float scaling, float dropout_p, bool[] needs, ScalarType? bias_dtype, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+library.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? row_scale, "
+    "Tensor s, Tensor mask, float scaling, float dropout_p, bool[] needs, ScalarType? bias_dtype, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-
-
-def _implementation(impl: str, x: torch.Tensor) -> ModuleType:
-    if resolve_impl(impl, x.device, x.dtype) == "torch":
-        return reference_lora_linear
-    from lorakernels.kernels import lora_linear as kernels_lora_linear
-
-    return kernels_lora_linear
-
-
-def _as_matrix(x: torch.Tensor) -> torch.Tensor:
-    """[tokens, features] of x of any leading shape; a copy only where its strides allow no view."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
-def _functorch_is_active() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-def _nothing(like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """What an operator returns in the place of a tensor nobody asked for."""
-    return like.new_empty((0,), dtype=dtype)
 
 
 def _forward(
@@ -56,6 +31,7 @@ def _forward(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     seed: torch.Tensor | None,
     scaling: float,
     dropout_p: float,
@@ -63,14 +39,16 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if scaling == 0:
         # Switched off: the base layer's own output to the bit, whatever the adapter holds.
-        return torch.nn.functional.linear(x, weight, bias), _nothing(x), _nothing(x, torch.uint8)
-    implementation = _implementation(impl, x)
-    y, s, mask = implementation.forward(
-        _as_matrix(x), weight, lora_A, lora_B, bias, seed, scaling, drop_threshold(dropout_p)
+        y = torch.nn.functional.linear(x, weight, bias if row_scale is None else None)
+        if row_scale is not None:
+            scale_rows_(y, row_scale, bias)
+        return y, nothing(x), nothing(x, torch.uint8)
+    y, s, mask = implementation(impl, x).forward(
+        as_matrix(x), weight, lora_A, lora_B, bias, row_scale, seed, scaling, drop_threshold(dropout_p)
     )
     if x.dim() != 2:
         y = y.view(*x.shape[:-1], weight.shape[0])
-    return y, s, _nothing(x, torch.uint8) if mask is None else mask
+    return y, s, nothing(x, torch.uint8) if mask is None else mask
 
 
 def _forward_fake(
@@ -79,6 +57,7 @@ def _forward_fake(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     seed: torch.Tensor | None,
     scaling: float,
     dropout_p: float,
@@ -86,12 +65,12 @@ def _forward_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     if scaling == 0:
-        return y, _nothing(x), _nothing(x, torch.uint8)
+        return y, nothing(x), nothing(x, torch.uint8)
     on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
     tokens, K = math.prod(x.shape[:-1]), x.shape[-1]
     s = x.new_empty((tokens, lora_A.shape[0]), dtype=torch.float32 if on_triton else x.dtype)
     if drop_threshold(dropout_p) == 0:
-        return y, s, _nothing(x, torch.uint8)
+        return y, s, nothing(x, torch.uint8)
     return y, s, x.new_empty((tokens, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
 
 
@@ -101,6 +80,7 @@ def _backward(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
+    row_scale: torch.Tensor | None,
     s: torch.Tensor,
     mask: torch.Tensor,
     scaling: float,
@@ -108,18 +88,29 @@ def _backward(
     needs: list[bool],
     bias_dtype: torch.dtype | None,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    need_dx, need_dweight, need_dA, need_dB = needs
-    dy2 = _as_matrix(dy)
-    x2 = None if x is None else _as_matrix(x)
-    dx = dA = dB = dbias = None
+) -> tuple[torch.Tensor, ...]:
+    need_dx, need_dweight, need_dA, need_dB, need_drow_scale = needs
+    dy2 = as_matrix(dy)
+    x2 = None if x is None else as_matrix(x)
+    dx = dA = dB = dbias = drow_scale = None
+    if row_scale is not None:
+        if need_drow_scale:
+            assert x2 is not None
+            low_rank = (s, lora_B) if scaling else None
+            drow_scale = implementation(impl, dy).grad_row_scale(dy2, x2, weight, low_rank, scaling)
+            drow_scale = drow_scale.to(row_scale.dtype)
+        if bias_dtype is not None:
+            dbias = sum_rows(dy2).to(bias_dtype)
+            bias_dtype = None
+        # The gradient of what is scaled, once, for all the products below.
+        dy2 = torch.mul(dy2, row_scale, out=torch.empty_like(dy2))
     if scaling == 0:
         dx = dy2 @ weight if need_dx else None
         dA = torch.zeros_like(lora_A, memory_format=torch.contiguous_format) if need_dA else None
         dB = torch.zeros_like(lora_B, memory_format=torch.contiguous_format) if need_dB else None
-        dbias = None if bias_dtype is None else dy2.sum(0).to(bias_dtype)
+        dbias = dbias if bias_dtype is None else sum_rows(dy2).to(bias_dtype)
     else:
-        dx, dA, dB, dbias = _implementation(impl, dy).backward(
+        dx, dA, dB, summed = implementation(impl, dy).backward(
             dy2,
             x2,
             weight,
@@ -134,16 +125,18 @@ def _backward(
             need_dB=need_dB,
             bias_dtype=bias_dtype,
         )
+        dbias = summed if dbias is None else dbias
     dweight = None
     if need_dweight:
         assert x2 is not None
         dweight = (dy2.t() @ x2).to(weight.dtype)
     return (
-        _nothing(dy) if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
-        _nothing(dy) if dweight is None else dweight,
-        _nothing(dy) if dA is None else dA,
-        _nothing(dy) if dB is None else dB,
-        _nothing(dy) if dbias is None else dbias,
+        nothing(dy) if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
+        nothing(dy) if dweight is None else dweight,
+        nothing(dy) if dA is None else dA,
+        nothing(dy) if dB is None else dB,
+        nothing(dy) if dbias is None else dbias,
+        nothing(dy) if drow_scale is None else drow_scale,
     )
 
 
@@ -153,6 +146,7 @@ def _backward_fake(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
+    row_scale: torch.Tensor | None,
     s: torch.Tensor,
     mask: torch.Tensor,
     scaling: float,
@@ -160,14 +154,15 @@ def _backward_fake(
     needs: list[bool],
     bias_dtype: torch.dtype | None,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    need_dx, need_dweight, need_dA, need_dB = needs
+) -> tuple[torch.Tensor, ...]:
+    need_dx, need_dweight, need_dA, need_dB, need_drow_scale = needs
     return (
-        dy.new_empty((*dy.shape[:-1], weight.shape[1])) if need_dx else _nothing(dy),
-        weight.new_empty(weight.shape) if need_dweight else _nothing(dy),
-        lora_A.new_empty(lora_A.shape) if need_dA else _nothing(dy),
-        lora_B.new_empty(lora_B.shape) if need_dB else _nothing(dy),
-        _nothing(dy) if bias_dtype is None else dy.new_empty((weight.shape[0],), dtype=bias_dtype),
+        dy.new_empty((*dy.shape[:-1], weight.shape[1])) if need_dx else nothing(dy),
+        weight.new_empty(weight.shape) if need_dweight else nothing(dy),
+        lora_A.new_empty(lora_A.shape) if need_dA else nothing(dy),
+        lora_B.new_empty(lora_B.shape) if need_dB else nothing(dy),
+        nothing(dy) if bias_dtype is None else dy.new_empty((weight.shape[0],), dtype=bias_dtype),
+        row_scale.new_empty(row_scale.shape) if need_drow_scale and row_scale is not None else nothing(dy),
     )
 
 
@@ -189,8 +184,8 @@ def _autocast(device_type: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return torch.ops.lorakernels.lora_linear_backward(*arguments)
 
-    _library.impl("lora_linear", forward, key.name)
-    _library.impl("lora_linear_backward", backward, key.name)
+    library.impl("lora_linear", forward, key.name)
+    library.impl("lora_linear_backward", backward, key.name)
 
 
 def autocast_arguments(
@@ -206,13 +201,10 @@ def autocast_arguments(
 
 _autocast("cpu")
 _autocast("cuda")
-_library.impl("lora_linear", _forward, "CompositeExplicitAutograd")
-_library.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lorakernels::lora_linear", _forward_fake, lib=_library)
-torch.library.register_fake("lorakernels::lora_linear_backward", _backward_fake, lib=_library)
-
-
-register_flop_formulas()
+library.impl("lora_linear", _forward, "CompositeExplicitAutograd")
+library.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("lorakernels::lora_linear", _forward_fake, lib=library)
+torch.library.register_fake("lorakernels::lora_linear_backward", _backward_fake, lib=library)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -225,32 +217,36 @@ class LoRALinearFunction(torch.autograd.Function):
         lora_A: torch.Tensor,
         lora_B: torch.Tensor,
         bias: torch.Tensor | None,
+        row_scale: torch.Tensor | None,
         seed: torch.Tensor | None,
         scaling: float,
         dropout_p: float,
         impl: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return torch.ops.lorakernels.lora_linear(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
+        return torch.ops.lorakernels.lora_linear(
+            x, weight, lora_A, lora_B, bias, row_scale, seed, scaling, dropout_p, impl
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        x, weight, lora_A, lora_B, bias, _, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
+        x, weight, lora_A, lora_B, bias, row_scale, _, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
         _, s, mask = output
         ctx.mark_non_differentiable(s, mask)
         ctx.set_materialize_grads(False)
-        _, need_weight, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        _, need_weight, need_A, need_B, need_bias, need_row_scale, *_ = ctx.needs_input_grad
         ctx.bias_dtype = bias.dtype if need_bias else None
         # dB needs S alone, until it is differentiated again: torch.func always asks for that.
-        need_x = need_weight or need_A or (need_B and _functorch_is_active())
-        ctx.save_for_backward(x if need_x else None, weight, lora_A, lora_B, s, mask)
+        need_x = need_weight or need_A or need_row_scale or (need_B and functorch_is_active())
+        ctx.save_for_backward(x if need_x else None, weight, lora_A, lora_B, row_scale, s, mask)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
         if dy is None:
-            return (None,) * 9
-        x, weight, lora_A, lora_B, s, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        need_B = needs[3]
+            return (None,) * 10
+        x, weight, lora_A, lora_B, row_scale, s, mask = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:6]
+        *need_tensors, _, need_row_scale = needs
+        need_B = need_tensors[3]
         if torch.is_grad_enabled():
             grads = _differentiable_backward(ctx, dy)
             if x is None and need_B:
@@ -265,11 +261,12 @@ class LoRALinearFunction(torch.autograd.Function):
                 weight,
                 lora_A,
                 lora_B,
+                row_scale,
                 s,
                 mask,
                 ctx.scaling,
                 ctx.dropout_p,
-                needs[:4],
+                [*need_tensors, need_row_scale],
                 ctx.bias_dtype,
                 ctx.impl,
             )
@@ -296,12 +293,13 @@ class _EagerFunction(torch.autograd.Function):
 
 def _differentiable_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradients as plain torch: for gradients of gradients and torch.func, whatever `impl` is."""
-    x, weight, lora_A, lora_B, _, mask = ctx.saved_tensors
+    x, weight, lora_A, lora_B, row_scale, _, mask = ctx.saved_tensors
     keep = None
     if mask.numel():
         keep = unpack_mask(mask, weight.shape[1]).to(dy.dtype) * inverse_keep(drop_threshold(ctx.dropout_p))
-    dy2, x2 = _as_matrix(dy), None if x is None else _as_matrix(x)
-    dx, *grads = formula.lora_linear_backward(dy2, x2, weight, lora_A, lora_B, ctx.scaling, keep)
+    dy2, x2 = as_matrix(dy), None if x is None else as_matrix(x)
+    dx, *grads = formula.lora_linear_backward(dy2, x2, weight, lora_A, lora_B, ctx.scaling, keep, row_scale)
+    assert dx is not None
     return dx.reshape(*dy.shape[:-1], weight.shape[1]), *grads
 
 
@@ -310,7 +308,7 @@ def _vmap(
 ) -> tuple[Any, tuple[int | None, ...]]:
     """A batched x alone is only more tokens; anything else is a loop over the examples."""
     x, *others = inputs
-    seed = others[4]  # flattened tokens would get one mask from it, and equal examples different ones
+    seed = others[5]  # flattened tokens would get one mask from it, and equal examples different ones
     if in_dims[0] is not None and seed is None and all(dim is None for dim in in_dims[1:]):
         x = x.movedim(in_dims[0], 0)
         tokens = math.prod(x.shape[1:-1])
@@ -331,7 +329,7 @@ def _op_vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[
     return _vmap(torch.ops.lorakernels.lora_linear, info, in_dims, inputs)
 
 
-torch.library.register_vmap("lorakernels::lora_linear", _op_vmap, lib=_library)
+torch.library.register_vmap("lorakernels::lora_linear", _op_vmap, lib=library)
 
 
 def lora_linear(
@@ -340,6 +338,7 @@ def lora_linear(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
     scaling: float,
     dropout_p: float,
     impl: str,
@@ -350,10 +349,10 @@ def lora_linear(
         # On x's device, and read there: the host never waits. randint takes part in checkpointing's
         # stash of the generator, so a recomputed forward draws the same mask.
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    arguments = (x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, impl)
-    functorch = _functorch_is_active()
+    arguments = (x, weight, lora_A, lora_B, bias, row_scale, seed, scaling, dropout_p, impl)
+    functorch = functorch_is_active()
     transformed = functorch or torch.compiler.is_compiling()
     # Under torch.func always: the operator alone would drop the tangents of jvp, where the Function raises.
-    if functorch or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5])):
+    if functorch or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])):
         return (LoRALinearFunction if transformed else _EagerFunction).apply(*arguments)[0]
     return torch.ops.lorakernels.lora_linear(*arguments)[0]

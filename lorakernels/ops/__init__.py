@@ -1,0 +1,9 @@
+"""The operators as torch sees them."""
+
+from lorakernels.flops import register_flop_formulas
+from lorakernels.ops.linear import autocast_arguments as autocast_arguments
+from lorakernels.ops.linear import lora_linear as lora_linear
+from lorakernels.ops.weight_norm import lora_weight_norm as lora_weight_norm
+from lorakernels.ops.weight_norm import row_sq_norm as row_sq_norm
+
+register_flop_formulas()

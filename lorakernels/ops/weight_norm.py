@@ -1,0 +1,65 @@
+"""The norms of an adapted weight's rows, for DoRA: operators, so that torch.compile sees one call and no loop."""
+
+from __future__ import annotations
+
+import torch
+
+from lorakernels.ops.library import implementation, library
+from lorakernels.reference import weight_norm
+
+library.define("row_sq_norm(Tensor weight) -> Tensor")
+library.define(
+    "lora_weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor weight_sq, float scaling, str impl) -> Tensor"
+)
+
+
+def _norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor,
+    scaling: float,
+    impl: str,
+) -> torch.Tensor:
+    projected = implementation(impl, weight).project(weight, lora_A)
+    return weight_norm.from_projection(projected, lora_A, lora_B, weight_sq, scaling)
+
+
+def _norm_fake(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor,
+    scaling: float,
+    impl: str,
+) -> torch.Tensor:
+    return weight_sq.new_empty(weight_sq.shape)
+
+
+def _row_sq_norm_fake(weight: torch.Tensor) -> torch.Tensor:
+    return weight.new_empty(weight.shape[:1], dtype=weight_norm.sum_dtype(weight))
+
+
+library.impl("row_sq_norm", weight_norm.row_sq_norm, "CompositeExplicitAutograd")
+library.impl("lora_weight_norm", _norm, "CompositeExplicitAutograd")
+torch.library.register_fake("lorakernels::row_sq_norm", _row_sq_norm_fake, lib=library)
+torch.library.register_fake("lorakernels::lora_weight_norm", _norm_fake, lib=library)
+
+
+@torch.no_grad()
+def row_sq_norm(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.lorakernels.row_sq_norm(weight.detach())
+
+
+@torch.no_grad()
+def lora_weight_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    weight_sq: torch.Tensor,
+    scaling: float,
+    impl: str,
+) -> torch.Tensor:
+    return torch.ops.lorakernels.lora_weight_norm(
+        weight.detach(), lora_A.detach(), lora_B.detach(), weight_sq, scaling, impl
+    )

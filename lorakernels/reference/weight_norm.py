@@ -1,0 +1,44 @@
+"""‖W + scaling · B A‖ by rows, without B A: DoRA's norm (Liu et al., arXiv 2402.09353, eq. 5)."""
+
+from __future__ import annotations
+
+import torch
+
+# Of a 16-bit weight so many rows at a time are widened: one float32 copy of all of it would be twice its size.
+_ROWS = 1024
+
+
+def sum_dtype(weight: torch.Tensor) -> torch.dtype:
+    """float32, or float64 for a float64 weight."""
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32
+
+
+def row_sq_norm(weight: torch.Tensor) -> torch.Tensor:
+    """‖W‖² by rows: [N] float32 (float64 for a float64 weight) of weight [N, K]."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=sum_dtype(weight)).square_()
+
+
+def project(weight: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
+    """W Aᵀ [N, r] in `sum_dtype`."""
+    dtype = sum_dtype(weight)
+    A = lora_A.to(dtype).t()
+    if weight.dtype is dtype:
+        return weight @ A
+    projected = A.new_empty((weight.shape[0], A.shape[1]))
+    for rows, out in zip(weight.split(_ROWS), projected.split(_ROWS), strict=True):
+        torch.mm(rows.to(dtype), A, out=out)
+    return projected
+
+
+def from_projection(
+    projected: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """√(‖W‖² + 2 s ⟨W, B A⟩ + s² ‖B A‖²) by rows, [N] in weight_sq's dtype, from `projected` = W Aᵀ [N, r].
+
+    The inner product is row by row that of W Aᵀ and B; ‖B A‖² is that of B (A Aᵀ) and B.
+    """
+    dtype = weight_sq.dtype
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    cross = (2 * scaling) * projected.to(dtype) + (scaling * scaling) * (B @ (A @ A.t()))
+    # Rounding may take a row that the update all but cancels below zero.
+    return cross.mul_(B).sum(1).add_(weight_sq).clamp_min_(0).sqrt_()
