@@ -119,6 +119,9 @@ PARITY = {
     "several adapters": ([config(), config(r=7, use_rslora=True), config(r=1)], True),
     "several with lora_bias": ([config(lora_bias=True), config(r=7, lora_alpha=3, lora_bias=True)], False),
     "several on other layers": ([config(), config(target_modules=["down"])], True),
+    "dora": ([config(use_dora=True)], True),
+    "dora without base bias, rslora": ([config(use_dora=True, use_rslora=True, r=9)], False),
+    "dora with dropout off": ([config(use_dora=True, lora_dropout=0.5)], True),
     "dropout off": ([config(lora_dropout=0.5), config(lora_dropout=0.2, lora_bias=True)], True),
 }
 
@@ -128,7 +131,7 @@ def test_parity(name: str, x: torch.Tensor, fused: list[dict[str, Any]]) -> None
     configs, bias = PARITY[name]
     plain = peft_model(*configs, bias=bias)
     plain.base_model.set_adapter(list(NAMES[: len(configs)]))
-    if name == "dropout off":
+    if "dropout off" in name:
         plain.eval()
     model = accelerated_copy(plain)
     ours = values_and_gradients(model, x)
@@ -138,13 +141,13 @@ def test_parity(name: str, x: torch.Tensor, fused: list[dict[str, Any]]) -> None
 
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["plain", "lora_bias", "several adapters"])
+@pytest.mark.parametrize("name", ["plain", "lora_bias", "several adapters", "dora"])
 def test_parity_bfloat16(name: str, adapter: torch.dtype, fused: list[dict[str, Any]]) -> None:
     configs, bias = PARITY[name]
     layers = peft_model(*configs, bias=bias, dtype=torch.bfloat16)
     layers.base_model.set_adapter(list(NAMES[: len(configs)]))
     plain = layers.base_model.model.up
-    for adapters in (plain.lora_A, plain.lora_B):
+    for adapters in (plain.lora_A, plain.lora_B, plain.lora_magnitude_vector):
         adapters.to(adapter)
     x = torch.randn(64, IN).bfloat16()
     exact = values_and_gradients(copy.deepcopy(plain).double(), x.double())
@@ -277,6 +280,87 @@ def test_tensors_in_the_place_of_parameters(x: torch.Tensor, fused: list[dict[st
             setattr(module, name, None if parameter is None else parameter.detach().clone())
     assert torch.equal(model(x), expected)
     assert len(fused) == 2
+
+
+# ---- DoRA
+
+
+def test_dora_with_dropout_draws_what_peft_draws(x: torch.Tensor, fused: list[dict[str, Any]]) -> None:
+    plain = peft_model(config(use_dora=True, lora_dropout=0.3))
+    model = accelerated_copy(plain)
+
+    def drawn(m: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(5)
+        return values_and_gradients(m, x)
+
+    assert_equal(drawn(model), drawn(plain))
+    assert len(fused) == 2
+    for m in (plain, model):  # the layer evaluates and its dropout does not know: PEFT asks the layer
+        m.eval()
+        m.base_model.model.up.lora_dropout["first"].train()
+    assert_equal(drawn(model), drawn(plain))
+
+
+def test_dora_sees_an_edit_of_the_base_weight(x: torch.Tensor, fused: list[dict[str, Any]]) -> None:
+    plain = peft_model(config(use_dora=True))
+    model = accelerated_copy(plain)
+    assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x))
+    edits = (lambda w: w.mul_(1.5), lambda w: setattr(w, "data", w.data * 2))
+    for edit in edits:
+        for m in (plain, model):
+            with torch.no_grad():
+                edit(m.base_model.model.up.base_layer.weight)
+        assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x))
+    for m in (plain, model):
+        m.merge_adapter()
+        m.unmerge_adapter()
+    assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x))
+    assert len(fused) == 8
+
+
+def test_dora_keeps_nothing_of_the_outputs_size() -> None:
+    model = peft_model(config(use_dora=True), dtype=torch.float32).base_model.model.up
+    x = torch.randn(512, IN)
+
+    def kept(layer: Any) -> int:
+        sizes: dict[int, int] = {}
+        own = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            layer(x).sum()
+        return sum(sizes.values())
+
+    # S and a few vectors; PEFT keeps the base result and the adapter's.
+    assert kept(accelerated_copy(model)) < 512 * MIDDLE * 4 < kept(model)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda dora: dora.register_forward_hook(double_output), "or has hooks"),
+        (
+            lambda dora: setattr(dora, "weight", nn.Parameter(dora.weight.detach().as_subclass(Disguised))),
+            "plain tensor",
+        ),
+    ],
+)
+def test_dora_that_somebody_changed_runs_pefts_forward(
+    spoil: Any, reason: str, x: torch.Tensor, fused: list[dict[str, Any]]
+) -> None:
+    plain = peft_model(config(use_dora=True)).base_model.model.up
+    model = accelerated_copy(plain)
+    for layer in (plain, model):
+        spoil(layer.lora_magnitude_vector["first"])
+    report = accelerate(model)
+    assert report.num_accelerated == 0 and reason in report.rows[0].reason
+    assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x), tolerance=0)
+    assert not fused
 
 
 # ---- dropout
@@ -454,13 +538,22 @@ def test_what_is_not_plain_runs_pefts_forward(name: str, x: torch.Tensor, fused:
     ), "the case changes nothing, so it shows nothing"
 
 
-@pytest.mark.parametrize("fields", [{"use_dora": True}, {"alora_invocation_tokens": [1]}])
-def test_variants_run_pefts_forward(fields: dict[str, Any], x: torch.Tensor, fused: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("fields", "names", "reason"),
+    [
+        ({"alora_invocation_tokens": [1]}, ["first"], "LoRA variant"),
+        ({"use_dora": True}, ["first", "second"], "DoRA is active beside another"),
+    ],
+)
+def test_variants_run_pefts_forward(
+    fields: dict[str, Any], names: list[str], reason: str, x: torch.Tensor, fused: list[dict[str, Any]]
+) -> None:
     plain = peft_model(config(**fields), config())
+    plain.base_model.set_adapter(names)
     model = copy.deepcopy(plain)
     report = accelerate(model)
     assert report.num_accelerated == 0
-    assert "LoRA variant" in report.rows[0].reason
+    assert reason in report.rows[0].reason
     assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x), tolerance=0)
     assert not fused
     for m in (plain, model):

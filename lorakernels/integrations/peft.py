@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
-from lorakernels.functional import lora_linear
+from lorakernels.functional import lora_linear, lora_weight_norm, row_sq_norm
 from lorakernels.integrations.peft_report import AccelerationReport, LayerReport
 from lorakernels.nn.layer import runs_more_than_forward
 
@@ -19,8 +20,20 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_AUTOCAST_DTYPES, torch.float64)
 
-# Of one active adapter: A [r, K], B [N, r], the bias [N] of B or None, scaling, and dropout's p (0 where it is off).
-_Term = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None", "float | torch.Tensor", float]
+
+class _Term(NamedTuple):
+    """What one active adapter adds: the same for every call until somebody changes the adapter."""
+
+    A: torch.Tensor  # [r, K]
+    B: torch.Tensor  # [N, r]
+    lora_bias: torch.Tensor | None  # [N], PEFT's `lora_bias`
+    scaling: float | torch.Tensor
+    p: float  # dropout's; 0 where it is off
+    magnitude: torch.Tensor | None  # [N], DoRA's
+
+
+# ‖W‖² by rows of the base weights under DoRA, and the version of the weight that it was computed from.
+_weight_sq: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
@@ -128,17 +141,47 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         return None
 
     first, *others = terms
-    if others and not any(term[4] for term in terms):
+    if first.magnitude is not None:
+        return _dora(x, weight, bias, first)
+    if others and not any(term.p for term in terms):
         # Adapters without dropout are one adapter of their ranks' sum: still one pass over x.
-        A = torch.cat([term[0] for term in terms])
-        B = torch.cat([term[1] * term[3] for term in terms], dim=1)
+        A = torch.cat([term.A for term in terms])
+        B = torch.cat([term.B * term.scaling for term in terms], dim=1)
         return lora_linear(x, weight, A, B, bias=_with_lora_biases(bias, terms, x.dtype))
-    A, B, _, scaling, p = first
+    A, B, _, scaling, p, _ = first
     y = lora_linear(x, weight, A, B, bias=_with_lora_biases(bias, [first], x.dtype), scaling=scaling, dropout_p=p)
-    for A, B, lora_bias, scaling, p in others:  # each adapter has a mask of its own
+    for A, B, lora_bias, scaling, p, _ in others:  # each adapter has a mask of its own
         s = F.linear(F.dropout(x, p), A.to(x.dtype))
         y = y + F.linear(s, B.to(x.dtype), None if lora_bias is None else lora_bias.to(x.dtype)) * scaling
     return y
+
+
+def _dora(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: _Term) -> torch.Tensor:
+    """x Wᵀ + bias + (c - 1) ∘ D(x) Wᵀ + c ∘ scaling · (D(x) Aᵀ) Bᵀ with c = magnitude / ‖W + scaling · B A‖.
+
+    PEFT's dropout is on the way to both W and A in what DoRA adds, so with it there are two base products, as in PEFT.
+    """
+    A, B, _, scaling, p, magnitude = term
+    assert magnitude is not None
+    norm = lora_weight_norm(weight, A, B, scaling=scaling, weight_sq=_row_sq_norm(weight))
+    row_scale = magnitude / norm.to(torch.promote_types(weight.dtype, torch.float32))
+    if not p:
+        return lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, scaling=scaling)
+    dropped = F.dropout(x, p)
+    return F.linear(x - dropped, weight, bias) + lora_linear(
+        dropped, weight, A, B, row_scale=row_scale, scaling=scaling
+    )
+
+
+def _row_sq_norm(weight: torch.Tensor) -> torch.Tensor | None:
+    """‖W‖² by rows, kept until the weight is edited or replaced; None where no version tells of that."""
+    if torch.compiler.is_compiling() or weight.is_inference() or torch._C._are_functorch_transforms_active():
+        return None
+    stamp = (weight._version, weight.data_ptr(), weight.dtype)
+    kept = _weight_sq.get(weight)
+    if kept is None or kept[0] != stamp:
+        kept = _weight_sq[weight] = (stamp, row_sq_norm(weight))
+    return kept[1]
 
 
 def _takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: list[_Term]) -> bool:
@@ -149,15 +192,15 @@ def _takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: list
         # It leaves float64 and integers, which a quantised weight may be, alone.
         return weight.dtype is x.dtype or (weight.dtype in _AUTOCAST_DTYPES and x.dtype in _AUTOCAST_DTYPES)
     casting = getattr(layer, "cast_input_dtype_enabled", True)
-    return weight.dtype is x.dtype and (casting or all(A.dtype is B.dtype is x.dtype for A, B, *_ in terms))
+    return weight.dtype is x.dtype and (casting or all(term.A.dtype is term.B.dtype is x.dtype for term in terms))
 
 
 def _with_lora_biases(bias: torch.Tensor | None, terms: list[_Term], dtype: torch.dtype) -> torch.Tensor | None:
     """The base bias [N] and scaling times the bias of each B (PEFT's `lora_bias`)."""
     total = bias
-    for _, _, lora_bias, scaling, _ in terms:
-        if lora_bias is not None:
-            scaled = lora_bias * scaling
+    for term in terms:
+        if term.lora_bias is not None:
+            scaled = term.lora_bias * term.scaling
             total = scaled if total is None else total + scaled
     return total if total is bias or total is None else total.to(dtype)
 
@@ -186,15 +229,19 @@ def _active_terms(layer: Any) -> list[_Term] | str:
     for name in layer.active_adapters:
         if name not in lora_A:
             continue
+        magnitude = None
         if name in layer.lora_variant:
-            return f"adapter {name!r} is a LoRA variant ({type(layer.lora_variant[name]).__name__})"
+            magnitude = _magnitude(layer, name)
+            if isinstance(magnitude, str):
+                return magnitude
         A, B, dropout, scaling = lora_A[name], lora_B[name], dropouts[name], layer.scaling[name]
         if type(A) is not nn.Linear or type(B) is not nn.Linear or _parameter(A, "bias") is not None:
             return f"lora_A or lora_B of adapter {name!r} is not the torch.nn.Linear that PEFT makes"
         if type(dropout) is nn.Identity:
             p = 0.0
         elif type(dropout) is nn.Dropout and dropout.p < 1 and not dropout.inplace:
-            p = dropout.p if dropout.training else 0.0
+            # DoRA's variant asks the layer and not the dropout whether it trains.
+            p = dropout.p if dropout.training and (magnitude is None or layer.training) else 0.0
         else:
             return f"the dropout of adapter {name!r} is {dropout}, not a torch.nn.Dropout with p < 1"
         if runs_more_than_forward(A) or runs_more_than_forward(B) or runs_more_than_forward(dropout):
@@ -204,8 +251,30 @@ def _active_terms(layer: Any) -> list[_Term] | str:
             return f"a weight of adapter {name!r} is not a plain tensor"
         if isinstance(scaling, torch.Tensor) and scaling.dim() != 0:
             return f"the scaling of adapter {name!r} is a tensor of shape {list(scaling.shape)}, not a number"
-        terms.append((weight_A, weight_B, bias_B, scaling, p))
+        terms.append(_Term(weight_A, weight_B, bias_B, scaling, p, magnitude))
+    if len(terms) > 1 and any(term.magnitude is not None for term in terms):
+        return "an adapter with DoRA is active beside another"
     return terms
+
+
+def _magnitude(layer: Any, name: str) -> torch.Tensor | str:
+    """DoRA's magnitude [N] of an adapter that is a LoRA variant, or why the fused path does not take it."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    variant = layer.lora_variant[name]
+    kind = variant if isinstance(variant, type) else type(variant)
+    if kind is not DoraLinearVariant:
+        return f"adapter {name!r} is a LoRA variant ({kind.__name__})"
+    dora = layer.lora_magnitude_vector[name]
+    if type(dora) is not DoraLinearLayer or runs_more_than_forward(dora):
+        return f"the magnitude of adapter {name!r} is not as PEFT makes it, or has hooks"
+    weight = _parameter(dora, "weight")
+    if not _is_plain(weight) or weight.device != layer.lora_A[name].weight.device:
+        return f"the magnitude of adapter {name!r} is not a plain tensor beside lora_A"
+    if _parameter(layer.lora_B[name], "bias") is not None:
+        return f"adapter {name!r} has DoRA and lora_bias"
+    return weight
 
 
 def _is_plain(tensor: Any) -> bool:
