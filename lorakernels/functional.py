@@ -134,8 +134,10 @@ def explain(
     (N, K), r, M = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
     names = ("few_tokens",) if takes_few_tokens_form(M, r, x.element_size()) else ("shrink", "linear_expand")
     outputs = {"few_tokens": N, "shrink": K, "linear_expand": N}
-    forward = [f"{name}: {choose(name, M, outputs[name], K, r, x.element_size())}" for name in names]
-    backward = f"outer (backward, dy pass): {choose('outer', M, N, N, r, x.element_size())}"
+    itemsize = x.element_size()
+    tma = K * itemsize % 16 == 0 and N * itemsize % 16 == 0
+    forward = [f"{name}: {choose(name, M, outputs[name], K, r, itemsize, x.device, tma)}" for name in names]
+    backward = f"outer (backward, dy pass): {choose('outer', M, N, N, r, itemsize, x.device)}"
     return Explanation(resolved, why, (*forward, backward))
 
 

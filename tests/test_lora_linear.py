@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 import lorakernels as lk
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.kernels import lora_linear as kernels_lora_linear
+from lorakernels.kernels.launch import record_launches
 from lorakernels.reference.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
@@ -25,13 +28,37 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEED = 1234
 LARGE = ("several_blocks",)
 IN_ALL_DTYPES = ("plain", "dropout_half_odd", "adapter_float32_dropout", "odd_sizes")
+# Forms of `linear_expand` alone: the cases where that kernel does something else, and aligned, which descriptors need.
+OF_ONE_KERNEL = ("triton-tma-tiny", "triton-cublas-tiny")
+FOR_ONE_KERNEL = (
+    "three_dimensions",
+    "zero_tokens",
+    "odd_sizes",
+    "rank_17",
+    "no_bias",
+    "dropout",
+    "adapter_float32_dropout",
+    "transposed",
+    "row_scale",
+    "row_scale_dropout",
+    "row_scale_scaling_zero",
+    "row_scale_zero_tokens",
+)
 Results = dict[str, torch.Tensor]
 # Sixteen is the smallest block there is: odd shapes then take several programs and several turns of every loop.
 TINY = dict.fromkeys(
     ("shrink", "linear_expand", "few_tokens", "outer"),
     KernelConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_R=16, GROUP_M=2, SPLIT=3),
 )
-PATHS = ["torch", "triton-few", "triton-general", "triton-few-tiny", "triton-general-tiny"]
+PATHS = [
+    "torch",
+    "triton-few",
+    "triton-general",
+    "triton-few-tiny",
+    "triton-general-tiny",
+    "triton-tma-tiny",
+    "triton-cublas-tiny",
+]
 
 
 @contextlib.contextmanager
@@ -43,7 +70,8 @@ def path(name: str, r: int = 1) -> Iterator[str]:
         patch.setattr(table, "FEW_TOKENS", 1 << 30 if few else -1)
         if "tiny" in form:
             block_r = max(16, 1 << (r - 1).bit_length()) if few else 16
-            tiny = {name: KernelConfig(**{**vars(config), "BLOCK_R": block_r}) for name, config in TINY.items()}
+            flags = {flag: flag in form for flag in ("tma", "cublas")}
+            tiny = {name: dataclasses.replace(config, BLOCK_R=block_r, **flags) for name, config in TINY.items()}
             stack.enter_context(table.forced_configs(tiny))
         yield impl
 
@@ -87,6 +115,8 @@ def keep_of(case: LinearCase, inputs: LinearInputs, impl: str) -> torch.Tensor |
 def _table() -> Iterator[tuple[LinearCase, str, torch.dtype]]:
     """Every case in every dtype by every path on a GPU and in torch; what the interpreter takes long for, in fewer."""
     for case, way, dtype in itertools.product(LINEAR_CASES, PATHS, DTYPES):
+        if way in OF_ONE_KERNEL and case.name not in FOR_ONE_KERNEL:
+            continue
         interpreted = way != "torch" and not ON_GPU
         dtypes = [torch.float32] if way.endswith("tiny") else [torch.float32, torch.float16]
         slow = way.endswith("tiny") and case.name in LARGE
@@ -155,6 +185,27 @@ def test_bitwise_the_same_on_every_run(way: str, device: str) -> None:
     with path(way) as impl:
         first, second = run(case, inputs, impl), run(case, inputs, impl)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("way", "kernel", "base"),
+    [
+        ("tma", "linear_expand_tma_kernel", 0),
+        ("cublas", "linear_expand_kernel", 2),
+        ("general", "linear_expand_kernel", 0),
+    ],
+)
+def test_the_form_that_is_asked_for_runs(way: str, kernel: str, base: int) -> None:
+    inputs = make_inputs(LinearCase("aligned", tokens=(64,), K=64, N=32), torch.float16, "meta")
+    x, weight, A, B, bias, *_ = inputs.tensors().values()
+    with path(f"triton-{way}-tiny"), record_launches() as launches:
+        _, s, _ = kernels_lora_linear.forward(x, weight, A, B, bias, None, None, 0.5, 0)
+        kernels_lora_linear.backward(
+            inputs.dy, x, weight, A, B, s, None, 0.5, 0, need_dx=True, need_dA=False, need_dB=False, bias_dtype=None
+        )
+    expands = [launch for launch in launches if launch.kernel.__name__.startswith("linear_expand")]
+    assert [launch.kernel.__name__ for launch in expands] == [kernel] * 2
+    assert sum(launch.constexprs.get("HAS_BASE", False) for launch in expands) == base
 
 
 @pytest.mark.parametrize("way", ["triton-few-tiny", "triton-general-tiny"])

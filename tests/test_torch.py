@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lorakernels as lk
+from lorakernels.reference import lora_linear as reference
 from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
 
 IMPLS = ["torch", "triton"]
@@ -102,7 +106,7 @@ def test_kept_for_the_backward(impl: str, dtype: torch.dtype, dropout_p: float, 
         lambda: lk.lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, dropout_p=dropout_p, impl=impl),
         [weight, bias, A, B] + ([row_scale] if row_scale is not None else []),
     )
-    s_bytes = M * r * (4 if impl == "triton" else dtype.itemsize)
+    s_bytes = M * r * dtype.itemsize
     mask_bytes = 0 if not dropout_p else M * -(-K // 8) if impl == "triton" else M * K
     assert kept == M * K * dtype.itemsize + s_bytes + mask_bytes
 
@@ -140,6 +144,37 @@ def test_checkpointing_draws_the_same_mask(impl: str, reentrant: bool) -> None:
     y.backward(inputs.dy)
     again = [y, *(leaf.grad for leaf in inputs.tensors().values() if leaf.requires_grad)]
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.MUST_RECOMPUTE])
+def test_selective_checkpointing(policy: CheckpointPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = leaves()
+    runs = 0
+    forward = reference.forward
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return forward(*arguments)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return call(dataclasses.replace(inputs, x=x.sin()), dropout_p=0.4).tanh()
+
+    def policy_of(_: object, op: object, *arguments: object, **keywords: object) -> CheckpointPolicy:
+        ours = op is torch.ops.lorakernels.lora_linear.default
+        return policy if ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    torch.manual_seed(11)
+    y = layer(inputs.x)
+    plain = [y, *gradients(inputs, y)]
+    monkeypatch.setattr(reference, "forward", counted)
+    torch.manual_seed(11)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy_of)
+    y = checkpoint(layer, inputs.x, use_reentrant=False, context_fn=contexts)
+    torch.rand(1000)
+    again = [y, *gradients(inputs, y)]
+    assert runs == (1 if policy is CheckpointPolicy.MUST_SAVE else 2)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 def graph_backend(names: list[str]) -> Callable[..., object]:

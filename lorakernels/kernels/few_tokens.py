@@ -116,16 +116,16 @@ def few_tokens(
     threshold: int = 0,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [M, N] = row_scale ∘ (x Wᵀ + y_scale · s Bᵀ) + bias, s [M, r] float32 = s_scale · x Aᵀ, and the mask.
+    """y [M, N] = row_scale ∘ (x Wᵀ + y_scale · s Bᵀ) + bias, s [M, r] = s_scale · x Aᵀ, and the mask.
 
     A `threshold` above 0 draws dropout's mask on x and returns it; a given `mask` [M, ceil(N / 8)]
     drops elements of the low-rank term of y instead.
     """
     M, K = x.shape
     N, R = lora_B.shape
-    config = choose("few_tokens", M, N, K, R, x.element_size())
+    config = choose("few_tokens", M, N, K, R, x.element_size(), x.device)
     y = x.new_empty((M, N))
-    s = x.new_empty((M, R), dtype=torch.float32)
+    s = x.new_empty((M, R))
     y_planes, s_planes = planes_for(y, config.SPLIT), planes_for(s, config.SPLIT)
     drawn = x.new_empty((M, triton.cdiv(K, 8)), dtype=torch.uint8) if threshold else None
     launch(

@@ -11,10 +11,79 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.kernels.descriptors import descriptor, fits_descriptor
 from lorakernels.kernels.launch import input_precision, launch
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
+from lorakernels.tuning.device import num_processors
 from lorakernels.tuning.table import choose
+
+
+@triton.jit
+def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    # Programs that run together share rows of x and of W in L2: GROUP_M blocks of rows at a time.
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP_M * num_pid_n)
+    rows_in_group = min(num_pid_m - group * GROUP_M, GROUP_M)
+    tile_in_group = tile % (GROUP_M * num_pid_n)
+    return group * GROUP_M + tile_in_group % rows_in_group, tile_in_group // rows_in_group
+
+
+@triton.jit
+def _low_rank(
+    s_ptr,
+    b_ptr,
+    mask_ptr,
+    pid_m,
+    pid_n,
+    M,
+    N,
+    R,
+    scale,
+    stride_bn,
+    stride_br,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """What the accumulator starts from: scale · D'(S Bᵀ)."""
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    # Not pipelined: its buffers would come on top of the main loop's (r = 64: 304 KiB, where a block has 227).
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1)
+        b = load_tile(b_ptr, offs_r, offs_n, R, N, stride_br, stride_bn).to(s.dtype)
+        acc = tl.dot(s, b, acc, input_precision=INPUT_PRECISION)
+    acc *= scale
+    if DROPOUT:
+        num_mask_bytes = (N + 7) // 8
+        byte_cols = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+        mask_bytes = load_mask_bytes(mask_ptr, offs_m, byte_cols, M, num_mask_bytes)
+        acc = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
+    return acc
+
+
+@triton.jit
+def _scale_and_bias(
+    acc, row_scale_ptr, bias_ptr, offs_n, N, stride_bias, HAS_ROW_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr
+):
+    if HAS_ROW_SCALE:
+        acc *= tl.load(row_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _store_dot(acc, dot_ptr, out_ptr, pid_m, offs_m, offs_n, M, N, stride_dm, stride_dn):
+    # Rows past M are zero in both.
+    acc *= load_tile(dot_ptr, offs_m, offs_n, M, N, stride_dm, stride_dn).to(tl.float32)
+    tl.store(out_ptr + pid_m.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=offs_n < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -42,6 +111,7 @@ def linear_expand_kernel(
     stride_bias,
     stride_dm,
     stride_dn,
+    HAS_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     DOT: tl.constexpr,
@@ -53,48 +123,85 @@ def linear_expand_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # Programs that run together share rows of x and of W in L2: GROUP_M blocks of rows at a time.
-    pid = tl.program_id(0)
-    num_pid_m = tl.cdiv(M, BLOCK_M)
-    num_pid_n = tl.cdiv(N, BLOCK_N)
-    group = pid // (GROUP_M * num_pid_n)
-    rows_in_group = min(num_pid_m - group * GROUP_M, GROUP_M)
-    pid_in_group = pid % (GROUP_M * num_pid_n)
-    pid_m = group * GROUP_M + pid_in_group % rows_in_group
-    pid_n = pid_in_group // rows_in_group
-
+    """Any strides and sizes: a program a tile. With HAS_BASE y holds x Wᵀ already, and nothing is multiplied."""
+    pid_m, pid_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for r in range(0, R, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        s = load_tile(s_ptr, offs_m, offs_r, M, R, R, 1).to(x_ptr.dtype.element_ty)
-        b = load_tile(b_ptr, offs_r, offs_n, R, N, stride_br, stride_bn).to(x_ptr.dtype.element_ty)
-        acc = tl.dot(s, b, acc, input_precision=INPUT_PRECISION)
-    acc *= scale
-    if DROPOUT:
-        num_mask_bytes = (N + 7) // 8
-        byte_cols = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-        mask_bytes = load_mask_bytes(mask_ptr, offs_m, byte_cols, M, num_mask_bytes)
-        acc = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
-
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk)
-        w = load_tile(w_ptr, offs_k, offs_n, K, N, stride_wk, stride_wn)
-        acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
-
-    if HAS_ROW_SCALE:
-        acc *= tl.load(row_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    acc = _low_rank(
+        s_ptr, b_ptr, mask_ptr, pid_m, pid_n, M, N, R, scale, stride_bn, stride_br,
+        DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
+    if HAS_BASE:
+        acc += load_tile(y_ptr, offs_m, offs_n, M, N, N, 1).to(tl.float32)
+    else:
+        for k in range(0, K, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk)
+            w = load_tile(w_ptr, offs_k, offs_n, K, N, stride_wk, stride_wn)
+            acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+    acc = _scale_and_bias(acc, row_scale_ptr, bias_ptr, offs_n, N, stride_bias, HAS_ROW_SCALE, HAS_BIAS)
     if DOT:
-        # Rows past M are zero in both.
-        acc *= load_tile(dot_ptr, offs_m, offs_n, M, N, stride_dm, stride_dn).to(tl.float32)
-        tl.store(y_ptr + pid_m.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=offs_n < N)
+        _store_dot(acc, dot_ptr, y_ptr, pid_m, offs_m, offs_n, M, N, stride_dm, stride_dn)
     else:
         store_tile(y_ptr, acc, offs_m, offs_n, M, N, N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_expand_tma_kernel(
+    x_desc,
+    w_desc,
+    y_desc,
+    s_ptr,
+    b_ptr,
+    bias_ptr,
+    row_scale_ptr,
+    mask_ptr,
+    dot_ptr,
+    dots_ptr,
+    M,
+    N,
+    K,
+    R,
+    scale,
+    stride_bn,
+    stride_br,
+    stride_bias,
+    stride_dm,
+    stride_dn,
+    W_IS_NK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    DOT: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Tiles of x, W and y through tensor descriptors; programs stay and take tile after tile."""
+    num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+        pid_m, pid_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = _low_rank(
+            s_ptr, b_ptr, mask_ptr, pid_m, pid_n, M, N, R, scale, stride_bn, stride_br,
+            DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        for k in range(0, K, BLOCK_K):
+            x = x_desc.load([pid_m * BLOCK_M, k])
+            if W_IS_NK:
+                w = w_desc.load([pid_n * BLOCK_N, k]).T
+            else:
+                w = w_desc.load([k, pid_n * BLOCK_N])
+            acc = tl.dot(x, w, acc, input_precision=INPUT_PRECISION)
+        acc = _scale_and_bias(acc, row_scale_ptr, bias_ptr, offs_n, N, stride_bias, HAS_ROW_SCALE, HAS_BIAS)
+        if DOT:
+            _store_dot(acc, dot_ptr, dots_ptr, pid_m, offs_m, offs_n, M, N, stride_dm, stride_dn)
+        else:
+            y_desc.store([pid_m * BLOCK_M, pid_n * BLOCK_N], acc.to(y_desc.dtype))
 
 
 def linear_expand(
@@ -109,61 +216,77 @@ def linear_expand(
     mask: torch.Tensor | None = None,
     dot: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [M, N] of x [M, K], weight [N, K], s [M, r] float32 contiguous, lora_B [N, r].
+    """y [M, N] of x [M, K], weight [N, K], s [M, r] of x's dtype and contiguous, lora_B [N, r].
 
     `mask` [M, ceil(N / 8)] uint8 drops elements of the low-rank term, `row_scale` [N] multiplies all but the bias.
     With `dot` [M, N] the result is Σ over tokens of dot ∘ y, [N] float32, and y itself is never stored.
     """
     M, K = x.shape
     N, R = lora_B.shape
-    config = choose("linear_expand", M, N, K, R, x.element_size())
+    w_is_nk = weight.stride(1) == 1
+    tma = M > 0 and fits_descriptor(x) and fits_descriptor(weight if w_is_nk else weight.t())
+    tma = tma and (dot is not None or N * x.element_size() % 16 == 0)
+    config = choose("linear_expand", M, N, K, R, x.element_size(), x.device, tma=tma)
     num_blocks_m = triton.cdiv(M, config.BLOCK_M)
-    if dot is None:
-        y = out = x.new_empty((M, N))
-    else:
+    num_tiles = num_blocks_m * triton.cdiv(N, config.BLOCK_N)
+    base = config.cublas and dot is None
+    if dot is not None:
         y = x.new_empty((N,), dtype=torch.float32)
         out = planes_for(y, num_blocks_m)
-    launch(
-        linear_expand_kernel,
-        (num_blocks_m * triton.cdiv(N, config.BLOCK_N),),
-        {
+    else:
+        y = out = torch.mm(x, weight.t()) if base else x.new_empty((M, N))
+    args = {
+        "s_ptr": s,
+        "b_ptr": lora_B,
+        "bias_ptr": bias,
+        "row_scale_ptr": None if row_scale is None else row_scale.contiguous(),
+        "mask_ptr": mask,
+        "dot_ptr": dot,
+        "M": M,
+        "N": N,
+        "K": K,
+        "R": R,
+        "scale": scale,
+        "stride_bn": lora_B.stride(0),
+        "stride_br": lora_B.stride(1),
+        "stride_bias": 0 if bias is None else bias.stride(0),
+        "stride_dm": 0 if dot is None else dot.stride(0),
+        "stride_dn": 0 if dot is None else dot.stride(1),
+    }
+    constexprs = {
+        "HAS_BIAS": bias is not None,
+        "HAS_ROW_SCALE": row_scale is not None,
+        "DOT": dot is not None,
+        "DROPOUT": mask is not None,
+        "INPUT_PRECISION": input_precision(x),
+        "BLOCK_M": config.BLOCK_M,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_K": config.BLOCK_K,
+        "BLOCK_R": config.BLOCK_R,
+        "GROUP_M": config.GROUP_M,
+    }
+    if config.tma and tma and not base:
+        w, w_block = (
+            (weight, (config.BLOCK_N, config.BLOCK_K)) if w_is_nk else (weight.t(), (config.BLOCK_K, config.BLOCK_N))
+        )
+        descriptors = {
+            "x_desc": descriptor(x, (config.BLOCK_M, config.BLOCK_K)),
+            "w_desc": descriptor(w, w_block),
+            "y_desc": None if dot is not None else descriptor(y, (config.BLOCK_M, config.BLOCK_N)),
+            "dots_ptr": None if dot is None else out,
+        }
+        grid = (min(num_tiles, num_processors(x.device) * config.PROGRAMS_PER_SM),)
+        launch(linear_expand_tma_kernel, grid, descriptors | args, {"W_IS_NK": w_is_nk} | constexprs, config)
+    else:
+        pointers = {
             "x_ptr": x,
             "w_ptr": weight,
-            "s_ptr": s,
-            "b_ptr": lora_B,
-            "bias_ptr": bias,
-            "row_scale_ptr": None if row_scale is None else row_scale.contiguous(),
-            "mask_ptr": mask,
-            "dot_ptr": dot,
             "y_ptr": out,
-            "M": M,
-            "N": N,
-            "K": K,
-            "R": R,
-            "scale": scale,
             "stride_xm": x.stride(0),
             "stride_xk": x.stride(1),
             "stride_wn": weight.stride(0),
             "stride_wk": weight.stride(1),
-            "stride_bn": lora_B.stride(0),
-            "stride_br": lora_B.stride(1),
-            "stride_bias": 0 if bias is None else bias.stride(0),
-            "stride_dm": 0 if dot is None else dot.stride(0),
-            "stride_dn": 0 if dot is None else dot.stride(1),
-        },
-        {
-            "HAS_BIAS": bias is not None,
-            "HAS_ROW_SCALE": row_scale is not None,
-            "DOT": dot is not None,
-            "DROPOUT": mask is not None,
-            "INPUT_PRECISION": input_precision(x),
-            "BLOCK_M": config.BLOCK_M,
-            "BLOCK_N": config.BLOCK_N,
-            "BLOCK_K": config.BLOCK_K,
-            "BLOCK_R": config.BLOCK_R,
-            "GROUP_M": config.GROUP_M,
-        },
-        config,
-    )
+        }
+        launch(linear_expand_kernel, (num_tiles,), pointers | args, {"HAS_BASE": base} | constexprs, config)
     sum_planes(out, y)
     return y

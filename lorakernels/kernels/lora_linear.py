@@ -23,7 +23,7 @@ def forward(
     scaling: float,
     threshold: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [M, N], S = D(x) Aᵀ [M, r] float32 and the mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K]."""
+    """y [M, N], S = D(x) Aᵀ [M, r] and the mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K]."""
     if takes_few_tokens_form(x.shape[0], lora_A.shape[0], x.element_size()):
         return few_tokens(
             x, weight, lora_A, lora_B, bias=bias, row_scale=row_scale, y_scale=scaling, seed=seed, threshold=threshold
@@ -78,10 +78,10 @@ def grad_row_scale(
     scaling: float,
 ) -> torch.Tensor:
     """[N] float32 = Σ over tokens of dy ∘ (x Wᵀ + scaling · S Bᵀ), with `low_rank` = (S, B); nothing [M, N] is made."""
-    s, lora_B = low_rank or (x.new_empty((x.shape[0], 0), dtype=torch.float32), weight.new_empty((weight.shape[0], 0)))
+    s, lora_B = low_rank or (x.new_empty((x.shape[0], 0)), weight.new_empty((weight.shape[0], 0)))
     return linear_expand(x, weight, s, lora_B, scale=scaling, dot=dy)
 
 
 def project(weight: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
     """W Aᵀ [N, r] float32: DoRA's norm needs it, and W is read as x is."""
-    return shrink(weight, lora_A, None, 0)[0]
+    return shrink(weight, lora_A, dtype=torch.float32)[0]

@@ -15,10 +15,11 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.table import choose
+from lorakernels.tuning.table import choose, takes_one_pass
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -103,27 +104,30 @@ def dy_pass(
     need_dB: bool,
     bias_dtype: torch.dtype | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """G [M, r] float32 = scaling · dy B, dB [N, r] = scaling · dyᵀ S in B's dtype, dbias [N] = Σ dy.
+    """G [M, r] = scaling · dy B, dB [N, r] = scaling · dyᵀ S in B's dtype, dbias [N] = Σ dy.
 
-    What is not asked for is None and is not computed.
+    What is not asked for is None and is not computed. dy is read once, or twice where G would be written to
+    more planes than that costs.
     """
     M, N = dy.shape
     R = lora_B.shape[1]
-    config = choose("outer", M, N, N, R, dy.element_size())
-    g = dy.new_empty((M, R), dtype=torch.float32) if need_g else None
+    config = choose("outer", M, N, N, R, dy.element_size(), dy.device)
+    one_pass = need_g and need_dB and takes_one_pass(N, R, dy.element_size(), config.BLOCK_N)
+    g = dy.new_empty((M, R)) if one_pass else shrink(dy, lora_B.t(), scale=scaling)[0] if need_g else None
     dB = dy.new_empty((N, R), dtype=lora_B.dtype) if need_dB else None
     dbias = None if bias_dtype is None else dy.new_empty((N,), dtype=bias_dtype)
-    _outer(dy, s, lora_B, None, dB, (R, 1), g, dbias, scaling, R, config)
+    if dB is not None or dbias is not None:
+        _outer(dy, s, lora_B, None, dB, (R, 1), g if one_pass else None, dbias, scaling, R, config)
     return g, dB, dbias
 
 
 def grad_A(
     x: torch.Tensor, g: torch.Tensor, mask: torch.Tensor | None, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """dA [r, K] = scale · Gᵀ D(x) of x [M, K], g [M, r] float32 contiguous, mask [M, ceil(K / 8)] uint8."""
+    """dA [r, K] = scale · Gᵀ D(x) of x [M, K], g [M, r] contiguous, mask [M, ceil(K / 8)] uint8."""
     M, K = x.shape
     R = g.shape[1]
-    config = choose("outer", M, K, K, R, x.element_size())
+    config = choose("outer", M, K, K, R, x.element_size(), x.device)
     dA = x.new_empty((R, K), dtype=dtype)
     _outer(x, g, None, mask, dA, (1, K), None, None, scale, R, config)
     return dA

@@ -61,13 +61,22 @@ def shrink_kernel(
 
 
 def shrink(
-    x: torch.Tensor, lora_A: torch.Tensor, seed: torch.Tensor | None, threshold: int
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    seed: torch.Tensor | None = None,
+    threshold: int = 0,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """S [M, r] float32 and dropout's mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K], lora_A [r, K]."""
+    """S [M, r] = scale · D(x) Aᵀ and dropout's mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K].
+
+    lora_A is [r, K]; S is in `dtype`, or x's: nobody multiplies it in another.
+    """
     M, K = x.shape
     R = lora_A.shape[0]
-    config = choose("shrink", M, K, K, R, x.element_size())
-    s = x.new_empty((M, R), dtype=torch.float32)
+    config = choose("shrink", M, K, K, R, x.element_size(), x.device)
+    s = x.new_empty((M, R), dtype=dtype)
     planes = planes_for(s, config.SPLIT)
     mask = x.new_empty((M, triton.cdiv(K, 8)), dtype=torch.uint8) if threshold else None
     launch(
@@ -83,7 +92,7 @@ def shrink(
             "K": K,
             "R": R,
             "threshold": threshold,
-            "scale": inverse_keep(threshold),
+            "scale": scale * inverse_keep(threshold),
             "stride_xm": x.stride(0),
             "stride_xk": x.stride(1),
             "stride_ar": lora_A.stride(0),

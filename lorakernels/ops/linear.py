@@ -13,6 +13,7 @@ from lorakernels.ops.library import as_matrix, functorch_is_active, implementati
 from lorakernels.reference import formula
 from lorakernels.reference.dropout import unpack_mask
 from lorakernels.reference.product import scale_rows_, sum_rows
+from lorakernels.sharding import draw_seed
 
 library.define(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? row_scale, Tensor? seed, "
@@ -43,6 +44,8 @@ def _forward(
         if row_scale is not None:
             scale_rows_(y, row_scale, bias)
         return y, nothing(x), nothing(x, torch.uint8)
+    if seed is not None:
+        seed = seed[:1]  # on sharded tensors there is one a rank
     y, s, mask = implementation(impl, x).forward(
         as_matrix(x), weight, lora_A, lora_B, bias, row_scale, seed, scaling, drop_threshold(dropout_p)
     )
@@ -68,7 +71,7 @@ def _forward_fake(
         return y, nothing(x), nothing(x, torch.uint8)
     on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
     tokens, K = math.prod(x.shape[:-1]), x.shape[-1]
-    s = x.new_empty((tokens, lora_A.shape[0]), dtype=torch.float32 if on_triton else x.dtype)
+    s = x.new_empty((tokens, lora_A.shape[0]))
     if drop_threshold(dropout_p) == 0:
         return y, s, nothing(x, torch.uint8)
     return y, s, x.new_empty((tokens, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
@@ -348,7 +351,10 @@ def lora_linear(
     if dropout_p > 0:
         # On x's device, and read there: the host never waits. randint takes part in checkpointing's
         # stash of the generator, so a recomputed forward draws the same mask.
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+        if hasattr(x, "device_mesh"):
+            seed = draw_seed(x)
+        else:
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     arguments = (x, weight, lora_A, lora_B, bias, row_scale, seed, scaling, dropout_p, impl)
     functorch = functorch_is_active()
     transformed = functorch or torch.compiler.is_compiling()

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from lorakernels.kernels.launch import Launch, compile_options
 from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.device import assume
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,21 @@ def compile_launch(launch: Launch, arch: str) -> CompileRow:
 
 def compile_report(launches: Iterable[Launch], archs: Sequence[str] = tuple(ARCHS), jobs: int = 2) -> list[CompileRow]:
     """A row for each different launch and each architecture; `jobs` processes compile."""
-    every = (_specialise(launch, arch) for launch in launches for arch in archs)
+    return _report([_specialise(launch, arch) for launch in launches for arch in archs], jobs)
+
+
+def shipped_report(archs: Sequence[str] = tuple(ARCHS), jobs: int = 2) -> list[CompileRow]:
+    """A row for each launch that the shipped configurations make on each architecture."""
+    tasks = []
+    for arch in archs:
+        if arch not in ARCHS:
+            raise ValueError(f"unknown architecture {arch!r}; expected one of {', '.join(ARCHS)}")
+        with assume(arch):
+            tasks += [_specialise(launch, arch) for launch in shipped_launches()]
+    return _report(tasks, jobs)
+
+
+def _report(every: Iterable[_Task], jobs: int) -> list[CompileRow]:
     tasks = list({task.key: task for task in every}.values())
     jobs = min(jobs, len(tasks)) if "fork" in multiprocessing.get_all_start_methods() else 1
     results = _compile_in_processes(tasks, jobs) if jobs > 1 else ((i, _compile(task)) for i, task in enumerate(tasks))
@@ -302,7 +317,7 @@ def report_table(rows: Iterable[CompileRow]) -> Table:
 
 def main() -> int:
     """Compile every shipped launch for every architecture; print what is not ok, or how many are."""
-    rows = compile_report(shipped_launches())
+    rows = shipped_report()
     faults = [row for row in rows if not row.ok]
     if faults:
         rich.print(report_table(faults))

@@ -13,6 +13,9 @@ class KernelConfig:
     they are powers of two and at least 16, the smallest operand of a matrix instruction.
     SPLIT is the number of programs that share one sum: each writes a float32 plane, and the
     planes are added in a fixed order, so that a result is bitwise the same on every run.
+    With `tma` tiles are copied through tensor descriptors, and PROGRAMS_PER_SM programs a multiprocessor
+    take tile after tile; with `cublas` the base product is torch's own and the kernel adds to it;
+    with `side_stream` the pass runs beside the products that do not wait for it.
     """
 
     BLOCK_M: int = 64
@@ -21,5 +24,9 @@ class KernelConfig:
     BLOCK_R: int = 16
     GROUP_M: int = 8
     SPLIT: int = 1
+    PROGRAMS_PER_SM: int = 1
     num_warps: int = 4
     num_stages: int = 2
+    tma: bool = False
+    cublas: bool = False
+    side_stream: bool = False

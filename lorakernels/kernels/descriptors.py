@@ -1,0 +1,27 @@
+"""Tensor descriptors: tiles that the hardware's own unit (TMA, from sm_90) copies, with no address arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # before triton 3.4
+    TensorDescriptor = None
+
+_BYTES = 16  # what TMA asks of addresses and of the distance between rows
+
+
+def fits_descriptor(x: torch.Tensor) -> bool:
+    """Whether a descriptor can hold x [rows, cols]: contiguous rows that start at multiples of 16 bytes."""
+    if TensorDescriptor is None or x.numel() == 0 or x.stride(1) != 1:
+        return False
+    row_bytes = x.stride(0) * x.element_size()
+    return row_bytes > 0 and row_bytes % _BYTES == 0 and (x.is_meta or x.data_ptr() % _BYTES == 0)
+
+
+def descriptor(x: torch.Tensor, block: tuple[int, int]) -> Any:
+    """x [rows, cols] to be loaded and stored in tiles of `block`; what lies outside is zero, and not written."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))

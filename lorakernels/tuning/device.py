@@ -1,0 +1,63 @@
+"""What a device is called, and what of it the choice of a config depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: its marketing name, its architecture as the compiler calls it, and how many multiprocessors it has."""
+
+    name: str
+    arch: str
+    processors: int
+
+
+# Where kernels are interpreted, or the architecture is not known: few programs, and nothing that needs new hardware.
+UNKNOWN = Device("unknown", "unknown", 3)
+_ARCH_EXAMPLES = {
+    "sm_80": Device("NVIDIA A100-SXM4-80GB", "sm_80", 108),
+    "sm_90": Device("NVIDIA H100 80GB HBM3", "sm_90", 132),
+    "sm_100": Device("NVIDIA B200", "sm_100", 148),
+    "gfx942": Device("AMD Instinct MI300X", "gfx942", 304),
+}
+
+_assumed: Device | None = None
+
+
+def device_of(device: torch.device) -> Device:
+    """The GPU that `device` is; the assumed one where there is none."""
+    if device.type != "cuda":
+        return _assumed or UNKNOWN
+    return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def num_processors(device: torch.device) -> int:
+    return device_of(device).processors
+
+
+@lru_cache(maxsize=64)
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.partition(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Device(properties.name, arch, properties.multi_processor_count)
+
+
+@contextmanager
+def assume(device: Device | str) -> Iterator[None]:
+    """Inside the block, tensors that are on no GPU count as on this one, or on one of this architecture."""
+    global _assumed
+    outer, _assumed = _assumed, _ARCH_EXAMPLES[device] if isinstance(device, str) else device
+    try:
+        yield
+    finally:
+        _assumed = outer
