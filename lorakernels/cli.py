@@ -63,9 +63,67 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if diagnosis.ok else FAILED
 
 
+def inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder (PEFT, mlx-lm) or .safetensors file (kohya)")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the singular values of every update")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every module and singular value")
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """say what an adapter's files hold: kind, ranks, and how large each update is"""
+    from lorakernels.adapters.inspect import as_json, inspect_adapter, plot_spectra, print_report
+
+    report = inspect_adapter(arguments.adapter)
+    if arguments.plot is not None:
+        plot_spectra(report, arguments.plot)
+    if arguments.json:
+        print(as_json(report))
+    else:
+        print_report(report)
+    return 0
+
+
+def convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="a kohya .safetensors file, or an mlx-lm folder")
+    parser.add_argument("--to", required=True, metavar="OUT", help="new folder for PEFT's files")
+    parser.add_argument("--model", metavar="DIR", help="the model's folder, which tells a kohya file's module names")
+    parser.add_argument("--prefix", metavar="NAME", help="part of a kohya file to take, such as lora_unet")
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """write a kohya or mlx-lm adapter as PEFT's folder, number for number"""
+    from lorakernels.adapters.convert import convert as convert_files
+
+    print(convert_files(arguments.source, arguments.to, model=arguments.model, prefix=arguments.prefix))
+    return 0
+
+
+def merge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder with config.json and safetensors")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the merged model")
+    parser.add_argument(
+        "--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of every weight (as they are)"
+    )
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    """merge an adapter into a model's files, one tensor at a time"""
+    import torch
+
+    from lorakernels.adapters.merge_files import merge_files
+
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    print(merge_files(arguments.model, arguments.adapter, arguments.out, dtype=dtype, progress=True))
+    return 0
+
+
 COMMANDS = (
     Command("demo", demo_arguments, demo),
     Command("doctor", doctor_arguments, doctor),
+    Command("inspect", inspect_arguments, inspect),
+    Command("convert", convert_arguments, convert),
+    Command("merge", merge_arguments, merge),
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorakernels import __version__, cli, doctor
 from lorakernels.backend import ENVIRONMENT, BackendError
@@ -214,3 +215,51 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     mends = [problem.mend for problem in doctor.examine().problems]
     assert "pip install numpy" in mends and 'pip install "lorakernels[peft]"' in mends
     assert ('pip install --upgrade "triton>=999.0"' in mends) is (real("triton") is not None)
+
+
+# ------------------------------------------------------------------------------------------- inspect, convert, merge
+
+MLX_SHAPES = (("a", (3, 2)), ("b", (2, 4)))
+
+
+@pytest.fixture
+def mlx_adapter(tmp_path: Path) -> Path:
+    folder = tmp_path / "mlx"
+    folder.mkdir()
+    tensors = {f"layers.{n}.q.lora_{half}": torch.ones(*shape) for n in (0, 1) for half, shape in MLX_SHAPES}
+    save_file(tensors, folder / "adapters.safetensors")
+    config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 0.5}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_convert_inspect_and_merge(mlx_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, model, merged = (str(tmp_path / name) for name in ("peft", "model", "merged"))
+    os.mkdir(model)
+    weights = {f"layers.{n}.q.weight": torch.zeros(4, 3, dtype=torch.bfloat16) for n in (0, 1)}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+
+    assert cli.main(["convert", str(mlx_adapter), "--to", adapter]) == 0
+    assert capsys.readouterr().out == f"{adapter}\n"
+    assert cli.main(["inspect", adapter, "--plot", str(tmp_path / "spectrum.png")]) == 0
+    out = capsys.readouterr().out
+    assert "layers.*.q" in out and "format: peft" in out and "28 (112 bytes, float32)" in out
+    assert (tmp_path / "spectrum.png").stat().st_size > 0
+    assert cli.main(["inspect", adapter, "--json"]) == 0
+    # All ones: B A is 2 everywhere, and 0.5 · 2 · √(4 · 3) is its one singular value.
+    update = json.loads(capsys.readouterr().out)["updates"][0]
+    assert abs(update["spectral"] - 12**0.5) < 1e-9 and abs(update["effective_rank"] - 1) < 1e-6
+    assert cli.main(["merge", "--model", model, "--adapter", adapter, "--out", merged, "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out == f"{merged}\n"
+    assert torch.equal(load_file(f"{merged}/model.safetensors")["layers.1.q.weight"], torch.ones(4, 3))
+
+
+def test_mistakes_with_files(mlx_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    assert "does not exist" in mistake(capsys, "inspect", nowhere)
+    assert "does not exist" in mistake(capsys, "convert", nowhere, "--to", str(tmp_path / "out"))
+    assert "is what is read" in mistake(capsys, "convert", str(mlx_adapter), "--to", str(mlx_adapter))
+    merge = ("merge", "--adapter", str(mlx_adapter), "--out", str(tmp_path / "out"), "--model")
+    assert "is not a folder" in mistake(capsys, *merge, nowhere)
+    assert "png" in mistake(capsys, "inspect", str(mlx_adapter), "--plot", str(tmp_path / "spectrum.txt"))
+    assert not (tmp_path / "out").exists()

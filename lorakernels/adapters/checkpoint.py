@@ -1,0 +1,268 @@
+"""A model's folder of safetensors, and the same with an adapter merged in, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorakernels.adapters.adapter_config import AdapterFileError
+from lorakernels.adapters.formats import Update, read_json
+
+INDEX_SUFFIX = ".safetensors.index.json"
+# safetensors' names of the dtypes that a merge can read and write.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BYTES = {"C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+# What a quantised weight has beside it, in the formats of bitsandbytes, GPTQ, AWQ, fp8 and MLX.
+_QUANT_STATE = ("qweight", "qzeros", "scales", "SCB", "weight_scale", "weight_scale_inv", "weight_packed")
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+
+Changes = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor is, and its shape and dtype in safetensors' words ("BF16")."""
+
+    shard: str
+    shape: torch.Size
+    dtype: str
+
+
+class Checkpoint:
+    """The tensors of a folder with one .safetensors file, or several and their index. Reads headers only.
+
+    `tensors` is by name, `shards` the file names, `config` what config.json holds (empty without one).
+
+    Raises AdapterFileError when there is none, one is broken, or the index and the shards disagree.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise AdapterFileError(f"{self.folder} is not a folder; expected a model's, with safetensors")
+        here = sorted(os.listdir(self.folder))
+        self.config: dict[str, Any] = read_json(self.folder / "config.json") if "config.json" in here else {}
+        indices = [name for name in here if name.endswith(INDEX_SUFFIX)]
+        single = [name for name in here if name.endswith(".safetensors")]
+        weight_map: dict[str, str] | None = None
+        self.index_file = None
+        if len(indices) == 1:
+            self.index_file = indices[0]
+            weight_map = _weight_map(self.folder / indices[0])
+            self.shards = sorted(set(weight_map.values()))
+        elif not indices and len(single) == 1:
+            self.shards = single
+        else:
+            self._refuse(here, single)
+        self.tensors: dict[str, TensorInfo] = {}
+        for shard in self.shards:
+            for name, info in _header(self.folder / shard, shard).items():
+                if name in self.tensors:
+                    raise AdapterFileError(f"{self.folder}: {name} is in {self.tensors[name].shard} and {shard}")
+                self.tensors[name] = info
+        if weight_map is not None and weight_map != {name: info.shard for name, info in self.tensors.items()}:
+            wrong = sorted(set(weight_map) ^ set(self.tensors)) or sorted(
+                name for name in weight_map if weight_map[name] != self.tensors[name].shard
+            )
+            raise AdapterFileError(f"{self.folder / indices[0]} and its shards disagree on {len(wrong)}: {wrong[0]}")
+
+    def _refuse(self, here: list[str], single: list[str]) -> None:
+        parts = [name for name in here if any((self.folder / name).glob("*.safetensors"))]
+        mend = ""
+        if "model_index.json" in here and parts:
+            mend = f"; this is a pipeline: give one of its parts ({', '.join(parts)})"
+        elif any(name.endswith((".bin", ".pt", ".pth")) for name in here):
+            mend = "; pickles are not read: save the model with save_pretrained, which writes safetensors"
+        raise AdapterFileError(
+            f"{self.folder} has {len(single)} .safetensors files and no single index; expected one file, "
+            f"or several with a *{INDEX_SUFFIX}{mend}"
+        )
+
+    def quantised(self, module: str) -> str | None:
+        """Why the weight of a module is taken for a quantised one, or None."""
+        config = self.config.get("quantization_config") or self.config.get("quantization")
+        if config:
+            method = config.get("quant_method", "quantised") if isinstance(config, dict) else config
+            return f"config.json says {method}"
+        weight = f"{module}.weight"
+        beside = [f"{module}.{name}" for name in _QUANT_STATE if f"{module}.{name}" in self.tensors]
+        beside += [name for name in (f"{weight}.absmax", f"{weight}.quant_map") if name in self.tensors]
+        if beside:
+            return f"it has {beside[0]}"
+        info = self.tensors.get(weight)
+        return f"it is {info.dtype}" if info is not None and info.dtype not in DTYPES else None
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AdapterFileError(f"{path} has no weight_map; expected an object of tensor names and files")
+    for shard in set(weight_map.values()):
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise AdapterFileError(f"{path} names the file {shard!r}; expected a .safetensors file beside it")
+        if not (path.parent / shard).is_file():
+            raise AdapterFileError(f"{path} names {shard}, which is not there; download the missing shards")
+    return weight_map
+
+
+def _header(path: Path, shard: str) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {n: TensorInfo(shard, torch.Size(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterFileError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------- the maths
+
+
+def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool = False) -> torch.Tensor:
+    """weight + scaling · B A, for DoRA with every row brought to its length (arXiv 2402.09353, eq. 5).
+
+    Args:
+        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`.
+
+    Returns:
+        The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    transposed = fan_in_fan_out or update.embedding
+    A, B = update.A.to(dtype).flatten(1), update.B.to(dtype).flatten(1)
+    merged = weight.to(dtype, copy=True).contiguous()
+    rows = merged.T if transposed else merged.flatten(1)
+    rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
+    if update.magnitude is not None:
+        rows *= (update.magnitude.to(dtype).flatten() / rows.norm(dim=1))[:, None]
+    return merged
+
+
+def merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
+    """bias + scaling · (the bias of lora_B), as `merged_weight` rounds."""
+    assert update.lora_bias is not None
+    dtype = torch.promote_types(bias.dtype, torch.float32)
+    return bias.to(dtype) + update.scaling * update.lora_bias.to(dtype)
+
+
+# ------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Iterator[Path]:
+    """A folder to write into that becomes `out` at the end, or disappears with an error: `out` is whole or not there.
+
+    Raises AdapterFileError where `out` is one of `sources`, or exists and is not an empty folder.
+    """
+    out = Path(out)
+    if any(out.resolve() == source.resolve() for source in sources):
+        raise AdapterFileError(f"{out} is what is read; expected another folder to write to")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise AdapterFileError(f"{out} exists and is not an empty folder; expected a new one, or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.resolve().name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        if out.exists():
+            out.rmdir()
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_changed(
+    checkpoint: Checkpoint, folder: Path, changes: Changes, dtype: torch.dtype | None = None, progress: bool = False
+) -> None:
+    """Write `checkpoint` into `folder` with some tensors changed: same shards, index, and the small files beside.
+
+    One tensor is in memory at a time, beside the pages of the shard it is read from. A change gets the tensor as it
+    is stored; its result is rounded to the stored dtype, or to `dtype`, which every float tensor then gets.
+
+    Raises AdapterFileError when a result is not finite.
+    """
+    from tqdm import tqdm
+
+    total = 0
+    for shard in tqdm(checkpoint.shards, desc="shards", unit="shard", disable=None if progress else True):
+        total += _write_shard(checkpoint, shard, folder, changes, dtype)
+    if checkpoint.index_file is not None:
+        index = read_json(checkpoint.folder / checkpoint.index_file)
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+        (folder / checkpoint.index_file).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for path in checkpoint.folder.iterdir():
+        is_weights = path.name.endswith((*_WEIGHT_FILES, ".index.json"))
+        if path.is_file() and not is_weights and not path.name.startswith("."):
+            shutil.copyfile(path, folder / path.name)
+    if dtype is not None and (folder / "config.json").is_file():
+        config = _with_dtype(checkpoint.config, str(dtype).removeprefix("torch."))
+        if "dtype" not in config:
+            config["torch_dtype"] = str(dtype).removeprefix("torch.")  # what transformers before 4.56 called it
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The configuration with another dtype wherever it names one: its parts (text, vision) have their own."""
+    values = {name: _with_dtype(value, dtype) if isinstance(value, dict) else value for name, value in config.items()}
+    return {name: dtype if name in ("dtype", "torch_dtype") else value for name, value in values.items()}
+
+
+def _write_shard(checkpoint: Checkpoint, shard: str, folder: Path, changes: Changes, dtype: torch.dtype | None) -> int:
+    """Write one shard and return its tensors' bytes.
+
+    The format is written here, not by safetensors.torch.save_file, which wants every tensor of the file at once.
+    """
+
+    def stored(info: TensorInfo) -> str:
+        return _NAMES[dtype] if dtype is not None and info.dtype in DTYPES else info.dtype
+
+    infos = {name: info for name, info in checkpoint.tensors.items() if info.shard == shard}
+    order = sorted(infos, key=lambda name: (-_BYTES.get(stored(infos[name]), 1), name))  # keeps every tensor aligned
+    with safe_open(checkpoint.folder / shard, framework="pt") as source, open(folder / shard, "wb") as file:
+        header: dict[str, Any] = {"__metadata__": source.metadata() or {"format": "pt"}}
+        offset = 0
+        for name in order:
+            width = _BYTES.get(stored(infos[name]), 1)
+            end = offset + infos[name].shape.numel() * width
+            header[name] = {"dtype": stored(infos[name]), "shape": list(infos[name].shape)}
+            header[name]["data_offsets"] = [offset, end]
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for name in order:
+            tensor = source.get_tensor(name)
+            if name in changes:
+                tensor = changes[name](tensor)
+            if stored(infos[name]) in DTYPES:
+                tensor = tensor.to(DTYPES[stored(infos[name])])
+                if (name in changes or dtype is not None) and not _all_finite(tensor):
+                    raise AdapterFileError(
+                        f"{name} would not be finite in {tensor.dtype}; expected finite weights "
+                        "(a wider --dtype holds larger numbers)"
+                    )
+            _write_bytes(file, tensor)
+        if file.tell() != 8 + len(encoded) + offset:
+            raise AdapterFileError(f"{shard} has {file.tell():,} bytes written; expected {8 + len(encoded) + offset:,}")
+    return offset
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """As torch.isfinite(tensor).all(), whose temporaries are twice the tensor."""
+    return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in tensor.aminmax())  # both NaN if one is
+
+
+def _write_bytes(file: BinaryIO, tensor: torch.Tensor) -> None:
+    if tensor.numel():
+        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

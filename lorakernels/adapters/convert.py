@@ -1,0 +1,149 @@
+"""Adapters of kohya-ss/sd-scripts and mlx-lm as PEFT's folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lorakernels.adapters.adapter_config import AdapterFileError, write_config
+from lorakernels.adapters.checkpoint import Checkpoint, new_folder
+from lorakernels.adapters.formats import CONFIG_FILE, PEFT_FILE, PREFIX, AdapterFile, Update, most_common, read_adapter
+from lorakernels.config import LoRAConfig
+
+# What sd-scripts puts before a module's name, the longer ones first.
+KOHYA_PREFIXES = ("lora_transformer", "lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lycoris")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    prefix: str | None = None,
+) -> Path:
+    """Write the adapter at `source` (kohya or mlx-lm) into the new folder `to` as PEFT's files; the numbers stay.
+
+    Args:
+        source: a kohya .safetensors file, or mlx-lm's folder.
+        to: a folder that does not exist yet, or is empty.
+        model: folder of the model's safetensors. kohya writes underscores for the dots of a module's name, and only
+            the model's own names tell which were dots. With it shapes are checked too.
+        prefix: which part of a kohya file ("lora_unet", "lora_te", ...): a PEFT folder is for one model.
+
+    Raises:
+        AdapterFileError: the adapter is broken, PEFT's already, or does not fit `model`. Nothing is written then.
+    """
+    adapter = read_adapter(source)
+    if adapter.format == "peft":
+        raise AdapterFileError(f"{source} is in PEFT's format already; expected a kohya or an mlx-lm adapter")
+    checkpoint = None if model is None else Checkpoint(model)
+    if adapter.format == "kohya":
+        updates = _with_paths(adapter, checkpoint, prefix)
+    else:
+        if prefix is not None:
+            raise AdapterFileError(f"{source} is mlx-lm's, whose modules have no prefix {prefix!r}")
+        updates = dict(adapter.updates)
+    if checkpoint is not None:
+        for path, update in updates.items():
+            _check_fits(path, update, checkpoint)
+    config = _config(adapter, updates)
+    tensors = {}
+    for path, update in updates.items():
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = update.A.contiguous()
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = update.B.contiguous()
+        if update.magnitude is not None:
+            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = update.magnitude.flatten()
+    with new_folder(to, sources=[Path(source)]) as folder:
+        save_file(tensors, folder / PEFT_FILE, metadata={"format": "pt"})
+        write_config(folder / CONFIG_FILE, config)
+    return Path(to)
+
+
+def _config(adapter: AdapterFile, updates: Mapping[str, Update]) -> LoRAConfig:
+    r = most_common(update.r for update in updates.values())
+    alphas = {path: int(u.alpha) if u.alpha == int(u.alpha) else u.alpha for path, u in updates.items()}
+    alpha = most_common(alphas.values())
+    parameters = adapter.fields.get("lora_parameters") or {}
+    try:
+        return LoRAConfig(
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=parameters.get("dropout") or 0.0,
+            target_modules=sorted(updates),
+            # From the start of the name: a bare name would mean every module that ends in it.
+            rank_pattern={_exactly(path): u.r for path, u in updates.items() if u.r != r},
+            alpha_pattern={_exactly(path): value for path, value in alphas.items() if value != alpha},
+            use_dora=any(update.magnitude is not None for update in updates.values()),
+        )
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{adapter.source}: {error}") from error
+
+
+def _exactly(path: str) -> str:
+    return f"^{re.escape(path)}"
+
+
+def _with_paths(adapter: AdapterFile, checkpoint: Checkpoint | None, prefix: str | None) -> dict[str, Update]:
+    """A kohya file's updates by the model's own module paths."""
+    by_prefix = {name: _prefix_of(name, prefix) for name in adapter.updates}
+    counts = Counter(by_prefix.values())
+    listing = ", ".join(f"{found or 'none'} ({number} modules)" for found, number in sorted(counts.items()))
+    if prefix is None and len(counts) > 1:
+        raise AdapterFileError(
+            f"{adapter.source} holds adapters of several models: {listing}; a PEFT folder is for one: "
+            "choose with --prefix, and give that model's folder as --model"
+        )
+    chosen = prefix if prefix is not None else next(iter(counts))
+    if chosen not in counts:
+        raise AdapterFileError(f"{adapter.source} has no modules of the prefix {prefix!r}; it has: {listing}")
+    if checkpoint is None:
+        raise AdapterFileError(
+            f"{adapter.source} is a kohya file, whose module names have underscores for dots; "
+            "give the model's folder as --model, whose tensor names tell which were dots"
+        )
+    paths = defaultdict(list)
+    for tensor in checkpoint.tensors:
+        if tensor.endswith(".weight"):
+            path = tensor.removesuffix(".weight")
+            paths[path.replace(".", "_")].append(path)
+    updates = {}
+    unknown = []
+    for name, update in adapter.updates.items():
+        if by_prefix[name] != chosen:
+            continue
+        found = paths.get(name.removeprefix(f"{chosen}_") if chosen else name, [])
+        if len(found) > 1:
+            raise AdapterFileError(f"{name} can mean {' or '.join(found)} of {checkpoint.folder}; expected one module")
+        if found:
+            updates[found[0]] = update
+        else:
+            unknown.append(name)
+    if unknown:
+        raise AdapterFileError(
+            f"{checkpoint.folder} has no module for {len(unknown)} of {counts[chosen]} names, such as {unknown[0]}; "
+            "expected the folder of the model that the adapter was trained on (a single part: unet, text_encoder, ...)"
+        )
+    return updates
+
+
+def _prefix_of(name: str, prefix: str | None) -> str:
+    known = KOHYA_PREFIXES if prefix is None else (prefix, *KOHYA_PREFIXES)
+    return next((one for one in known if name.startswith(f"{one}_")), "")
+
+
+def _check_fits(path: str, update: Update, checkpoint: Checkpoint) -> None:
+    info = checkpoint.tensors.get(f"{path}.weight")
+    if info is None:
+        raise AdapterFileError(f"{checkpoint.folder} has no tensor {path}.weight; expected the adapter's own model")
+    expected = torch.Size((update.B.shape[0], *update.A.shape[1:]))
+    if info.shape != expected:
+        raise AdapterFileError(
+            f"{path}: the update is {list(expected)} and the weight in {checkpoint.folder} {list(info.shape)}; "
+            "expected the same shape"
+        )

@@ -1,0 +1,221 @@
+"""What an adapter's files hold: kind, shapes, and the singular values of every update."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakernels.adapters.formats import AdapterFile, Update, read_adapter
+
+# As many lines as colours that an eye tells apart; further kinds of module are drawn grey.
+MAX_KINDS = 8
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """One module. The norms, the rank and the values are those of scaling · B A, before DoRA's magnitude."""
+
+    name: str
+    shape: tuple[int, ...]
+    r: int
+    alpha: float
+    scaling: float
+    frobenius: float
+    spectral: float
+    effective_rank: float
+    parameters: int
+    singular_values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """All that `lorakernels inspect` says."""
+
+    source: str
+    format: str
+    init: str | None
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    others: tuple[str, ...]
+    updates: tuple[UpdateReport, ...]
+
+
+def singular_values(update: Update) -> torch.Tensor:
+    """The singular values of scaling · B A in float64, largest first, without forming B A.
+
+    With B = Q_B R_B and Aᵀ = Q_A R_A, B A = Q_B (R_B R_Aᵀ) Q_Aᵀ has those of the [r, r] matrix in the middle.
+    """
+    R_B = torch.linalg.qr(update.B.double().flatten(1), mode="r").R
+    R_A = torch.linalg.qr(update.A.double().flatten(1).T, mode="r").R
+    return torch.linalg.svdvals(R_B @ R_A.T) * abs(update.scaling)
+
+
+def effective_rank(values: torch.Tensor) -> float:
+    """exp of the entropy of σ / Σσ (Roy & Vetterli, EUSIPCO 2007): between 1 and r, and 0 for a zero update."""
+    p = values[values > 0] / values.sum()
+    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+
+
+def inspect_adapter(source: str | os.PathLike[str]) -> AdapterReport:
+    """Read an adapter of any format that `read_adapter` knows and measure it. Raises AdapterFileError as that does."""
+    adapter = read_adapter(source)
+    tensors = [tensor for update in adapter.updates.values() for tensor in update.tensors]
+    tensors += adapter.others.values()
+    init = adapter.fields.get("init_lora_weights", True) if adapter.format == "peft" else None
+    return AdapterReport(
+        source=str(adapter.source),
+        format=adapter.format,
+        init=None if init is None else str(init),
+        use_rslora=bool(adapter.fields.get("use_rslora")),
+        use_dora=any(update.magnitude is not None for update in adapter.updates.values()),
+        lora_bias=any(update.lora_bias is not None for update in adapter.updates.values()),
+        parameters=sum(tensor.numel() for tensor in tensors),
+        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        others=tuple(adapter.others),
+        updates=tuple(_report(name, adapter) for name in adapter.updates),
+    )
+
+
+def _report(name: str, adapter: AdapterFile) -> UpdateReport:
+    update = adapter.updates[name]
+    values = singular_values(update)
+    shape = (update.B.shape[0], *update.A.shape[1:])
+    return UpdateReport(
+        name=name,
+        shape=shape[::-1] if update.embedding else shape,
+        r=update.r,
+        alpha=update.alpha,
+        scaling=update.scaling,
+        frobenius=float(values.norm()),
+        spectral=float(values.max()),
+        effective_rank=effective_rank(values),
+        parameters=sum(tensor.numel() for tensor in update.tensors),
+        singular_values=tuple(values.tolist()),
+    )
+
+
+def as_json(report: AdapterReport) -> str:
+    """Every field of the report."""
+    return json.dumps(asdict(report), indent=2, allow_nan=False)
+
+
+def group_name(name: str) -> str:
+    """The name with `*` for numbers: decoder layers differ by them only. kohya's has underscores around them."""
+    return re.sub(r"(?<![^._])\d+(?![^._])", "*", name)
+
+
+def print_report(report: AdapterReport, console: Any = None) -> None:
+    """The report for a terminal: a row for all modules that differ by a number only."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)  # a pipe has no width, and 80 would fold every name
+    kinds = [("rsLoRA", report.use_rslora), ("DoRA", report.use_dora), ("lora_bias", report.lora_bias)]
+    variants = ", ".join(name for name, on in kinds if on) or "plain LoRA"
+    facts = [
+        ("adapter", report.source),
+        ("format", report.format),
+        ("kind", variants if report.init is None else f"{variants}, init_lora_weights={report.init}"),
+        ("parameters", f"{report.parameters:,} ({report.bytes:,} bytes, {', '.join(report.dtypes)})"),
+    ]
+    if report.others:
+        facts.append(("replaces", f"{len(report.others)} whole tensors, such as {report.others[0]}"))
+    for label, fact in facts:
+        console.print(Text(f"{label}: ", "bold") + Text(fact), soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("modules", overflow="fold")
+    for heading in ("number", "weight", "r", "alpha", "scaling", "Frobenius", "spectral", "eff. rank"):
+        table.add_column(heading, justify="right")
+    groups: dict[tuple[str, tuple[int, ...]], list[UpdateReport]] = defaultdict(list)
+    for row in report.updates:
+        groups[group_name(row.name), row.shape].append(row)
+    for (name, shape), rows in groups.items():
+        table.add_row(
+            Text(name),
+            str(len(rows)),
+            "×".join(map(str, shape)),
+            *(_span([getattr(row, column) for row in rows]) for column in ("r", "alpha", "scaling")),
+            *(_span([getattr(row, column) for row in rows]) for column in ("frobenius", "spectral", "effective_rank")),
+        )
+    console.print(table)
+
+
+def _span(values: list[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low}…{high}"
+
+
+def plot_spectra(report: AdapterReport, file: str | os.PathLike[str]) -> Path:
+    """Draw every update's singular values into an image: a line for a kind of module, a band from least to largest.
+
+    Raises ModuleNotFoundError, naming the extra, where matplotlib is not installed, and OSError or ValueError where
+    the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'a plot needs matplotlib, which is not installed; pip install "lorakernels[demo]"'
+        ) from error
+
+    kinds: dict[str, list[UpdateReport]] = defaultdict(list)
+    for row in report.updates:
+        kinds[_kind(row.name)].append(row)
+    most = max(row.spectral for row in report.updates)
+    floor = most * 1e-16  # float64's rounding of the largest: what is below is zero
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    largest_r = max(len(row.singular_values) for row in report.updates)
+    for index, (kind, rows) in enumerate(sorted(kinds.items(), key=lambda item: -len(item[1]))):
+        colour = f"C{index}" if index < MAX_KINDS else "0.6"
+        # Ranks may differ within a kind: a value that a module does not have is left out, and so is a zero.
+        values = torch.full((len(rows), largest_r), float("nan"), dtype=torch.float64)
+        for row, reported in zip(values, rows, strict=True):
+            row[: len(reported.singular_values)] = torch.tensor(reported.singular_values, dtype=torch.float64)
+        values[values <= floor] = float("nan")
+        x = range(1, largest_r + 1)
+        label = f"{kind} ({len(rows)})" if index < MAX_KINDS else "others" if index == MAX_KINDS else None
+        axes.plot(x, values.nanquantile(0.5, dim=0), marker="o", markersize=3, color=colour, label=label)
+        low = values.nan_to_num(nan=float("inf")).amin(dim=0)
+        high = values.nan_to_num(nan=-float("inf")).amax(dim=0)
+        there = torch.isfinite(low)
+        axes.fill_between(x, low, high, where=there.numpy(), color=colour, alpha=0.15, linewidth=0)
+    if most > 0:
+        axes.set_yscale("log")
+    else:
+        axes.text(0.5, 0.5, "every update is zero", transform=axes.transAxes, ha="center")
+    name = Path(report.source).resolve().name
+    figure.suptitle(f"Singular values of the updates s·B·A: {name}")
+    axes.set_title("median over the modules of a kind; band: least to largest", fontsize="small")
+    axes.set_xlabel("index of the singular value")
+    axes.set_ylabel("singular value")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(title="kind of module (number)", fontsize="small")
+    figure.savefig(file, dpi=150)
+    return Path(file)
+
+
+def _kind(name: str) -> str:
+    """`q_proj` of `model.layers.0.self_attn.q_proj`; of a kohya name, what follows the last number."""
+    if "." in name:
+        words = [part for part in name.split(".") if not part.isdigit()]
+        return words[-1] if words else name
+    return re.split(r"(?<![^_])\d+_", name)[-1]

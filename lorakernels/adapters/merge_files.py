@@ -1,0 +1,200 @@
+"""An adapter's files merged into a model's files, without a model in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakernels.adapters.adapter_config import AdapterFileError, config_from_fields
+from lorakernels.adapters.checkpoint import Checkpoint, merged_bias, merged_weight, new_folder, write_changed
+from lorakernels.adapters.formats import CONFIG_FILE, AdapterFile, Update, read_adapter
+
+# Their linear layers are transformers' Conv1D, whose weight is [in, out].
+CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+_HEADS = ("lm_head", "embed_out", "output_projection")
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def merge_files(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> Path:
+    """Write the model in the folder `model` with `adapter` merged into the new folder `out`.
+
+    Shards, index, config and tokenizer keep their names. A changed weight is summed in float32 (float64 for a float64
+    weight) and rounded once, to its own dtype or to `dtype`. Memory: the adapter, and one tensor of the model.
+
+    Args:
+        model: one .safetensors file or several with their index, and config.json.
+        adapter: PEFT's folder (rsLoRA, DoRA, lora_bias, trained biases and modules_to_save included), or mlx-lm's.
+        out: does not exist yet, or is an empty folder.
+        progress: a bar over the shards on stderr, where that is a terminal.
+
+    Raises:
+        AdapterFileError: the adapter is broken or does not fit, or the weights are quantised. `out` is then not there.
+    """
+    read = read_adapter(adapter)
+    if read.format == "kohya":
+        raise AdapterFileError(f"{adapter} is a kohya file; convert it first: lorakernels convert FILE --model DIR")
+    checkpoint = Checkpoint(model)
+    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise AdapterFileError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
+    _check_base_is_the_base(read)
+    changes = _changes(read, checkpoint)
+    with new_folder(out, sources=[checkpoint.folder, read.source]) as folder:
+        write_changed(checkpoint, folder, changes, dtype, progress)
+    return Path(out)
+
+
+def _check_base_is_the_base(adapter: AdapterFile) -> None:
+    """Refuse a start such as PiSSA's, after which the base weight is not the checkpoint's any more."""
+    if adapter.format == "peft":
+        init = adapter.fields.get("init_lora_weights", True)
+        config_from_fields({"r": 2, "lora_alpha": 2, "init_lora_weights": init}, str(adapter.source / CONFIG_FILE))
+
+
+def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
+    """What happens to which tensor; everything that can be wrong is found here, before anything is written."""
+    config = checkpoint.config
+    rename = _renaming(adapter, checkpoint)
+    transposed = bool(adapter.fields.get("fan_in_fan_out"))
+    changes: dict[str, Change] = {}
+    for path, update in adapter.updates.items():
+        module = rename(path)
+        _check_weight(module, update, checkpoint, transposed, config)
+        changes[f"{module}.weight"] = partial(merged_weight, update=update, fan_in_fan_out=transposed)
+        if update.lora_bias is not None:
+            bias = checkpoint.tensors.get(f"{module}.bias")
+            if bias is None or bias.shape.numel() != update.B.shape[0]:
+                raise AdapterFileError(f"{module} has no bias that takes the adapter's lora_bias; PEFT cannot merge it")
+            changes[f"{module}.bias"] = partial(merged_bias, update=update)
+    _check_tied(changes, adapter, checkpoint, config, rename)
+    for name, value in adapter.others.items():
+        target = rename(name)
+        info = checkpoint.tensors.get(target)
+        if info is None or info.shape != value.shape:
+            found = "no such tensor" if info is None else f"{list(info.shape)}"
+            raise AdapterFileError(
+                f"the adapter replaces {name} {list(value.shape)}, and {checkpoint.folder} has {found}; "
+                "expected a checkpoint that holds it (save the model with its new layers first)"
+            )
+        reason = checkpoint.quantised(target.rpartition(".")[0])
+        if reason:
+            raise AdapterFileError(f"{target} is quantised ({reason}); expected a checkpoint of floats")
+        if target in changes and not target.endswith(".bias"):
+            raise AdapterFileError(f"the adapter both replaces and updates {name}; expected one of them")
+        changes[target] = partial(_replaced, value=value, then=changes.get(target))
+    return changes
+
+
+def _replaced(old: torch.Tensor, value: torch.Tensor, then: Change | None) -> torch.Tensor:
+    return value if then is None else then(value)
+
+
+def _renaming(adapter: AdapterFile, checkpoint: Checkpoint) -> Callable[[str], str]:
+    """The one way in which the adapter's paths mean the checkpoint's names.
+
+    A checkpoint of the inner model lacks the first part of a path ("model."), one of an outer model has one more. The
+    names as they are win; otherwise exactly one other way must place every module.
+    """
+    paths = list(adapter.updates)
+    names = checkpoint.tensors
+    ways: list[tuple[str, str]] = [("", "")]  # the prefix that goes, the prefix that comes
+    parts = paths[0].split(".")
+    for count in range(1, len(parts)):
+        gone = ".".join(parts[:count]) + "."
+        if all(path.startswith(gone) for path in paths):
+            ways.append((gone, ""))
+    suffix = f".{paths[0]}.weight"
+    ways += [("", name[: len(name) - len(suffix) + 1]) for name in names if name.endswith(suffix)]
+
+    def apply(way: tuple[str, str], path: str) -> str:
+        return way[1] + path.removeprefix(way[0])
+
+    placed = [way for way in ways if all(f"{apply(way, path)}.weight" in names for path in paths)]
+    if ("", "") in placed:
+        placed = [("", "")]
+    if len(placed) > 1:
+        meanings = " or ".join(apply(way, paths[0]) for way in placed[:4])
+        raise AdapterFileError(f"{paths[0]} can mean {meanings} of {checkpoint.folder}; expected one meaning")
+    if not placed:
+        missing = [path for path in paths if f"{path}.weight" not in names]
+        quantised = next((reason for path in paths if (reason := checkpoint.quantised(path))), None)
+        if quantised:
+            raise AdapterFileError(f"{checkpoint.folder} is quantised ({quantised}); merge into the unquantised model")
+        tied = " (a head tied to the embedding has no tensor of its own)" if _is_head(missing[0]) else ""
+        raise AdapterFileError(
+            f"{checkpoint.folder} has no weight for {len(missing)} of the adapter's {len(paths)} modules, such as "
+            f"{missing[0]}.weight{tied}; expected the model that it was trained on"
+        )
+    return partial(apply, placed[0])
+
+
+def _is_head(path: str) -> bool:
+    return path.rpartition(".")[2] in _HEADS
+
+
+def _check_weight(
+    module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool, config: dict[str, Any]
+) -> None:
+    reason = checkpoint.quantised(module)
+    if reason:
+        raise AdapterFileError(f"{module} is quantised ({reason}); merge into the unquantised model instead")
+    conv1d = config.get("model_type") in CONV1D_MODELS
+    if not update.embedding and not _is_head(module) and fan_in_fan_out != conv1d:
+        raise AdapterFileError(
+            f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type="
+            f"{config.get('model_type')!r}, whose weights are {'[in, out]' if conv1d else 'taken for [out, in]'}; "
+            "expected both to agree"
+        )
+    if fan_in_fan_out and (update.embedding or _is_head(module)):
+        raise AdapterFileError(f"{module} is not [in, out] as fan_in_fan_out=True says; merge this one with PEFT")
+    shape = torch.Size((update.B.shape[0], *update.A.shape[1:]))
+    if update.embedding or fan_in_fan_out:
+        shape = torch.Size(reversed(shape))
+    found = checkpoint.tensors[f"{module}.weight"].shape
+    if found != shape:
+        raise AdapterFileError(
+            f"{module}: the update is {list(shape)} and the weight {list(found)}; "
+            "expected the model that the adapter was trained on"
+        )
+
+
+def _check_tied(
+    changes: dict[str, Change],
+    adapter: AdapterFile,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    rename: Callable[[str], str],
+) -> None:
+    """Refuse to change one end of an embedding and head that are one tensor: the other end would change too."""
+    embeddings = {f"{rename(path)}.weight" for path, update in adapter.updates.items() if update.embedding}
+    ends = {name for name in (*changes, *map(rename, adapter.others)) if _is_head(name.removesuffix(".weight"))}
+    ends |= embeddings | {name for name in map(rename, adapter.others) if name.endswith("embed_tokens.weight")}
+    inner = config.get("text_config")
+    flag = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
+    for name in sorted(ends):
+        info = checkpoint.tensors.get(name)
+        twins = [other for other, has in checkpoint.tensors.items() if info is not None and has.shape == info.shape]
+        # Configurations leave the flag out where it is their class's default; then a head of its own tells.
+        if flag or (flag is None and len(twins) < 2 and _has_head(config)):
+            raise AdapterFileError(
+                f"the adapter changes {name}, which is tied (tie_word_embeddings): embedding and head are one tensor, "
+                "and merged both would change; untie them in the model first, or keep the adapter unmerged"
+            )
+
+
+def _has_head(config: dict[str, Any]) -> bool:
+    """Whether the model ends in words: only there can an embedding be tied."""
+    names = config.get("architectures") or ["LM"]
+    return any("LM" in str(name) or "ConditionalGeneration" in str(name) for name in names)
