@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakernels.adapters.adapter_config import AdapterFileError as AdapterFileError
+    from lorakernels.adapters.combine import add_weighted_adapter as add_weighted_adapter
     from lorakernels.adapters.files import load_adapter as load_adapter
     from lorakernels.adapters.files import save_adapter as save_adapter
+    from lorakernels.adapters.hotswap import hotswap_adapter as hotswap_adapter
+    from lorakernels.adapters.hotswap import prepare_for_hotswap as prepare_for_hotswap
     from lorakernels.adapters.inject import inject as inject
     from lorakernels.adapters.inject import trainable_parameters as trainable_parameters
     from lorakernels.adapters.merge import merge as merge
     from lorakernels.adapters.merge import unmerge as unmerge
+    from lorakernels.adapters.switch import delete_adapter as delete_adapter
     from lorakernels.adapters.switch import set_adapter as set_adapter
     from lorakernels.adapters.switch import set_scale as set_scale
     from lorakernels.backend import BackendError as BackendError
@@ -24,6 +28,10 @@ if TYPE_CHECKING:
     from lorakernels.functional import lora_linear as lora_linear
     from lorakernels.integrations.peft import accelerate as accelerate
     from lorakernels.integrations.peft import restore as restore
+    from lorakernels.nn.conv import LoRAConv1d as LoRAConv1d
+    from lorakernels.nn.conv import LoRAConv2d as LoRAConv2d
+    from lorakernels.nn.conv import LoRAConv3d as LoRAConv3d
+    from lorakernels.nn.embedding import LoRAEmbedding as LoRAEmbedding
     from lorakernels.nn.linear import LoRALinear as LoRALinear
 
 __version__ = "0.1.0"
@@ -32,6 +40,10 @@ _HOMES = {
     "lora_linear": "lorakernels.functional",
     "explain": "lorakernels.functional",
     "LoRALinear": "lorakernels.nn.linear",
+    "LoRAEmbedding": "lorakernels.nn.embedding",
+    "LoRAConv1d": "lorakernels.nn.conv",
+    "LoRAConv2d": "lorakernels.nn.conv",
+    "LoRAConv3d": "lorakernels.nn.conv",
     "LoRAConfig": "lorakernels.config",
     "inject": "lorakernels.adapters.inject",
     "trainable_parameters": "lorakernels.adapters.inject",
@@ -39,6 +51,10 @@ _HOMES = {
     "unmerge": "lorakernels.adapters.merge",
     "set_adapter": "lorakernels.adapters.switch",
     "set_scale": "lorakernels.adapters.switch",
+    "delete_adapter": "lorakernels.adapters.switch",
+    "add_weighted_adapter": "lorakernels.adapters.combine",
+    "hotswap_adapter": "lorakernels.adapters.hotswap",
+    "prepare_for_hotswap": "lorakernels.adapters.hotswap",
     "save_adapter": "lorakernels.adapters.files",
     "load_adapter": "lorakernels.adapters.files",
     "accelerate": "lorakernels.integrations.peft",

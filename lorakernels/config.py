@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-INITS = (True, False, "kaiming", "gaussian")
+INITS = (True, False, "kaiming", "gaussian", "orthogonal", "pissa", "olora")
+_PISSA_STEPS = re.compile(r"pissa_niter_\d{1,4}")
 BIASES = ("none", "all", "lora_only")
 
 
@@ -24,9 +26,15 @@ class LoRAConfig:
         exclude_modules: names, suffixes or a regular expression of modules to leave alone.
         bias: which biases train: "none", "all", or "lora_only" (those of adapted layers).
         use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
-        init_lora_weights: True or "kaiming" (A Kaiming-uniform with a = √5, B zero), "gaussian"
-            (A normal with deviation 1 / r, B zero), or False (A and B both random: for tests).
+        init_lora_weights: True or "kaiming" (A Kaiming-uniform with a = √5, B zero), "gaussian" (A normal with
+            deviation 1 / r, B zero), "orthogonal" (neither zero, B A zero; r even), False (A and B both random: for
+            tests), or out of the base weight, which changes it: "pissa", "pissa_niter_<n>" (Meng et al.,
+            arXiv 2404.02948), "olora" (Büyükakyüz, arXiv 2406.01775).
         rank_pattern, alpha_pattern: rank and alpha by module name, suffix or regular expression.
+        use_dora: a learned length for every row of the adapted weight (Liu et al., arXiv 2402.09353).
+        lora_bias: a bias beside lora_B; not with `use_dora`, and only with init_lora_weights True, "kaiming" or False.
+        modules_to_save: modules, such as a new head, that train whole and are saved beside the adapter: each whose name
+            ends in one of these.
 
     Raises:
         ValueError, TypeError: naming the field, what was given and what is expected.
@@ -42,14 +50,21 @@ class LoRAConfig:
     init_lora_weights: bool | str = True
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    modules_to_save: list[str] | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        names = self.modules_to_save or ()
+        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+            raise TypeError(f"modules_to_save is {names!r}; expected a list of names")
         check_rank(self.r)
         check_alpha(self.lora_alpha)
         check_dropout(self.lora_dropout)
         if self.bias not in BIASES:
             raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(map(repr, BIASES))}")
         check_init(self.init_lora_weights)
+        check_variant(self.use_dora, self.lora_bias, self.init_lora_weights)
         for pattern, rank in self.rank_pattern.items():
             check_rank(rank, f"rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
@@ -78,8 +93,20 @@ def check_dropout(p: Any, name: str = "lora_dropout") -> None:
 
 
 def check_init(init: Any) -> None:
-    if init not in INITS:
-        raise ValueError(f"init_lora_weights is {init!r}; expected one of {', '.join(map(repr, INITS))}")
+    if init not in INITS and not (isinstance(init, str) and _PISSA_STEPS.fullmatch(init)):
+        names = ", ".join(map(repr, INITS))
+        raise ValueError(f"init_lora_weights is {init!r}; expected one of {names}, 'pissa_niter_<n>'")
+
+
+def check_variant(use_dora: Any, lora_bias: Any, init: Any) -> None:
+    """PEFT's rules: with DoRA its norm would take the bias for a part of the weight."""
+    for name, flag in (("use_dora", use_dora), ("lora_bias", lora_bias)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r} ({type(flag).__name__}); expected True or False")
+    if lora_bias and use_dora:
+        raise ValueError("lora_bias=True and use_dora=True exclude each other; expected one of them")
+    if lora_bias and init not in (True, False, "kaiming"):
+        raise ValueError(f"lora_bias=True with init_lora_weights={init!r}; expected True, 'kaiming' or False")
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:

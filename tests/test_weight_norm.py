@@ -54,6 +54,13 @@ def test_a_scaling_tensor_and_no_gradient() -> None:
     assert not found.requires_grad
 
 
+def test_autocast_does_not_round_it() -> None:
+    weight, A, B = factors(24, 18, 3, torch.float32, torch.float32)
+    expected = lora_weight_norm(weight, A, B)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lora_weight_norm(weight, A, B), expected)
+
+
 def test_a_row_that_the_update_cancels_is_zero_and_not_nan() -> None:
     A = torch.randn(3, 18)
     B = torch.randn(24, 3)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import warnings
 from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
-from lorakernels.functional import lora_linear, lora_weight_norm, row_sq_norm
+from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft_report import AccelerationReport, LayerReport
+from lorakernels.nn.dora import NormCache
 from lorakernels.nn.layer import runs_more_than_forward
 
 # Of other types are DTensors, quantised weights (torchao keeps nn.Linear and swaps its weight) and the like.
@@ -32,8 +33,8 @@ class _Term(NamedTuple):
     magnitude: torch.Tensor | None  # [N], DoRA's
 
 
-# ‖W‖² by rows of the base weights under DoRA, and the version of the weight that it was computed from.
-_weight_sq: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# What is kept of each layer's norms under DoRA: beside the layers, in which nothing changes but their class.
+_norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
@@ -142,7 +143,7 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
 
     first, *others = terms
     if first.magnitude is not None:
-        return _dora(x, weight, bias, first)
+        return _dora(layer, x, weight, bias, first)
     if others and not any(term.p for term in terms):
         # Adapters without dropout are one adapter of their ranks' sum: still one pass over x.
         A = torch.cat([term.A for term in terms])
@@ -156,14 +157,16 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     return y
 
 
-def _dora(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: _Term) -> torch.Tensor:
+def _dora(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: _Term) -> torch.Tensor:
     """x Wᵀ + bias + (c - 1) ∘ D(x) Wᵀ + c ∘ scaling · (D(x) Aᵀ) Bᵀ with c = magnitude / ‖W + scaling · B A‖.
 
     PEFT's dropout is on the way to both W and A in what DoRA adds, so with it there are two base products, as in PEFT.
     """
     A, B, _, scaling, p, magnitude = term
     assert magnitude is not None
-    norm = lora_weight_norm(weight, A, B, scaling=scaling, weight_sq=_row_sq_norm(weight))
+    keep = not layer.training and not torch.is_grad_enabled()
+    cache = _norms.setdefault(layer, NormCache())
+    norm = cache.norm(weight, weight, A, B, scaling, keep)
     row_scale = magnitude / norm.to(torch.promote_types(weight.dtype, torch.float32))
     if not p:
         return lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, scaling=scaling)
@@ -171,17 +174,6 @@ def _dora(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term
     return F.linear(x - dropped, weight, bias) + lora_linear(
         dropped, weight, A, B, row_scale=row_scale, scaling=scaling
     )
-
-
-def _row_sq_norm(weight: torch.Tensor) -> torch.Tensor | None:
-    """‖W‖² by rows, kept until the weight is edited or replaced; None where no version tells of that."""
-    if torch.compiler.is_compiling() or weight.is_inference() or torch._C._are_functorch_transforms_active():
-        return None
-    stamp = (weight._version, weight.data_ptr(), weight.dtype)
-    kept = _weight_sq.get(weight)
-    if kept is None or kept[0] != stamp:
-        kept = _weight_sq[weight] = (stamp, row_sq_norm(weight))
-    return kept[1]
 
 
 def _takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: list[_Term]) -> bool:
@@ -229,11 +221,9 @@ def _active_terms(layer: Any) -> list[_Term] | str:
     for name in layer.active_adapters:
         if name not in lora_A:
             continue
-        magnitude = None
-        if name in layer.lora_variant:
-            magnitude = _magnitude(layer, name)
-            if isinstance(magnitude, str):
-                return magnitude
+        magnitude = _magnitude(layer, name) if name in layer.lora_variant else None
+        if isinstance(magnitude, str):
+            return magnitude
         A, B, dropout, scaling = lora_A[name], lora_B[name], dropouts[name], layer.scaling[name]
         if type(A) is not nn.Linear or type(B) is not nn.Linear or _parameter(A, "bias") is not None:
             return f"lora_A or lora_B of adapter {name!r} is not the torch.nn.Linear that PEFT makes"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from lorakernels.dropout import inverse_keep
@@ -9,7 +11,8 @@ from lorakernels.kernels.few_tokens import few_tokens
 from lorakernels.kernels.linear_expand import linear_expand
 from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.shrink import shrink
-from lorakernels.tuning.table import takes_few_tokens_form
+from lorakernels.kernels.streams import side_stream
+from lorakernels.tuning.table import choose, takes_few_tokens_form
 
 
 def forward(
@@ -60,13 +63,17 @@ def backward(
     if need_g or need_dB or bias_dtype is not None:
         g_pass, dB, dbias = dy_pass(dy, lora_B, s, scaling, need_g=need_g, need_dB=need_dB, bias_dtype=bias_dtype)
         g = g if g_pass is None else g_pass
-    if need_dx and dx is None:
-        assert g is not None
-        dx = linear_expand(dy, weight.t(), g, lora_A.t(), scale=keep, mask=mask)
     dA = None
-    if need_dA:
-        assert g is not None and x is not None
-        dA = grad_A(x, g, mask, keep, lora_A.dtype)
+    with contextlib.ExitStack() as beside:  # dA needs x and G only: it may run while dx is multiplied
+        if need_dA:
+            assert g is not None and x is not None
+            M, K = x.shape
+            config = choose("outer", M, K, K, g.shape[1], x.element_size(), x.device)
+            with beside.enter_context(side_stream(x.device, config.side_stream and need_dx)):
+                dA = grad_A(x, g, mask, keep, lora_A.dtype)
+        if need_dx and dx is None:
+            assert g is not None
+            dx = linear_expand(dy, weight.t(), g, lora_A.t(), scale=keep, mask=mask)
     return dx, dA, dB, dbias
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakernels.functional import lora_linear
-from lorakernels.nn.layer import DEFAULT, LoRALayer, runs_more_than_forward
+from lorakernels.nn.dora import scale_product
+from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer, runs_more_than_forward
 
 
 class LoRALinear(LoRALayer):
@@ -18,14 +19,20 @@ class LoRALinear(LoRALayer):
     `base_layer` is a `torch.nn.Linear`; `lora_A[name].weight` is [r, in_features] and
     `lora_B[name].weight` [out_features, r], as in PEFT. B starts at zero, so the layer starts as its base.
 
+    With DoRA (arXiv 2402.09353) y = c ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias, where
+    c = magnitude / ‖W + scaling · B A‖ by rows, the norm without a gradient. Dropout acts on what reaches A alone.
+    Several active adapters add up: each one with DoRA adds (c - 1) ∘ x Wᵀ + c ∘ scaling · (dropout(x) Aᵀ) Bᵀ.
+
     Args:
         in_features, out_features, bias, device, dtype: as for `torch.nn.Linear`.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights: as for `LoRAConfig`.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, use_dora, lora_bias: as for `LoRAConfig`.
         adapter_name: the name of the first adapter.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
     """
+
+    BASE = nn.Linear
 
     def __init__(
         self,
@@ -40,10 +47,12 @@ class LoRALinear(LoRALayer):
         dtype: torch.dtype | None = None,
         *,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
+        lora_bias: bool = False,
         adapter_name: str = DEFAULT,
     ) -> None:
         super().__init__(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype))
-        self.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        self.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, use_dora, lora_bias)
 
     @classmethod
     def from_linear(
@@ -55,6 +64,8 @@ class LoRALinear(LoRALayer):
         use_rslora: bool = False,
         *,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
+        lora_bias: bool = False,
         adapter_name: str = DEFAULT,
     ) -> LoRALinear:
         """An adapted layer around `linear`, which is kept, shared and frozen: nothing is copied.
@@ -62,15 +73,26 @@ class LoRALinear(LoRALayer):
         Raises TypeError unless `linear` is a plain `torch.nn.Linear`: a subclass may hold its weight in
         another form, as quantised layers do.
         """
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"from_linear takes exactly torch.nn.Linear; got {type(linear).__module__}."
-                f"{type(linear).__qualname__}, whose weight and forward may not be those of a plain linear layer"
-            )
-        layer = cls.__new__(cls)
-        LoRALayer.__init__(layer, linear)
-        layer.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
-        return layer
+        return cls.from_base(
+            linear,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            init_lora_weights=init_lora_weights,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            adapter_name=adapter_name,
+        )
+
+    @classmethod
+    def adapter_shapes(
+        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False
+    ) -> dict[str, tuple[int, ...]]:
+        """lora_A [r, in_features], lora_B [out_features, r], a bias and DoRA's magnitude [out_features]."""
+        N, K = base_layer.weight.shape  # type: ignore[union-attr,misc]
+        shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, K), "lora_B.weight": (N, r)}
+        return shapes | ({"lora_B.bias": (N,)} if lora_bias else {}) | ({MAGNITUDE: (N,)} if use_dora else {})
 
     @property
     def in_features(self) -> int:
@@ -80,21 +102,19 @@ class LoRALinear(LoRALayer):
     def out_features(self) -> int:
         return self.base_layer.out_features  # type: ignore[return-value]
 
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias  # type: ignore[return-value]
+    def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
+        skip_init = torch.nn.utils.skip_init
+        self.lora_A[name] = skip_init(nn.Linear, self.in_features, r, bias=False, **factory)
+        self.lora_B[name] = skip_init(nn.Linear, r, self.out_features, bias=lora_bias, **factory)
 
-    def _new_pair(self, r: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-        def linear(in_features: int, out_features: int) -> nn.Module:
-            factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
-            return torch.nn.utils.skip_init(nn.Linear, in_features, out_features, **factory)
+    def _matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
 
-        return linear(self.in_features, r), linear(r, self.out_features)
+    def _from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix
 
-    def _delta(self, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
-        dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-        return (B.to(dtype) @ A.to(dtype)) * scaling
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -103,34 +123,76 @@ class LoRALinear(LoRALayer):
             return self.base_layer(x)
         names = self.active_adapters
         if len(names) > 1:  # one alone gets gradients that are zero; of several those that are off are left out
-            names = [name for name in names if self.scalings[name] != 0]
+            names = self._running()
         if not names:
             return self.base_layer(x)
         first, *others = names
         if runs_more_than_forward(self.base_layer):
             # Somebody watches or changes what goes through the base layer: let it run as a module.
-            return self._add_low_rank(self.base_layer(x), x, [name for name in names if self.scalings[name] != 0])
+            names = self._running()
+            scales, base_scale = self._sum_of_row_scales(names)
+            y = self.base_layer(x)
+            if base_scale is not None:
+                bias = 0 if self.bias is None else self.bias.to(y.dtype)
+                y = (y - bias) * base_scale.to(y.dtype) + bias
+            return self._add_low_rank(y, x, scales)
         if not others:
             A, B = self._factors(first)
-            return self._fused(x, A, B, self.scalings[first], self.lora_dropout[first])
+            return self._fused(x, A, B, names, self.scalings[first], self.lora_dropout[first], self._row_scale(first))
+        scales, base_scale = self._sum_of_row_scales(names)
+        if base_scale is not None:
+            y = scale_product(base_scale, lambda x: F.linear(x, self.weight), x)
+            return self._add_low_rank(y if self.bias is None else y + self.bias.to(y.dtype), x, scales)
         if not self.training or not any(self.lora_dropout[name] for name in names):
             # Several adapters are one of their ranks' sum: still one pass over x.
             A = torch.cat([self._factors(name)[0] for name in names])
             B = torch.cat([self._factors(name)[1] * self.scalings[name] for name in names], dim=1)
-            return self._fused(x, A, B, 1.0, 0.0)
+            return self._fused(x, A, B, names, 1.0, 0.0)
         A, B = self._factors(first)
-        y = self._fused(x, A, B, self.scalings[first], self.lora_dropout[first])
-        return self._add_low_rank(y, x, others)
+        y = self._fused(x, A, B, [first], self.scalings[first], self.lora_dropout[first])
+        return self._add_low_rank(y, x, {name: None for name in others})
 
-    def _fused(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float, p: float) -> torch.Tensor:
-        return lora_linear(x, self.weight, A, B, bias=self.bias, scaling=scaling, dropout_p=p, training=self.training)
-
-    def _add_low_rank(self, y: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """The updates of adapters that cannot share the fused call, each with its own dropout mask."""
+    def _fused(
+        self,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        names: list[str],
+        scaling: float,
+        p: float,
+        row_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        bias = self.bias
         for name in names:
+            if self.lora_bias[name] and self.scalings[name] != 0:
+                update = self._lora_bias(name) * self.scalings[name]
+                bias = update if bias is None else bias + update
+        if bias is not None and bias is not self.bias:
+            bias = bias.to(self.weight.dtype)
+        return lora_linear(
+            x,
+            self.weight,
+            A,
+            B,
+            bias=bias,
+            row_scale=row_scale,
+            scaling=scaling,
+            dropout_p=p,
+            training=self.training,
+        )
+
+    def _lora_bias(self, name: str) -> torch.Tensor:
+        return self.lora_B[name].bias  # type: ignore[return-value]
+
+    def _add_low_rank(self, y: torch.Tensor, x: torch.Tensor, scales: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        """The updates of adapters that cannot share the fused call, each with its own dropout mask."""
+        for name, row_scale in scales.items():
+            scaling = self.scalings[name]
             A, B = self._factors(name)
+            B = B * scaling if row_scale is None else B * (scaling * row_scale)[:, None]
+            bias = (self._lora_bias(name) * scaling).to(x.dtype) if self.lora_bias[name] else None
             dropped = F.dropout(x, self.lora_dropout[name], self.training)
-            y = y + F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype)) * self.scalings[name]
+            y = y + F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype), bias)
         return y
 
     def extra_repr(self) -> str:

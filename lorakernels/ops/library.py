@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -20,6 +22,20 @@ def implementation(impl: str, x: torch.Tensor) -> ModuleType:
     from lorakernels.kernels import lora_linear as kernels_lora_linear
 
     return kernels_lora_linear
+
+
+def without_autocast(name: str, device_type: str, call: Callable[..., Any] | None = None) -> None:
+    """Run the operator, or `call` in its place, with autocast off: plain torch in its body would be cast once more
+    in eager mode, and not under torch.compile.
+    """
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+    keys = torch._C.DispatchKeySet(key)
+
+    def excluded(*arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return (call or getattr(torch.ops.lorakernels, name))(*arguments)
+
+    library.impl(name, excluded, key.name)
 
 
 def as_matrix(x: torch.Tensor) -> torch.Tensor:

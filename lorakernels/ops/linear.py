@@ -9,7 +9,7 @@ import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold, inverse_keep
-from lorakernels.ops.library import as_matrix, functorch_is_active, implementation, library, nothing
+from lorakernels.ops.library import as_matrix, functorch_is_active, implementation, library, nothing, without_autocast
 from lorakernels.reference import formula
 from lorakernels.reference.dropout import unpack_mask
 from lorakernels.reference.product import scale_rows_, sum_rows
@@ -170,25 +170,14 @@ def _backward_fake(
 
 
 def _autocast(device_type: str) -> None:
-    """Under autocast x, weight and bias take its dtype, as in torch's linear; A and B are cast in the kernels anyway.
-
-    The body then runs with autocast off: plain torch inside it would be cast once more in eager
-    mode and not under torch.compile.
-    """
-    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
-    keys = torch._C.DispatchKeySet(key)
+    """Under autocast x, weight and bias take its dtype, as in torch's linear; A and B are cast in the kernels anyway."""
 
     def forward(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, *rest: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            x, weight, bias = autocast_arguments(x, weight, bias, torch.get_autocast_dtype(device_type))
-            return torch.ops.lorakernels.lora_linear(x, weight, lora_A, lora_B, bias, *rest)
+        x, weight, bias = autocast_arguments(x, weight, bias, torch.get_autocast_dtype(device_type))
+        return torch.ops.lorakernels.lora_linear(x, weight, lora_A, lora_B, bias, *rest)
 
-    def backward(*arguments: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.lorakernels.lora_linear_backward(*arguments)
-
-    library.impl("lora_linear", forward, key.name)
-    library.impl("lora_linear_backward", backward, key.name)
+    without_autocast("lora_linear", device_type, forward)
+    without_autocast("lora_linear_backward", device_type)
 
 
 def autocast_arguments(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorakernels.ops.library import implementation, library
+from lorakernels.ops.library import implementation, library, without_autocast
 from lorakernels.reference import weight_norm
 
 library.define("row_sq_norm(Tensor weight) -> Tensor")
@@ -44,6 +44,9 @@ library.impl("row_sq_norm", weight_norm.row_sq_norm, "CompositeExplicitAutograd"
 library.impl("lora_weight_norm", _norm, "CompositeExplicitAutograd")
 torch.library.register_fake("lorakernels::row_sq_norm", _row_sq_norm_fake, lib=library)
 torch.library.register_fake("lorakernels::lora_weight_norm", _norm_fake, lib=library)
+for _device_type in ("cpu", "cuda"):
+    without_autocast("lora_weight_norm", _device_type)
+    without_autocast("row_sq_norm", _device_type)
 
 
 @torch.no_grad()

@@ -1,0 +1,152 @@
+"""DoRA's magnitude and the norm that it is measured against (Liu et al., arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lorakernels.functional import lora_weight_norm, row_sq_norm
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A norm, and what its sources were when it was computed."""
+
+    sources: list[weakref.ref[torch.Tensor]]
+    stamps: list[Any]
+    norm: torch.Tensor
+
+
+class NormCache:
+    """‖W + scaling · B A‖ by rows, with what of it need not be computed again.
+
+    ‖W‖² is kept from one call to the next, and the whole norm where `keep` says so: until a tensor that they come
+    from is another, lies elsewhere or was edited in place. Not seen is an edit through `.data`.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, _Kept] = {}
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def norm(
+        self,
+        base: torch.Tensor,
+        matrix: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float | torch.Tensor,
+        keep: bool,
+    ) -> torch.Tensor:
+        """`base` is the weight itself and `matrix` the same as [N, K]; A [r, K], B [N, r] are parameters or views."""
+
+        def compute() -> torch.Tensor:
+            weight_sq = self._get("weight_sq", (base,), None, lambda: row_sq_norm(matrix.detach()))
+            return lora_weight_norm(matrix, A, B, scaling=scaling, weight_sq=weight_sq)
+
+        if not keep or isinstance(scaling, torch.Tensor):
+            return compute()
+        return self._get("norm", (base, _owner(A), _owner(B)), scaling, compute)
+
+    def _get(
+        self, what: str, sources: tuple[torch.Tensor, ...], value: float | None, compute: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        if not all(map(_can_be_watched, sources)):
+            return compute()
+        stamps = [value, *((t._version, t.data_ptr(), t.dtype) for t in sources)]
+        kept = self._kept.get(what)
+        if (
+            kept is not None
+            and kept.stamps == stamps
+            and all(a() is b for a, b in zip(kept.sources, sources, strict=True))
+        ):
+            return kept.norm
+        norm = compute()
+        self._kept[what] = _Kept([weakref.ref(t) for t in sources], stamps, norm)
+        return norm
+
+
+class Magnitude(nn.Module):
+    """The learned length of every row of W + scaling · B A; `weight` has PEFT's shape.
+
+    The norm is kept for inference; what is kept goes when the model moves, loads a state dict, or goes from training
+    to evaluation and back.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self._cache = NormCache()
+
+    def row_scale(
+        self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """magnitude / ‖W + scaling · B A‖ [N], the norm without a gradient (section 4.3); a row of zeros stays one.
+
+        The arguments are those of `NormCache.norm`.
+        """
+        norm = self.norm(base, matrix, A, B, scaling)
+        return self.weight.flatten() / torch.where(norm > 0, norm, 1)
+
+    def norm(
+        self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        keep = not self.training and not torch.is_grad_enabled()
+        return self._cache.norm(base, matrix, A, B, scaling, keep)
+
+    def train(self, mode: bool = True) -> Magnitude:
+        if mode != self.training:
+            self._cache.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Magnitude:
+        self._cache.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": NormCache()}
+
+
+def scale_product(
+    scale: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    """scale * product(x), which for scale's gradient computes the product again instead of keeping it."""
+
+    def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y = product(x)
+        return y * scale.to(y.dtype)
+
+    # torch.func cannot have the hooks that recomputing hangs on.
+    if torch.is_grad_enabled() and scale.requires_grad and not _transformed():
+        return checkpoint(scaled, x, scale, use_reentrant=False, preserve_rng_state=False)
+    return scaled(x, scale)
+
+
+def _owner(tensor: torch.Tensor) -> torch.Tensor:
+    """The parameter that a view is of: views are made anew at every call, and share its version."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def _can_be_watched(tensor: torch.Tensor) -> bool:
+    """Not while it is traced or transformed; sharded and fake tensors and those of inference mode tell no version."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (torch.Tensor, nn.Parameter)
+        and not tensor.is_inference()
+        and not _transformed()
+    )
+
+
+def _transformed() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
