@@ -368,12 +368,15 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
         "no module 'hed'; near names: head",
     ),
     "other prefix": (edit_tensors(lambda t: t.update({A[5:]: t.pop(A)})), "unknown key"),
-    "ranks differ": (edit_tensors(lambda t: t.update({B: torch.ones(4, 5)})), "rank 3, lora_B 5"),
+    "ranks differ": (
+        edit_tensors(lambda t: t.update({B: torch.ones(4, 5)})),
+        r"head.lora_B.weight is \[4, 5\]; expected \[4, 3\]",
+    ),
     "A transposed": (edit_tensors(lambda t: t.update({A: t[A].T})), "transposed"),
-    "NaN": (edit_tensors(lambda t: t[A].fill_(float("nan"))), "head.lora_A holds NaN or Inf"),
-    "Inf": (edit_tensors(lambda t: t[B].fill_(float("inf"))), "head.lora_B holds NaN or Inf"),
-    "integers": (edit_tensors(lambda t: t.update({A: t[A].int()})), "head.lora_A is torch.int32"),
-    "three dimensions": (edit_tensors(lambda t: t.update({A: t[A][None]})), "expected two dimensions"),
+    "NaN": (edit_tensors(lambda t: t[A].fill_(float("nan"))), "head.lora_A.weight holds NaN or Inf"),
+    "Inf": (edit_tensors(lambda t: t[B].fill_(float("inf"))), "head.lora_B.weight holds NaN or Inf"),
+    "integers": (edit_tensors(lambda t: t.update({A: t[A].int()})), "head.lora_A.weight is torch.int32"),
+    "three dimensions": (edit_tensors(lambda t: t.update({A: t[A][None]})), r"is \[1, 3, 12\]; expected \[3, 12\]"),
     "a layer that is no linear": (
         edit_tensors(lambda t: t.update({k.replace("head", "layers.0.norm"): t[k].clone() for k in (A, B)})),
         "'layers.0.norm' is a LayerNorm",
@@ -406,7 +409,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "r = 0": (edit_config(r=0), "r is 0"),
     "r negative": (edit_config(r=-1), "r is -1"),
     "r a text": (edit_config(r="8"), "r is '8'"),
-    "r huge": (edit_config(r=10**9), "says 1000000000"),
+    "r huge": (edit_config(r=10**9), "says r=1000000000"),
     "r null": (edit_config(r=None), "r is null"),
     "alpha NaN": (edit_config(lora_alpha=float("nan")), "lora_alpha is nan"),
     "alpha Inf": (edit_config(lora_alpha=float("inf")), "lora_alpha is inf"),
@@ -415,7 +418,7 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "fan_in_fan_out": (edit_config(fan_in_fan_out=True), "fan_in_fan_out=True"),
     "replication": (edit_config(layer_replication=[[0, 2]]), "layer_replication"),
     "PiSSA": (edit_config(init_lora_weights="pissa"), "'pissa' changes the base weight"),
-    "rank_pattern disagrees": (edit_config(rank_pattern={"head": 9}), "says 9"),
+    "rank_pattern disagrees": (edit_config(rank_pattern={"head": 9}), "says r=9"),
     "broken rank_pattern": (edit_config(rank_pattern={"(": 9}), "not a regular expression"),
 }
 

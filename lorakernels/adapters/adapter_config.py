@@ -21,6 +21,9 @@ HANDLED = (
     "init_lora_weights",
     "rank_pattern",
     "alpha_pattern",
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
 )
 # Fields that say where an adapter comes from or how it was started or placed, not what it computes.
 WITHOUT_EFFECT = (
@@ -78,8 +81,9 @@ def config_from_fields(fields: dict[str, Any], source: str) -> LoRAConfig:
             f"{source}: init_lora_weights={init!r} changes the base weight, and the files do not hold that change; "
             "save the adapter from PEFT with path_initial_model_for_weight_conversion first"
         )
-    arguments = {name: fields[name] for name in HANDLED if fields.get(name) is not None}
-    arguments["init_lora_weights"] = init if init in (True, False, "gaussian") else True
+    # A file without them means PEFT's own defaults, and its alpha is not ours.
+    arguments = {"r": 8, "lora_alpha": 8} | {name: fields[name] for name in HANDLED if fields.get(name) is not None}
+    arguments["init_lora_weights"] = init if init in (True, False, "gaussian", "orthogonal") else True
     for name in ("r", "lora_alpha"):
         if name in fields and fields[name] is None:
             raise AdapterFileError(f"{source}: {name} is null; expected a number")
@@ -97,8 +101,6 @@ def write_config(path: Path, config: LoRAConfig) -> None:
         "base_model_name_or_path": None,
         "inference_mode": True,
         "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "use_dora": False,
     }
     for name in HANDLED:
         value = getattr(config, name)

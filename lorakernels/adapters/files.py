@@ -3,252 +3,245 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError, read_config, write_config
-from lorakernels.adapters.inject import adapted_layers, adapter_configs, freeze_all_but_adapters, replace_modules
-from lorakernels.adapters.targets import pattern_value, plain_modules
+from lorakernels.adapters.adapter_config import AdapterFileError, write_config
+from lorakernels.adapters.hub import local_folder
+from lorakernels.adapters.inject import (
+    adapted_layers,
+    adapter_configs,
+    adapter_parameters,
+    freeze_all_but_adapters,
+    give_adapter,
+    layers_of,
+    nothing_on_error,
+    refuse_changed_base,
+    replace_modules,
+)
+from lorakernels.adapters.rank_slices import smaller
+from lorakernels.adapters.saved_modules import give_copies, saved_modules, state_of
+from lorakernels.adapters.targets import pattern_value
+from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Contents, Tensors, read_contents
 from lorakernels.config import LoRAConfig
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
-from lorakernels.nn.linear import LoRALinear
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = DEFAULT) -> Path:
     """Write an adapter of `model` into `folder`, which PEFT's `from_pretrained` reads.
 
-    Raises KeyError, naming the adapters there are, when the model has none of that name.
+    One that PiSSA or OLoRA has started is written as a plain adapter of twice the rank for the original base weights.
+    Raises KeyError, naming the adapters there are, when the model has none of that name, and RuntimeError when another
+    adapter has changed the base weights.
     """
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
     configs = adapter_configs(model)
     if adapter_name not in configs:
         raise KeyError(f"the model has no adapter {adapter_name!r}; its adapters: {list(configs)}")
-    tensors = {f"{PREFIX}{name}": bias.detach().cpu() for name, bias in _saved_biases(model, adapter_name).items()}
-    for path, layer in adapted_layers(model).items():
-        if adapter_name in layer.r:
-            for factor, adapters in (("A", layer.lora_A), ("B", layer.lora_B)):
-                weight = adapters[adapter_name].weight
-                assert isinstance(weight, torch.Tensor)
-                tensors[f"{PREFIX}{path}.lora_{factor}.weight"] = weight.detach().cpu().contiguous()
+    refuse_changed_base(model, but_by=adapter_name)
+    config = configs[adapter_name]
+    tensors: Tensors = {f"{PREFIX}{name}": bias for name, bias in _saved_biases(model, config, adapter_name).items()}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path, layer in layers_of(model, adapter_name).items():
+        own, ranks[path], alphas[path] = _plain(layer, adapter_name)
+        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in own.items()}
+    for path, wrapper in saved_modules(model).items():
+        if adapter_name in wrapper.modules_to_save:
+            state = state_of(wrapper.modules_to_save[adapter_name])
+            tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: a reader never meets half a file.
+    # Whole or not at all: a reader never meets half a file. A copy each: parameters may share memory.
     partial = folder / f".{WEIGHTS_FILE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
+    contiguous = {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+    }
+    save_file(contiguous, partial, metadata={"format": "pt"})
     os.replace(partial, folder / WEIGHTS_FILE)
-    write_config(folder / f".{CONFIG_FILE}.partial", configs[adapter_name])
+    write_config(folder / f".{CONFIG_FILE}.partial", describing(config, ranks, alphas))
     os.replace(folder / f".{CONFIG_FILE}.partial", folder / CONFIG_FILE)
     return folder
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = DEFAULT, *, trainable: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = DEFAULT,
+    *,
+    trainable: bool = False,
+    hub: bool = False,
+    revision: str | None = None,
 ) -> nn.Module:
     """Put the adapter in `folder` into `model`, in place, and make it the active one.
 
-    The file's tensors say which layers are adapted, and keep their dtype. An adapter of that name which has the
-    same layers and ranks gets the new weights; otherwise it is added. Everything is checked before anything
-    changes: when an error is raised the model is as it was. Pickles are never read.
+    The file's tensors say which layers are adapted, and keep their dtype; whole modules (modules_to_save) keep the
+    model's. An adapter of that name which has the same layers and ranks gets the new weights; otherwise it is added.
+    Everything is checked before anything changes: when an error is raised the model is as it was. Pickles are never
+    read.
 
     Args:
         model: plain, or with adapters from `inject` or `load_adapter`.
-        folder: holds adapter_config.json and adapter_model.safetensors.
+        folder: holds adapter_config.json and adapter_model.safetensors. With `hub`, when there is no such folder, the
+            name of a repository on the Hugging Face hub, "organisation/name".
         adapter_name: the name it gets in the model.
         trainable: whether its parameters need gradients.
+        hub: whether the hub may be asked.
+        revision: a branch, tag or commit on the hub; implies `hub`.
 
     Returns:
         `model` itself.
 
     Raises:
         AdapterFileError: the files are missing, broken, or do not fit the model.
+        ImportError: the hub is asked, and huggingface_hub is not installed.
     """
     check_adapter_name(adapter_name)
-    folder = Path(folder)
-    config = read_config(_existing(folder, CONFIG_FILE))
-    tensors = _read_tensors(_existing(folder, WEIGHTS_FILE))
-    biases = _take_biases(tensors, model, config)
-    pairs = _pairs(tensors)
-    modules = dict(plain_modules(model))
-    layers = {path: _layer(modules, path) for path in pairs}
-    ranks, alphas = _by_pattern(pairs, config)
-    for path, (A, B) in pairs.items():
-        _check_pair(path, layers[path], A, B, ranks[path])
-    _check_name_is_free(model, adapter_name, pairs)
+    contents = read_contents(model, local_folder(folder, hub, revision))
+    config = contents.config
+    _check_name_is_free(model, adapter_name, contents)
 
     # A model that trains adapters already keeps what trains beside them.
     beside = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     made: dict[nn.Module, nn.Module] = {}
-    for path, (A, B) in pairs.items():
-        layer = layers[path]
-        if not isinstance(layer, LoRALayer):
-            assert isinstance(layer, nn.Linear)
-            plain = layer
-            layer = LoRALinear.from_linear(
-                plain, ranks[path], alphas[path], config.lora_dropout, config.use_rslora, adapter_name=adapter_name
-            )
-            made[plain] = layer
-        elif adapter_name not in layer.r:
-            layer.add_adapter(adapter_name, ranks[path], alphas[path], config.lora_dropout, config.use_rslora)
-        layer.configure(adapter_name, alphas[path], config.lora_dropout, config.use_rslora)
-        _set_weights(layer, adapter_name, A, B, trainable)
-    replace_modules(model, made)
+    with nothing_on_error(model, adapter_name, made):
+        for path in contents.layers:
+            module = made.get(contents.modules[path], contents.modules[path])
+            if not isinstance(module, LoRALayer) or adapter_name not in module.r:
+                rank, alpha = contents.ranks[path], contents.alphas[path]
+                module = give_adapter(module, adapter_name, rank, alpha, config, True, made)
+            module.r[adapter_name] = contents.ranks[path]  # a hot swap may have left a smaller one
+            module.configure(adapter_name, contents.alphas[path], config.lora_dropout, config.use_rslora)
+            _set_weights(module, adapter_name, contents.layers[path])
+        new = [contents.modules[path] for path in contents.whole if path not in _with_copy(model, adapter_name)]
+        made |= give_copies(new, adapter_name)
+        replace_modules(model, made)
+        if not adapter_configs(model):
+            freeze_all_but_adapters(model, config.bias if trainable else "none")
+        else:
+            for parameter in beside:
+                parameter.requires_grad_(True)
+        _activate_only(model, adapter_name, trainable)
+    copy_whole(model, adapter_name, contents)
     with torch.no_grad():
-        for bias, value in biases:
+        for bias, value in contents.biases:
             bias.copy_(value)
-    if not adapter_configs(model):
-        freeze_all_but_adapters(model, config.bias if trainable else "none")
-    else:
-        for parameter in beside:
-            parameter.requires_grad_(True)
-    for layer in adapted_layers(model).values():
-        layer.set_adapter([adapter_name] if adapter_name in layer.r else [])
-        if not trainable and adapter_name in layer.r:
-            layer.lora_A[adapter_name].requires_grad_(False)
-            layer.lora_B[adapter_name].requires_grad_(False)
-    config = dataclasses.replace(config, target_modules=sorted(pairs))
-    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
+    set_config(model, adapter_name, contents, [])
     return model
 
 
-def _saved_biases(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+def set_config(model: nn.Module, adapter_name: str, contents: Contents, unused: list[str]) -> None:
+    """Remember what an adapter's files say, and which of its layers in the model they do not have."""
+    config = dataclasses.replace(contents.config, target_modules=sorted(contents.layers))
+    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
+    model._lora_unused = {**getattr(model, "_lora_unused", {}), adapter_name: unused}  # type: ignore[assignment]
+
+
+def describing(config: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAConfig:
+    """`config` with the ranks and alphas that the layers really have, after a change to plain LoRA or a hot swap."""
+    # A start is history by now, and PEFT would go through it again: PiSSA's changes the base, and for an embedding it
+    # knows no orthogonal one.
+    again = config.init_lora_weights in (True, False, "kaiming", "gaussian")
+    fields: dict[str, Any] = {"init_lora_weights": config.init_lora_weights if again else True}
+    for one, many, actual in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
+        said, pattern = getattr(config, one), getattr(config, many)
+        wrong = {path: value for path, value in actual.items() if pattern_value(path, pattern, said) != value}
+        if len(set(actual.values())) == 1 and wrong:
+            fields[one], fields[many] = next(iter(actual.values())), {}
+        else:
+            fields[many] = {f"^{re.escape(path)}": value for path, value in wrong.items()} | dict(pattern)
+    return dataclasses.replace(config, **fields)
+
+
+def _plain(layer: LoRALayer, name: str) -> tuple[dict[str, torch.Tensor], int, float]:
+    """An adapter's tensors as its file has them, its rank and its alpha."""
+    r, alpha = layer.r[name], layer.lora_alpha[name]
+    tensors: dict[str, torch.Tensor] = dict(layer.adapter_tensors(name))
+    if name in layer.base_changed_by:
+        tensors |= dict(zip(tensors, layer.as_plain_lora(name), strict=False))
+        # Of twice the rank, and with the same scaling.
+        return tensors, 2 * r, alpha * (math.sqrt(2) if layer.use_rslora[name] else 2)
+    return {suffix: smaller(suffix, tensor, r, layer.base_layer) for suffix, tensor in tensors.items()}, r, alpha
+
+
+def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Tensors:
     """The biases that trained with an adapter, by PEFT's names: `<module>.base_layer.bias` in an adapted layer."""
-    kind = adapter_configs(model)[adapter_name].bias
-    adapted = tuple(f"{path}.base_layer." for path, layer in adapted_layers(model).items() if adapter_name in layer.r)
-    biases = {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"}
-    if kind == "none":
-        return {}
-    return {name: bias for name, bias in biases.items() if kind == "all" or name.startswith(adapted)}
-
-
-def _take_biases(
-    tensors: dict[str, torch.Tensor], model: nn.Module, config: LoRAConfig
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Take the biases out of a file's tensors, each beside the model's own that it replaces."""
     if config.bias == "none":
-        return []
-    own = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if name.endswith("bias")}
-    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".bias")]:
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        value = tensors.pop(key)
-        if name not in own or own[name].shape != value.shape or not torch.isfinite(value.float()).all():
-            expected = list(own[name].shape) if name in own else "a bias that the model has"
-            raise AdapterFileError(f"{key} is {list(value.shape)}, {value.dtype}; expected finite numbers, {expected}")
-        taken.append((own[name], value))
-    return taken
+        return {}
+    of_adapters = set(map(id, adapter_parameters(model)))
+    adapted = tuple(f"{path}.base_layer." for path, layer in adapted_layers(model).items() if adapter_name in layer.r)
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] == "bias"
+        and id(parameter) not in of_adapters
+        and (config.bias == "all" or name.startswith(adapted))
+    }
 
 
-def _existing(folder: Path, name: str) -> Path:
-    path = folder / name
-    if path.is_file():
-        return path
-    if not folder.is_dir():
-        raise AdapterFileError(f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-    if name == WEIGHTS_FILE and pickles:
-        raise AdapterFileError(
-            f"{folder} has {', '.join(pickles)} and no {WEIGHTS_FILE}: a pickle can run any code and is not read; "
-            "convert it with safetensors.torch.save_file where you trust it"
-        )
-    raise AdapterFileError(f"{folder} has no {name}; it has: {', '.join(sorted(os.listdir(folder))) or 'nothing'}")
+def _with_copy(model: nn.Module, adapter_name: str) -> set[str]:
+    return {path for path, wrapper in saved_modules(model).items() if adapter_name in wrapper.modules_to_save}
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents) -> None:
+    """A name that is taken must mean the same layers, ranks and modules, whose weights are then replaced."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise AdapterFileError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _pairs(tensors: dict[str, torch.Tensor]) -> dict[str, Pair]:
-    """A and B by module path; every key must belong to such a pair."""
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key.removeprefix(PREFIX))
-        if match is None or not key.startswith(PREFIX):
-            raise AdapterFileError(f"unknown key {key!r}; expected {PREFIX}<module>.lora_A.weight or .lora_B.weight")
-        factors.setdefault(match["path"], {})[match["factor"]] = tensor
-    if not factors:
-        raise AdapterFileError("the file holds no tensors")
-    for path, found in factors.items():
-        if len(found) != 2:
-            missing = "B" if "A" in found else "A"
-            raise AdapterFileError(f"module {path!r} has no lora_{missing}.weight; expected both lora_A and lora_B")
-    return {path: (found["A"], found["B"]) for path, found in factors.items()}
-
-
-def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module:
-    layer = modules.get(path)
-    if layer is None:
-        near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
-        raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
-    if type(layer) is not nn.Linear and not isinstance(layer, LoRALinear):
-        raise AdapterFileError(f"module {path!r} is a {type(layer).__qualname__}; expected torch.nn.Linear")
-    return layer
-
-
-def _check_pair(path: str, layer: nn.Module, A: torch.Tensor, B: torch.Tensor, r: int) -> None:
-    K, N = layer.in_features, layer.out_features
-    for name, tensor in (("lora_A", A), ("lora_B", B)):
-        if not tensor.is_floating_point():
-            raise AdapterFileError(f"{path}.{name} is {tensor.dtype}; expected a float dtype")
-        if tensor.dim() != 2:
-            raise AdapterFileError(f"{path}.{name} is {list(tensor.shape)}; expected two dimensions")
-        if not torch.isfinite(tensor.float()).all():
-            raise AdapterFileError(f"{path}.{name} holds NaN or Inf")
-    if A.shape[1] != K or B.shape[0] != N:
-        hint = " (transposed?)" if A.shape[0] == K or B.shape[1] == N else ""
-        raise AdapterFileError(
-            f"{path}: lora_A is {list(A.shape)} and lora_B {list(B.shape)}; expected [r, {K}] and [{N}, r]{hint}"
-        )
-    if A.shape[0] != B.shape[1] or A.shape[0] != r:
-        raise AdapterFileError(
-            f"{path}: lora_A has rank {A.shape[0]}, lora_B {B.shape[1]}, and {CONFIG_FILE} says {r}; expected one rank"
-        )
-
-
-def _check_name_is_free(model: nn.Module, adapter_name: str, pairs: dict[str, Pair]) -> None:
-    """A name that is taken must mean the same layers and ranks, whose weights are then replaced."""
-    taken = {path: layer.r[adapter_name] for path, layer in adapted_layers(model).items() if adapter_name in layer.r}
-    ranks = {path: A.shape[0] for path, (A, _) in pairs.items()}
-    if taken and taken != ranks:
-        raise AdapterFileError(
-            f"the model has an adapter {adapter_name!r} with other layers or ranks "
-            f"({len(taken)} layers; the file has {len(ranks)}); load it under another name"
-        )
-    merged = [path for path, layer in adapted_layers(model).items() if layer.merged]
+        refuse_changed_base(model)
+    except RuntimeError as error:
+        raise AdapterFileError(str(error)) from error
+    layers = adapted_layers(model)
+    merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise AdapterFileError(f"adapters are merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge first")
+    taken = {
+        layer: _shapes(layer.adapter_tensors(adapter_name)) for layer in layers.values() if adapter_name in layer.r
+    }
+    copies = _with_copy(model, adapter_name)
+    new = {contents.modules[path]: _shapes(tensors) for path, tensors in contents.layers.items()}
+    if (taken or copies) and (taken != new or copies != contents.whole.keys()):
+        raise AdapterFileError(
+            f"the model has an adapter {adapter_name!r} with other layers or ranks ({len(taken)} layers; the file has "
+            f"{len(new)}) or modules_to_save; load it under another name, or use hotswap_adapter"
+        )
+    if any(isinstance(layer.scalings[adapter_name], torch.Tensor) for layer in taken):
+        raise AdapterFileError(f"adapter {adapter_name!r} is prepared for hot swaps; use hotswap_adapter")
 
 
-def _by_pattern(pairs: dict[str, Pair], config: LoRAConfig) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha by module path."""
-    try:
-        ranks = {path: pattern_value(path, config.rank_pattern, config.r) for path in pairs}
-        return ranks, {path: pattern_value(path, config.alpha_pattern, config.lora_alpha) for path in pairs}
-    except ValueError as error:
-        raise AdapterFileError(f"{CONFIG_FILE}: rank_pattern or alpha_pattern: {error}") from error
+def _shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+    return {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def _set_weights(layer: LoRALayer, adapter_name: str, A: torch.Tensor, B: torch.Tensor, trainable: bool) -> None:
-    for adapters, tensor in ((layer.lora_A, A), (layer.lora_B, B)):
-        module = adapters[adapter_name]
-        if module.weight.dtype == tensor.dtype:
-            module.weight.copy_(tensor)  # type: ignore[operator]
+def _set_weights(layer: LoRALayer, adapter_name: str, tensors: Tensors) -> None:
+    for suffix, parameter in layer.adapter_tensors(adapter_name).items():
+        if parameter.dtype == tensors[suffix].dtype:
+            parameter.copy_(tensors[suffix])
         else:
-            module.weight = nn.Parameter(tensor.to(module.weight.device), requires_grad=trainable)  # type: ignore[arg-type]
+            # The parameter itself stays: an optimizer may have it.
+            parameter.data = tensors[suffix].to(parameter.device)
+
+
+@torch.no_grad()
+def copy_whole(model: nn.Module, adapter_name: str, contents: Contents) -> None:
+    """Put a file's whole modules into an adapter's copies, in place and in their dtype."""
+    wrappers = saved_modules(model)
+    for path, tensors in contents.whole.items():
+        for name, own in state_of(wrappers[path].modules_to_save[adapter_name]).items():
+            own.copy_(tensors[name])
+
+
+def _activate_only(model: nn.Module, adapter_name: str, trainable: bool) -> None:
+    for layer in adapted_layers(model).values():
+        layer.set_adapter([adapter_name] if adapter_name in layer.r else [])
+    for wrapper in saved_modules(model).values():
+        wrapper.set_adapter([adapter_name])
+    if not trainable:
+        for parameter in adapter_parameters(model, adapter_name):
+            parameter.requires_grad_(False)

@@ -142,7 +142,7 @@ def _read_folder(folder: Path) -> AdapterFile:
 def _read_peft(folder: Path, fields: dict[str, Any]) -> AdapterFile:
     source = folder / CONFIG_FILE
     plain = {name: value for name, value in fields.items() if name not in _OWN_FIELDS}
-    config = config_from_fields({"r": 8, "lora_alpha": 8, **plain}, str(source))  # PEFT's defaults
+    config = config_from_fields(plain, str(source))
     tensors = read_tensors(folder / PEFT_FILE)[0]
     parts: dict[str, dict[str, torch.Tensor]] = {}
     others = {}

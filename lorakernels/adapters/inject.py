@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
 
-from lorakernels.adapters.targets import find_targets, pattern_value
-from lorakernels.config import LoRAConfig
+from lorakernels.adapters.saved_modules import give_copies, saved_modules
+from lorakernels.adapters.targets import find_modules_to_save, find_targets, pattern_value
+from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.nn.adapt import LAYERS, adapt
+from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
-from lorakernels.nn.linear import LoRALinear
 
 
 def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) -> nn.Module:
@@ -19,7 +22,7 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
     Nothing changes when an error is raised.
 
     Args:
-        model: any module that holds `torch.nn.Linear` layers.
+        model: any module that holds layers that can be adapted: linear, embedding, convolution.
         config: which layers, and what rank and scale.
         adapter_name: the adapter's name, part of its parameters' names.
 
@@ -27,33 +30,126 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
         `model` itself.
 
     Raises:
-        ValueError: nothing matches (with near names), or the name is taken or malformed.
+        ValueError: nothing matches (with near names), or the name is taken or malformed, or a layer cannot have
+            such an adapter.
         TypeError: a target is not a layer that can be adapted.
+        RuntimeError: adapters are merged, or one in the model has changed the base weights (PiSSA, OLoRA).
     """
     check_adapter_name(adapter_name)
     if adapter_name in adapter_configs(model):
         raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(adapter_configs(model))}")
     targets = find_targets(model, config)
-    for name, module in targets.items():
-        if not (type(module) is nn.Linear or isinstance(module, LoRALayer)):
-            raise TypeError(
-                f"target {name!r} is a {type(module).__module__}.{type(module).__qualname__}; "
-                "expected exactly torch.nn.Linear: narrow target_modules, or name it in exclude_modules"
-            )
-        if isinstance(module, LoRALayer) and module.merged:
-            raise RuntimeError(f"adapters are merged into {name!r}; call unmerge first")
+    whole = find_modules_to_save(model, config.modules_to_save)
+    missing = [ending for ending in config.modules_to_save or () if not any(name.endswith(ending) for name in whole)]
+    if missing:
+        raise ValueError(f"modules_to_save={missing!r} matches no module of {type(model).__name__}")
     ranks = {name: pattern_value(name, config.rank_pattern, config.r) for name in targets}
     alphas = {name: pattern_value(name, config.alpha_pattern, config.lora_alpha) for name in targets}
+    for name, module in targets.items():
+        _check_target(name, module, ranks[name], alphas[name], config)
+    refuse_changed_base(model)
+    if changes_base(config.init_lora_weights) and adapter_configs(model):
+        raise RuntimeError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which the adapters "
+            f"{list(adapter_configs(model))} were made beside; expected a model without adapters"
+        )
 
     made: dict[nn.Module, nn.Module] = {}
-    for name, module in targets.items():
-        # A module under two names stays one module, with one adapter.
-        if module not in made:
-            made[module] = _adapt(module, ranks[name], alphas[name], config, adapter_name)
-    replace_modules(model, made)
-    freeze_all_but_adapters(model, config.bias)
+    with nothing_on_error(model, adapter_name, made):
+        given: set[nn.Module] = set()
+        for name, module in targets.items():
+            # A module under two names stays one module, with one adapter.
+            if module not in given:
+                init = config.init_lora_weights
+                give_adapter(module, adapter_name, ranks[name], alphas[name], config, init, made)
+                given.add(module)
+        made |= give_copies(whole.values(), adapter_name)
+        replace_modules(model, made)
+        if any(adapter_name in layer.active_adapters for layer in adapted_layers(model).values()):
+            for wrapper in saved_modules(model).values():
+                if wrapper.active_adapter is None:
+                    wrapper.set_adapter([adapter_name])
+        freeze_all_but_adapters(model, config.bias)
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return model
+
+
+def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: LoRAConfig) -> None:
+    """Raise where a target cannot have the adapter that `config` describes."""
+    base = module.base_layer if isinstance(module, LoRALayer) else module
+    kind = LAYERS.get(type(base))
+    if kind is None:
+        raise TypeError(
+            f"target {name!r} is a {type(module).__module__}.{type(module).__qualname__}; expected exactly one of "
+            f"{adaptable()}: narrow target_modules, or name it in exclude_modules"
+        )
+    if isinstance(module, LoRALayer) and module.merged:
+        raise RuntimeError(f"adapters are merged into {name!r}; call unmerge first")
+    scaling = scaling_of(alpha, r, config.use_rslora)
+    try:
+        kind.check_adapter(base, r, scaling, config.init_lora_weights, config.use_dora, config.lora_bias)
+    except ValueError as error:
+        raise ValueError(f"target {name!r}: {error}") from error
+
+
+def adaptable() -> str:
+    """The layers that can be adapted, in words."""
+    return ", ".join(f"torch.nn.{base.__name__}" for base in LAYERS)
+
+
+def give_adapter(
+    module: nn.Module,
+    adapter_name: str,
+    r: int,
+    alpha: float,
+    config: LoRAConfig,
+    init: bool | str,
+    made: dict[nn.Module, nn.Module],
+) -> LoRALayer:
+    """Give a layer an adapter; one that had none goes into `made`, with the layer to put in its place."""
+    settings = (config.lora_dropout, config.use_rslora, init, config.use_dora, config.lora_bias)
+    if isinstance(module, LoRALayer):
+        module.add_adapter(adapter_name, r, alpha, *settings)
+        return module
+    layer = adapt(module, adapter_name, r, alpha, *settings)
+    made[module] = layer
+    return layer
+
+
+@contextmanager
+def nothing_on_error(model: nn.Module, adapter_name: str, made: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Where the body raises, take out of the model what it has added under a new name: no memory, an SVD that fails."""
+    needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    layers = [(layer, layer.active_adapters) for layer in adapted_layers(model).values() if adapter_name not in layer.r]
+    wrappers = [(wrapper, wrapper.active_adapter) for wrapper in saved_modules(model).values()]
+    wrappers = [(wrapper, active) for wrapper, active in wrappers if adapter_name not in wrapper.modules_to_save]
+    try:
+        yield
+    except BaseException:
+        fresh = [layer for layer in made.values() if isinstance(layer, LoRALayer)]
+        for layer in [layer for layer, _ in layers] + fresh:
+            if adapter_name in layer.r:
+                layer.delete_adapter(adapter_name)
+        for wrapper, active_adapter in wrappers:
+            if adapter_name in wrapper.modules_to_save:
+                wrapper.delete_adapter(adapter_name)
+            wrapper.active_adapter = active_adapter
+        for layer, active in layers:
+            layer.active_adapters = active
+        for parameter, needed in needed_grad:
+            parameter.requires_grad_(needed)
+        raise
+
+
+def refuse_changed_base(model: nn.Module, but_by: str | None = None) -> None:
+    """Raise RuntimeError where PiSSA or OLoRA took a part out of the base: alone, another adapter would miss it."""
+    changed = {name for layer in adapted_layers(model).values() for name in layer.base_changed_by}
+    changed_by = sorted(changed - {but_by})
+    if changed_by:
+        raise RuntimeError(
+            f"adapter {changed_by[0]!r} has changed the base weights (init_lora_weights), so no other can stand beside "
+            "it; save_adapter it, delete_adapter it, and load it again as a plain one"
+        )
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -73,6 +169,14 @@ def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
 def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapted layers of `model` by their full names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
+    """The layers that an adapter has, without those where its last hot swap has left it nothing."""
+    unused = getattr(model, "_lora_unused", {}).get(adapter_name, ())
+    return {
+        path: layer for path, layer in adapted_layers(model).items() if adapter_name in layer.r and path not in unused
+    }
 
 
 class TrainableParameters(list[nn.Parameter]):
@@ -97,34 +201,33 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     return TrainableParameters(model)
 
 
-def _adapt(module: nn.Module, r: int, alpha: float, config: LoRAConfig, adapter_name: str) -> LoRALayer:
-    if isinstance(module, LoRALayer):
-        module.add_adapter(adapter_name, r, alpha, config.lora_dropout, config.use_rslora, config.init_lora_weights)
-        return module
-    assert isinstance(module, nn.Linear)
-    return LoRALinear.from_linear(
-        module,
-        r,
-        alpha,
-        config.lora_dropout,
-        config.use_rslora,
-        init_lora_weights=config.init_lora_weights,
-        adapter_name=adapter_name,
-    )
+def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> list[nn.Parameter]:
+    """The parameters of one adapter, or of all: those in its layers and those of its copies of whole modules."""
+    in_layers = [
+        parameter
+        for layer in adapted_layers(model).values()
+        for name in layer.r
+        if adapter_name in (None, name)
+        for parameter in layer.adapter_tensors(name).values()
+    ]
+    return in_layers + [
+        parameter
+        for wrapper in saved_modules(model).values()
+        for name, module in wrapper.modules_to_save.items()
+        if adapter_name in (None, name)
+        for parameter in module.parameters()
+    ]
 
 
 def freeze_all_but_adapters(model: nn.Module, bias: str) -> None:
     """Only the parameters of adapters train, and the biases that `bias` names ("none", "all" or "lora_only")."""
-    adapter_parameters = {
-        id(p)
-        for layer in adapted_layers(model).values()
-        for adapters in (layer.lora_A, layer.lora_B)
-        for p in adapters.parameters()
-    }
+    of_adapters = set(map(id, adapter_parameters(model)))
+    replaced = {id(p) for wrapper in saved_modules(model).values() for p in wrapper.original_module.parameters()}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in adapter_parameters:
-            parameter.requires_grad_(bias == "all" and name.rpartition(".")[2] == "bias")
+        if id(parameter) not in of_adapters:
+            is_bias = name.rpartition(".")[2] == "bias" and id(parameter) not in replaced
+            parameter.requires_grad_(bias == "all" and is_bias)
     if bias == "lora_only":
         for layer in adapted_layers(model).values():
-            if isinstance(layer.base_layer.bias, nn.Parameter):
-                layer.base_layer.bias.requires_grad_(True)
+            if isinstance(layer.bias, nn.Parameter):
+                layer.bias.requires_grad_(True)

@@ -1,10 +1,12 @@
-"""Choosing and scaling a whole model's adapters while it runs."""
+"""Choosing, scaling and deleting a whole model's adapters while it runs."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from lorakernels.adapters.inject import adapted_layers
+from lorakernels.adapters.inject import adapted_layers, adapter_configs, replace_modules
+from lorakernels.adapters.saved_modules import saved_modules
 from lorakernels.config import check_alpha
 from lorakernels.nn.layer import LoRALayer
 
@@ -12,34 +14,79 @@ from lorakernels.nn.layer import LoRALayer
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     """Make `names` the active adapters of every layer that has them; their updates add up.
 
-    Raises KeyError for a name that no layer has, before anything changes.
+    Raises KeyError for a name that no layer has, and ValueError for two that each have a copy of one whole module
+    (modules_to_save), before anything changes.
     """
     wanted = [names] if isinstance(names, str) else list(names)
     layers = adapted_layers(model)
     for name in wanted:
-        _layers_with(layers, name)
-    _refuse_merged(layers)
+        layers_with(layers, name)
+    refuse_merged(layers)
+    wrappers = saved_modules(model)
+    for path, wrapper in wrappers.items():
+        both = [name for name in dict.fromkeys(wanted) if name in wrapper.modules_to_save]
+        if len(both) > 1:
+            raise ValueError(f"adapters {both} each have a copy of {path!r}; expected at most one of them active")
     for layer in layers.values():
         layer.set_adapter([name for name in wanted if name in layer.r])
+    for wrapper in wrappers.values():
+        wrapper.set_adapter(dict.fromkeys(wanted))
 
 
 def set_scale(model: nn.Module, name: str, scale: float) -> None:
-    """Multiply an adapter's own scaling (lora_alpha / r) by `scale`: 1 restores it, 0 switches it off."""
+    """Multiply an adapter's own scaling (lora_alpha / r) by `scale`: 1 restores it, 0 switches it off.
+
+    Whole modules (modules_to_save) are not scaled.
+    """
     check_alpha(scale, "scale")
     layers = adapted_layers(model)
-    _refuse_merged(layers)
-    for layer in _layers_with(layers, name):
-        layer.scalings[name] = layer.own_scaling(name) * scale
+    refuse_merged(layers)
+    for layer in layers_with(layers, name):
+        set_scaling(layer, name, layer.own_scaling(name) * scale)
 
 
-def _refuse_merged(layers: dict[str, LoRALayer]) -> None:
+def set_scaling(layer: LoRALayer, name: str, scaling: float) -> None:
+    """Set what an adapter is scaled with; in a slot for hot swaps the tensor stays, and gets the value."""
+    old = layer.scalings[name]
+    if isinstance(old, torch.Tensor):
+        old.fill_(scaling)
+    else:
+        layer.scalings[name] = scaling
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Take an adapter out of every layer, with its copies of whole modules, and forget its configuration.
+
+    If it was active no other takes its place. Adapted layers stay, a layer without adapters being its base. What PiSSA
+    or OLoRA took out of the base weights goes back, to within rounding.
+
+    Raises KeyError for a name that the model does not have, RuntimeError while adapters are merged; nothing changes.
+    """
+    layers = adapted_layers(model)
+    owners = layers_with(layers, name)
+    refuse_merged(layers)
+    for layer in owners:
+        layer.delete_adapter(name)
+    for wrapper in saved_modules(model).values():
+        if name in wrapper.modules_to_save:
+            wrapper.delete_adapter(name)
+            if not wrapper.modules_to_save:
+                replace_modules(model, {wrapper: wrapper.original_module})
+    configs = {other: config for other, config in adapter_configs(model).items() if other != name}
+    model._lora_configs = configs  # type: ignore[assignment]
+    if hasattr(model, "_lora_unused"):
+        model._lora_unused.pop(name, None)  # type: ignore[operator,union-attr]
+
+
+def refuse_merged(layers: dict[str, LoRALayer]) -> None:
     """Before anything changes."""
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(f"adapters are merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge first")
 
 
-def _layers_with(layers: dict[str, LoRALayer], name: str) -> list[LoRALayer]:
+def layers_with(layers: dict[str, LoRALayer], name: str) -> list[LoRALayer]:
+    """The layers that have an adapter; raises KeyError where none has."""
     found = [layer for layer in layers.values() if name in layer.r]
     if not found:
         known = sorted({adapter for layer in layers.values() for adapter in layer.r})

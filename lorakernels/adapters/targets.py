@@ -9,11 +9,14 @@ from typing import Any, TypeVar
 import regex
 from torch import nn
 
+from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
+from lorakernels.nn.adapt import LAYERS
 from lorakernels.nn.layer import LoRALayer
 
 ALL_LINEAR = "all-linear"
 SECONDS_A_MATCH = 1.0
+WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 T = TypeVar("T")
 
 
@@ -30,14 +33,43 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         named = {name for name, module in modules.items() if _is_linear(module) and module is not head}
     else:
         named = {name for name in modules if matches(name, config.target_modules)}
-    found = {name: modules[name] for name in modules if name in named and not _excluded(name, config)}
+    whole = find_modules_to_save(model, config.modules_to_save)
+    found = {
+        name: modules[name]
+        for name in modules
+        if name in named and not _excluded(name, config) and owner_of(name, whole) is None
+    }
     if not found:
-        excluded = f", of which exclude_modules={config.exclude_modules!r} leaves none" if named else ""
+        left_out = [field for field in ("exclude_modules", "modules_to_save") if getattr(config, field)]
+        rest = " and ".join(f"{field}={getattr(config, field)!r}" for field in left_out)
+        excluded = f", of which {rest} leaves none" if named else ""
         raise ValueError(
             f"target_modules={config.target_modules!r} matches {len(named)} modules of {type(model).__name__}"
             f"{excluded}; {_near_names(config.target_modules, modules)}"
         )
     return found
+
+
+def find_modules_to_save(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The modules whose full name ends in one of `names` (PEFT's rule), the outermost where they lie in each other.
+
+    Raises TypeError for one that cannot be copied beside itself.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, module in plain_modules(model):
+        if owner_of(name, found) is not None or not any(name.endswith(ending) for ending in names or ()):
+            continue
+        adapted = [inner for inner in module.modules() if isinstance(inner, (LoRALayer, SavedModule))]
+        if isinstance(module, WITHOUT_FORWARD) or (adapted and not isinstance(module, SavedModule)):
+            what = type(module).__qualname__ + (" with adapters in it" if adapted else "")
+            raise TypeError(f"modules_to_save means {name!r}, a {what}; expected a module without adapters to call")
+        found[name] = module
+    return found
+
+
+def owner_of(name: str, modules: Iterable[str]) -> str | None:
+    """The one of `modules` that a name is or lies in."""
+    return next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
@@ -72,12 +104,12 @@ def _excluded(name: str, config: LoRAConfig) -> bool:
 
 
 def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under each of its names, an adapted layer as one module: what is inside it is not a target."""
+    """Every module under each of its names, adapted layers and saved modules as one: what is inside is no target."""
     for name, module in model._modules.items():
         if module is None:
             continue
         yield f"{prefix}{name}", module
-        if not isinstance(module, LoRALayer):
+        if not isinstance(module, (LoRALayer, SavedModule)):
             yield from plain_modules(module, f"{prefix}{name}.")
 
 
@@ -92,12 +124,12 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
 
 
 def _near_names(patterns: str | Iterable[str], modules: Mapping[str, nn.Module]) -> str:
-    linears = [name for name, module in modules.items() if _is_linear(module)]
-    suffixes = sorted({name.rpartition(".")[2] for name in linears} | set(linears))
+    layers = [name for name, module in modules.items() if type(module) in LAYERS or isinstance(module, LoRALayer)]
+    suffixes = sorted({name.rpartition(".")[2] for name in layers} | set(layers))
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     near = [name for want in wanted for name in difflib.get_close_matches(want, suffixes, n=3, cutoff=0.5)]
     if near:
         return f"near names: {', '.join(dict.fromkeys(near))}"
-    if not linears:
-        return "the model has no torch.nn.Linear at all"
-    return f"its linear layers are: {', '.join(linears[:10])}{', …' if len(linears) > 10 else ''}"
+    if not layers:
+        return "the model has no layer that can be adapted"
+    return f"its layers that can be adapted are: {', '.join(layers[:10])}{', …' if len(layers) > 10 else ''}"

@@ -102,6 +102,7 @@ def _fused_linear() -> type:
             y = None if args or kwargs else _fused_forward(self, x)
             return Linear.forward(self, x, *args, **kwargs) if y is None else y
 
+    FusedLinear.__name__ = "Linear"  # repr and PEFT's get_layer_status say lora.Linear, as before
     FusedLinear.__qualname__ = "FusedLinear"  # a whole pickled model finds it in this module, by __getattr__
     return FusedLinear
 

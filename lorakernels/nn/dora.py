@@ -51,8 +51,11 @@ class NormCache:
             weight_sq = self._get("weight_sq", (base,), None, lambda: row_sq_norm(matrix.detach()))
             return lora_weight_norm(matrix, A, B, scaling=scaling, weight_sq=weight_sq)
 
-        if not keep or isinstance(scaling, torch.Tensor):
+        if not keep:
             return compute()
+        # A scaling that is a tensor is watched like the others and not read: that would wait for the device.
+        if isinstance(scaling, torch.Tensor):
+            return self._get("norm", (base, _owner(A), _owner(B), scaling), None, compute)
         return self._get("norm", (base, _owner(A), _owner(B)), scaling, compute)
 
     def _get(

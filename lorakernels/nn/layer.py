@@ -326,7 +326,7 @@ class LoRALayer(nn.Module):
 
     def _row_scale(self, name: str, weight: torch.Tensor | None = None) -> torch.Tensor | None:
         """DoRA's factor of each row [N], None for an adapter without it or one that is off."""
-        if not self.use_dora[name] or self.scalings[name] == 0:
+        if not self.use_dora[name] or self._is_off(name):
             return None
         weight = self.weight if weight is None else weight
         magnitude: Any = self.lora_magnitude_vector[name]
@@ -340,7 +340,12 @@ class LoRALayer(nn.Module):
 
     def _running(self) -> list[str]:
         """The active adapters but those that are switched off."""
-        return [name for name in self.active_adapters if self.scalings[name] != 0]
+        return [name for name in self.active_adapters if not self._is_off(name)]
+
+    def _is_off(self, name: str) -> bool:
+        """A scaling of zero. One that is a tensor is not looked into: that breaks a graph, and waits for the device."""
+        scaling = self.scalings[name]
+        return not isinstance(scaling, torch.Tensor) and scaling == 0
 
     def _known(self, name: str) -> str:
         if name not in self.r:

@@ -164,7 +164,7 @@ class LoRALinear(LoRALayer):
     ) -> torch.Tensor:
         bias = self.bias
         for name in names:
-            if self.lora_bias[name] and self.scalings[name] != 0:
+            if self.lora_bias[name] and not self._is_off(name):
                 update = self._lora_bias(name) * self.scalings[name]
                 bias = update if bias is None else bias + update
         if bias is not None and bias is not self.bias:

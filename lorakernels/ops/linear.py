@@ -170,7 +170,7 @@ def _backward_fake(
 
 
 def _autocast(device_type: str) -> None:
-    """Under autocast x, weight and bias take its dtype, as in torch's linear; A and B are cast in the kernels anyway."""
+    """Under autocast x, weight and bias take its dtype, as in torch's linear; the kernels cast A and B anyway."""
 
     def forward(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, *rest: Any) -> Any:
         x, weight, bias = autocast_arguments(x, weight, bias, torch.get_autocast_dtype(device_type))

@@ -1,0 +1,168 @@
+"""One adapter out of several, each with a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from lorakernels.adapters.files import describing
+from lorakernels.adapters.inject import (
+    adapted_layers,
+    adapter_configs,
+    layers_of,
+    nothing_on_error,
+    refuse_changed_base,
+)
+from lorakernels.adapters.rank_slices import by_group, smaller
+from lorakernels.adapters.switch import layers_with, refuse_merged
+from lorakernels.config import LoRAConfig, check_alpha, check_rank
+from lorakernels.nn.layer import LoRALayer, check_adapter_name
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Weighted = list[tuple[str, float]]
+
+
+@torch.no_grad()
+def add_weighted_adapter(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+) -> nn.Module:
+    """Add an adapter that does what `adapters` do together, each update times its weight; PEFT's, of the same name.
+
+    "cat" is their exact sum: A' = [w₁ s₁ A₁; w₂ s₂ A₂ ...], B' = [B₁ B₂ ...], of the sum of their ranks.
+    "svd" is the best approximation of the sum by `svd_rank` (by default the highest of the ranks): B' = U S, A' = Vᵀ.
+    "linear" sums the factors, A' = Σ ± √|w s| A and B' = Σ √|w s| B, the sign being that of w s: cheap, and not the sum
+    of the updates, since every A meets every B.
+
+    s is the scaling that the adapter has now, so `set_scale` counts. The new adapter has scaling 1 (also after rsLoRA,
+    where PEFT's comes out √r times too great); it is frozen and not active until `set_adapter`. A layer that only some
+    of the adapters have gets their sum alone.
+
+    Args:
+        model: has `adapters` from `inject` or `load_adapter`.
+        weights: a finite number for each, of either sign.
+        adapter_name: a new name.
+        svd_rank: at most, where a layer's weight has smaller sides; only with "svd".
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        KeyError: the model lacks one of `adapters`.
+        ValueError, TypeError: naming the argument; with "linear", adapters of different ranks; adapters with DoRA, a
+            trained bias or modules_to_save, which have no weighted sum.
+        RuntimeError: adapters are merged, or one has changed the base weights.
+    """
+    check_adapter_name(adapter_name)
+    combine = _COMBINATIONS.get(combination_type)
+    if combine is None:
+        raise ValueError(f"combination_type is {combination_type!r}; expected one of {list(_COMBINATIONS)}")
+    if len(adapters) != len(weights) or not adapters or isinstance(adapters, str):
+        raise ValueError(f"adapters={adapters!r} and weights={weights!r}; expected a weight for each of one or more")
+    for weight in weights:
+        check_alpha(weight, "a weight")
+    if svd_rank is not None:
+        check_rank(svd_rank, "svd_rank")
+        if combination_type != "svd":
+            raise ValueError(f'svd_rank={svd_rank} goes with combination_type="svd"; got {combination_type!r}')
+    configs, layers = adapter_configs(model), adapted_layers(model)
+    if adapter_name in configs:
+        raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(configs)}")
+    for name in adapters:
+        layers_with(layers, name)
+        _check_can_be_combined(name, configs[name])
+    refuse_merged(layers)
+    refuse_changed_base(model)
+
+    pairs: dict[str, Pair] = {}
+    having = {name: layers_of(model, name) for name in adapters}
+    for path, layer in layers.items():
+        own = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if path in having[name]]
+        if own:
+            try:
+                pairs[path] = combine(layer, own, svd_rank)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+    ranks = {path: A.shape[0] for path, (A, _) in pairs.items()}
+
+    needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with nothing_on_error(model, adapter_name, {}):
+        for path, (A, B) in pairs.items():
+            _add(layers[path], adapter_name, ranks[path], A, B)
+        for parameter, needed in needed_grad:
+            parameter.requires_grad_(needed)
+    config = LoRAConfig(r=max(ranks.values()), lora_alpha=max(ranks.values()), target_modules=sorted(pairs))
+    config = describing(config, ranks, dict(ranks))
+    model._lora_configs = {**configs, adapter_name: config}  # type: ignore[assignment]
+    return model
+
+
+def _check_can_be_combined(name: str, config: LoRAConfig) -> None:
+    plain = LoRAConfig()
+    for field in ("use_dora", "lora_bias", "bias", "modules_to_save"):
+        value = getattr(config, field)
+        if value and value != getattr(plain, field):
+            raise ValueError(f"adapter {name!r} has {field}={value!r}, of which there is no weighted sum")
+
+
+def _add(layer: LoRALayer, name: str, r: int, A: torch.Tensor, B: torch.Tensor) -> None:
+    active = layer.active_adapters
+    layer.add_adapter(name, r, lora_alpha=r)
+    for parameter, value in zip(layer.adapter_tensors(name).values(), (A, B), strict=True):
+        parameter.data = value.to(parameter.device)
+    layer.set_adapter(active)
+
+
+def _factors(layer: LoRALayer, name: str) -> Pair:
+    """A and B of an adapter without the ranks that a slot for hot swaps has beyond it."""
+    A, B = (
+        smaller(suffix, tensor.detach(), layer.r[name], layer.base_layer)
+        for suffix, tensor in list(layer.adapter_tensors(name).items())[:2]
+    )
+    return A, B
+
+
+def _linear(layer: LoRALayer, own: Weighted, svd_rank: int | None) -> Pair:
+    ranks = {name: layer.r[name] for name, _ in own}
+    if len(set(ranks.values())) > 1:
+        raise ValueError(f'the ranks are {ranks}; combination_type="linear" expects one rank, "cat" and "svd" do not')
+    A_sum, B_sum = (torch.zeros_like(factor) for factor in _factors(layer, own[0][0]))
+    for name, weight in own:
+        scaled = weight * float(layer.scalings[name])
+        A, B = _factors(layer, name)
+        A_sum = A_sum + A * math.copysign(math.sqrt(abs(scaled)), scaled)
+        B_sum = B_sum + B * math.sqrt(abs(scaled))
+    return A_sum, B_sum
+
+
+def _cat(layer: LoRALayer, own: Weighted, svd_rank: int | None) -> Pair:
+    As, Bs = [], []
+    for name, weight in own:
+        A, B = _factors(layer, name)
+        As.append(by_group(A * (weight * float(layer.scalings[name])), layer.base_layer))
+        Bs.append(B)
+    return torch.cat(As, dim=1).flatten(0, 1), torch.cat(Bs, dim=1)
+
+
+def _svd(layer: LoRALayer, own: Weighted, svd_rank: int | None) -> Pair:
+    A, B = _factors(layer, own[0][0])
+    delta = sum(layer._matrix(layer.delta_weight(name)) * weight for name, weight in own)
+    assert isinstance(delta, torch.Tensor)
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    r = min(svd_rank or max(layer.r[name] for name, _ in own), len(S))
+    shapes = list(type(layer).adapter_shapes(layer.base_layer, r).values())
+    return Vh[:r].reshape(shapes[0]).to(A.dtype), (U[:, :r] * S[:r]).reshape(shapes[1]).to(B.dtype)
+
+
+_COMBINATIONS: dict[str, Callable[[LoRALayer, Weighted, int | None], Pair]] = {
+    "svd": _svd,
+    "linear": _linear,
+    "cat": _cat,
+}

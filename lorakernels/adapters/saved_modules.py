@@ -1,0 +1,85 @@
+"""Modules that train whole beside an adapter (PEFT's modules_to_save): a copy for each adapter, and the original."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class SavedModule(nn.Module):
+    """Runs the active adapter's copy of a module, or the original where no active adapter has one.
+
+    The names are PEFT's: `original_module` and `modules_to_save.<adapter>`. Attributes that it lacks are those of the
+    module that runs, so that `model.lm_head.weight` goes on meaning something.
+    """
+
+    def __init__(self, original_module: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original_module.requires_grad_(False)
+        self.train(original_module.training)
+        self.modules_to_save = nn.ModuleDict()
+        self.active_adapter: str | None = None
+
+    @property
+    def running(self) -> nn.Module:
+        """The module that a call goes to."""
+        return self.original_module if self.active_adapter is None else self.modules_to_save[self.active_adapter]
+
+    def add_adapter(self, adapter_name: str) -> None:
+        """Give an adapter its own copy of the original, not active until `set_adapter`."""
+        self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module).requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter's copy away; where it was active, the original runs again."""
+        del self.modules_to_save[adapter_name]
+        if self.active_adapter == adapter_name:
+            self.active_adapter = None
+
+    def set_adapter(self, adapter_names: Iterable[str]) -> None:
+        """Let the one of `adapter_names` that has a copy here run and train; without one, the original.
+
+        Raises ValueError when several have one: whole modules do not add up.
+        """
+        own = [name for name in adapter_names if name in self.modules_to_save]
+        if len(own) > 1:
+            raise ValueError(f"adapters {own} each have a copy of one module; expected at most one of them active")
+        self.active_adapter = own[0] if own else None
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name == self.active_adapter)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.running(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self.__dict__.get("_modules", {}):  # while it is being made or unpickled
+                raise
+            return getattr(self.running, name)
+
+    def extra_repr(self) -> str:
+        return f"active={self.active_adapter!r}"
+
+
+def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
+    """The wrapped modules of `model` by their full names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SavedModule)}
+
+
+def give_copies(modules: Iterable[nn.Module], adapter_name: str) -> dict[nn.Module, SavedModule]:
+    """Give an adapter a copy of each module; those that are not wrapped yet, with the wrapper to put in their place."""
+    made: dict[nn.Module, SavedModule] = {}
+    for module in dict.fromkeys(modules):
+        wrapper = module if isinstance(module, SavedModule) else made.setdefault(module, SavedModule(module))
+        wrapper.add_adapter(adapter_name)
+    return made
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a module's state dict; other things that it may hold are not part of adapter files."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}

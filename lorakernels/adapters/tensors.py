@@ -1,0 +1,217 @@
+"""What an adapter's files hold: which tensor belongs to which layer of a model, checked against it."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from lorakernels.adapters.adapter_config import AdapterFileError, read_config
+from lorakernels.adapters.inject import adaptable
+from lorakernels.adapters.saved_modules import SavedModule, state_of
+from lorakernels.adapters.targets import find_modules_to_save, owner_of, pattern_value, plain_modules
+from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.nn.adapt import LAYERS
+from lorakernels.nn.layer import MAGNITUDE, LoRALayer
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_SUFFIXES = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B", MAGNITUDE)
+_KEY = re.compile(rf"(?P<path>.+)\.(?P<suffix>{'|'.join(map(re.escape, _SUFFIXES))})")
+# What an adapted or a saved module has inside, where the plain model has nothing.
+_INSIDE = re.compile(r"\.(base_layer|original_module)(?=\.)")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An adapter's files, all checked: nothing in here can fail to fit the model.
+
+    Tensors of `layers` by module path and by the names of `LoRALayer.adapter_shapes`, those of `whole` by module path
+    and the module's own names; `biases` has each of the model's beside its new value.
+    """
+
+    config: LoRAConfig
+    modules: dict[str, nn.Module]
+    layers: dict[str, Tensors]
+    ranks: dict[str, int]
+    alphas: dict[str, float]
+    whole: dict[str, Tensors]
+    biases: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def read_contents(model: nn.Module, folder: Path) -> Contents:
+    """Read an adapter's files and check them against `model`; raises AdapterFileError, and changes nothing."""
+    config = read_config(_existing(folder, CONFIG_FILE))
+    tensors = _read_tensors(_existing(folder, WEIGHTS_FILE))
+    if not tensors:
+        raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no tensors")
+    try:
+        whole_modules = find_modules_to_save(model, config.modules_to_save)
+    except TypeError as error:
+        raise AdapterFileError(str(error)) from error
+    whole = _take_whole(tensors, whole_modules)
+    layers = _take_layers(tensors, whole_modules)
+    biases = _take_biases(tensors, model, config)
+    _refuse_the_rest(tensors, model)
+    if not layers:
+        raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no tensors of an adapted layer")
+    modules = dict(plain_modules(model))
+    try:
+        ranks = {path: pattern_value(path, config.rank_pattern, config.r) for path in layers}
+        alphas = {path: pattern_value(path, config.alpha_pattern, config.lora_alpha) for path in layers}
+    except ValueError as error:
+        raise AdapterFileError(f"{CONFIG_FILE}: rank_pattern or alpha_pattern: {error}") from error
+    for path, own in layers.items():
+        _check_layer(path, _layer(modules, path), own, ranks[path], alphas[path], config)
+    return Contents(config, {**modules, **whole_modules}, layers, ranks, alphas, whole, biases)
+
+
+def _existing(folder: Path, name: str) -> Path:
+    path = folder / name
+    if path.is_file():
+        return path
+    if not folder.is_dir():
+        raise AdapterFileError(
+            f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}, or hub=True for a name "
+            "on the Hugging Face hub"
+        )
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    if name == WEIGHTS_FILE and pickles:
+        raise AdapterFileError(
+            f"{folder} has {', '.join(pickles)} and no {WEIGHTS_FILE}: a pickle can run any code and is not read; "
+            "convert it with safetensors.torch.save_file where you trust it"
+        )
+    raise AdapterFileError(f"{folder} has no {name}; it has: {', '.join(sorted(os.listdir(folder))) or 'nothing'}")
+
+
+def _read_tensors(path: Path) -> Tensors:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise AdapterFileError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _take_whole(tensors: Tensors, modules: Mapping[str, nn.Module]) -> dict[str, Tensors]:
+    """The tensors of `modules`, out of `tensors`: all that a module's state dict has, and of the same shapes."""
+    whole: dict[str, Tensors] = {}
+    for path, module in modules.items():
+        whole[path] = {}
+        for name, own in state_of(module.original_module if isinstance(module, SavedModule) else module).items():
+            value = tensors.pop(f"{PREFIX}{path}.{name}", None)
+            if value is None:
+                raise AdapterFileError(f"module {path!r} has no tensor {name!r} in the file; modules_to_save means all")
+            if value.shape != own.shape or value.is_floating_point() != own.is_floating_point():
+                found = f"{list(value.shape)}, {value.dtype}"
+                raise AdapterFileError(f"{path}.{name} is {found}; expected {list(own.shape)}, {own.dtype}")
+            _check_finite(f"{path}.{name}", value)
+            whole[path][name] = value
+        # PEFT repeats the biases under the names that they have inside its wrapper where bias="all".
+        inside = re.compile(rf"{re.escape(PREFIX + path)}\.modules_to_save\.[^.]+\.(.+\.)?bias")
+        for key in [key for key in tensors if inside.fullmatch(key)]:
+            own_name = key.removeprefix(f"{PREFIX}{path}.modules_to_save.").partition(".")[2]
+            if own_name in whole[path] and torch.equal(tensors[key], whole[path][own_name]):
+                del tensors[key]
+    return whole
+
+
+def _take_layers(tensors: Tensors, whole: Mapping[str, nn.Module]) -> dict[str, Tensors]:
+    """The tensors of adapted layers, out of `tensors`."""
+    layers: dict[str, Tensors] = {}
+    for key in list(tensors):
+        match = _KEY.fullmatch(key.removeprefix(PREFIX))
+        if match is not None and key.startswith(PREFIX) and owner_of(match["path"], whole) is None:
+            layers.setdefault(match["path"], {})[match["suffix"]] = tensors.pop(key)
+    return layers
+
+
+def _take_biases(tensors: Tensors, model: nn.Module, config: LoRAConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Take the biases out of a file's tensors, each beside the model's own that it replaces."""
+    if config.bias == "none":
+        return []
+    own = {_INSIDE.sub("", name): p for name, p in model.named_parameters() if name.endswith("bias")}
+    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".bias")]:
+        name = _INSIDE.sub("", key.removeprefix(PREFIX))
+        value = tensors.pop(key)
+        if name not in own or own[name].shape != value.shape or not _is_finite(value):
+            expected = list(own[name].shape) if name in own else "a bias that the model has"
+            raise AdapterFileError(f"{key} is {list(value.shape)}, {value.dtype}; expected finite numbers, {expected}")
+        taken.append((own[name], value))
+    return taken
+
+
+def _refuse_the_rest(tensors: Tensors, model: nn.Module) -> None:
+    """What is left may only be the base's own weights, which PEFT saves beside adapted embeddings."""
+    own = {_INSIDE.sub("", name): p for name, p in model.named_parameters()} if tensors else {}
+    for key, value in tensors.items():
+        weight = own.get(_INSIDE.sub("", key.removeprefix(PREFIX)))
+        if weight is None or not key.startswith(PREFIX):
+            raise AdapterFileError(
+                f"unknown key {key!r}; expected {PREFIX}<module>. and one of {', '.join(_SUFFIXES)}, or a tensor of "
+                "a module in modules_to_save"
+            )
+        if weight.shape != value.shape or not torch.equal(weight.detach().cpu(), value.to(weight.dtype)):
+            raise AdapterFileError(
+                f"{key} is another base weight ({list(value.shape)}) than the model's ({list(weight.shape)}); put it "
+                "into the model first, since other adapters would get it too"
+            )
+
+
+def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module:
+    """The layer that a path means, without its adapters."""
+    layer = modules.get(path)
+    if layer is None:
+        near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
+        raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
+    base = layer.base_layer if isinstance(layer, LoRALayer) else layer
+    if type(base) not in LAYERS:
+        raise AdapterFileError(f"module {path!r} is a {type(layer).__qualname__}; expected one of {adaptable()}")
+    return base
+
+
+def _check_layer(path: str, base: nn.Module, tensors: Tensors, r: int, alpha: float, config: LoRAConfig) -> None:
+    """Each tensor of a layer is there, is finite and has the shape that the configuration says."""
+    kind = LAYERS[type(base)]
+    try:
+        kind.check_adapter(base, r, scaling_of(alpha, r, config.use_rslora), True, config.use_dora, config.lora_bias)
+        shapes = kind.adapter_shapes(base, r, config.use_dora, config.lora_bias)
+    except (ValueError, OverflowError) as error:
+        raise AdapterFileError(f"module {path!r}: {error}") from error
+    means = f"use_dora={config.use_dora}, lora_bias={config.lora_bias}"
+    if tensors.keys() != shapes.keys():
+        missing = [suffix for suffix in shapes if suffix not in tensors]
+        extra = [suffix for suffix in tensors if suffix not in shapes]
+        what = f"has no {' and no '.join(missing)}" if missing else f"has {' and '.join(extra)} too"
+        expected = ", ".join(shapes)
+        raise AdapterFileError(f"module {path!r} {what}; expected {expected} (a {type(base).__name__}, {means})")
+    for suffix, shape in shapes.items():
+        tensor = tensors[suffix]
+        if not tensor.is_floating_point():
+            raise AdapterFileError(f"{path}.{suffix} is {tensor.dtype}; expected a float dtype")
+        if tuple(tensor.shape) != shape:
+            hint = " (transposed?)" if tuple(tensor.shape) == shape[::-1] else ""
+            raise AdapterFileError(
+                f"{path}.{suffix} is {list(tensor.shape)}; expected {list(shape)}, as {CONFIG_FILE} says r={r}{hint}"
+            )
+        _check_finite(f"{path}.{suffix}", tensor)
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if not _is_finite(tensor):
+        raise AdapterFileError(f"{name} holds NaN or Inf")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # An 8-bit float has no isfinite.
+    return bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all())
