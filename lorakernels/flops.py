@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
 import math
-import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import torch
 
-_FLOP_COUNTER = "torch.utils.flop_counter"
+from lorakernels.when_imported import when_imported
 
 
 def lora_linear_flops(
@@ -52,35 +47,11 @@ def lora_linear_backward_flops(
 
 def register_flop_formulas() -> None:
     """Register the formulas, now if the counter is imported already, else when it is: it imports triton."""
-    if _FLOP_COUNTER in sys.modules:
-        _register(sys.modules[_FLOP_COUNTER])
-    else:
-        sys.meta_path.insert(0, _WhenImported())
+    when_imported("torch.utils.flop_counter", _register)
 
 
-def _register(flop_counter: ModuleType) -> None:
-    flop_counter.register_flop_formula(torch.ops.lorakernels.lora_linear)(lora_linear_flops)
-    flop_counter.register_flop_formula(torch.ops.lorakernels.lora_linear_backward)(lora_linear_backward_flops)
+def _register() -> None:
+    from torch.utils.flop_counter import register_flop_formula
 
-
-class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torch's counter once, lets its own loader load it, and registers the formulas behind it."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _FLOP_COUNTER:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            return None
-        self.spec, self.loader = spec, spec.loader
-        spec.loader = self
-        return spec
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.spec.loader = self.loader
-        self.loader.exec_module(module)
-        _register(module)
+    register_flop_formula(torch.ops.lorakernels.lora_linear)(lora_linear_flops)
+    register_flop_formula(torch.ops.lorakernels.lora_linear_backward)(lora_linear_backward_flops)

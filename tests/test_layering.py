@@ -20,14 +20,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lorakernels"
 LADDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo", "doctor"),
+    ("bench", "demo", "doctor"),
     ("integrations", "serving"),
     ("adapters",),
     ("nn",),
     ("functional",),
     ("ops",),
-    ("kernels", "reference", "flops"),
-    ("plan", "quant", "tuning", "config", "backend", "dropout"),
+    ("kernels", "reference", "flops", "sharding"),
+    ("plan", "quant", "tuning", "config", "backend", "dropout", "when_imported"),
 )
 GROUND = frozenset(LADDER[-1])
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands
@@ -44,7 +44,7 @@ class Beside:
 BESIDE: dict[str, Beside] = {
     "tuning.tuner": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli"})),
     "tuning.compile_report": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli"})),
-    "testing": Beside(LIBRARY, frozenset()),
+    "testing": Beside(LIBRARY, frozenset({"bench"})),
 }
 
 FACADE = "lorakernels"  # __init__.py: hands out the library's names, so it may import all of LIBRARY
@@ -54,6 +54,7 @@ FACADE_OPEN_NAMES = frozenset({"lorakernels.__version__"})
 TRITON_UNITS = frozenset({"kernels", "testing", "tuning.tuner", "tuning.compile_report"})
 TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
 HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})  # each only in integrations/<one of these>.py
+MEASURED = {"lorakernels.bench.peers": "peft"}  # and where it is measured
 MAX_LINES = 500
 
 ROW = {unit: row for row, units in enumerate(LADDER) for unit in units}
@@ -192,6 +193,8 @@ def kernels_late(module: str, imported: Import) -> str | None:
 def hosts(module: str, imported: Import) -> str | None:
     root = imported.target.split(".")[0]
     if root not in HOSTS or module in {f"lorakernels.integrations.{name}" for name in HOSTS}:
+        return None
+    if MEASURED.get(module) == root:
         return None
     return f"only {', '.join(f'integrations/{name}.py' for name in sorted(HOSTS))} may import {root}"
 
