@@ -72,11 +72,11 @@ def lora_linear(
     return ops.lora_linear(x, weight, lora_A, lora_B, bias, row_scale, scaling, dropout_p if training else 0.0, impl)
 
 
-def row_sq_norm(weight: torch.Tensor) -> torch.Tensor:
-    """‖W‖² by rows of weight [N, K]: [N] float32 (float64 for a float64 weight), for `lora_weight_norm`."""
+def row_norm(weight: torch.Tensor) -> torch.Tensor:
+    """‖W‖ by rows of weight [N, K]: [N] float32 (float64 for a float64 weight), for `lora_weight_norm`."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(f"weight is {_shape(weight)}, {weight.dtype}; expected [N, K] of a float dtype")
-    return ops.row_sq_norm(weight)
+    return ops.row_norm(weight)
 
 
 def lora_weight_norm(
@@ -85,7 +85,7 @@ def lora_weight_norm(
     lora_B: torch.Tensor,
     *,
     scaling: float | torch.Tensor = 1.0,
-    weight_sq: torch.Tensor | None = None,
+    base_norm: torch.Tensor | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
     """The norm of each row of W + scaling · B A, without making B A: DoRA's denominator.
@@ -98,7 +98,7 @@ def lora_weight_norm(
         weight: [N, K], any float dtype and any strides.
         lora_A: [r, K]. lora_B: [N, r].
         scaling: as for `lora_linear`.
-        weight_sq: `row_sq_norm(weight)`, to spare reading the weight once more.
+        base_norm: `row_norm(weight)`, to spare reading the weight once more.
         impl: as for `lora_linear`.
 
     Returns:
@@ -108,13 +108,13 @@ def lora_weight_norm(
         ValueError, TypeError, BackendError: as `lora_linear`.
     """
     _check(weight, weight, lora_A, lora_B, None)
-    weight_sq = row_sq_norm(weight) if weight_sq is None else weight_sq
-    if weight_sq.shape != weight.shape[:1]:
-        raise ValueError(f"weight_sq is {_shape(weight_sq)}; expected [{weight.shape[0]}], from row_sq_norm(weight)")
+    base_norm = row_norm(weight) if base_norm is None else base_norm
+    if base_norm.shape != weight.shape[:1]:
+        raise ValueError(f"base_norm is {_shape(base_norm)}; expected [{weight.shape[0]}], from row_norm(weight)")
     if isinstance(scaling, torch.Tensor):
         lora_B = lora_B.detach() * _one_element(scaling).to(lora_B)
         scaling = 1.0
-    return ops.lora_weight_norm(weight, lora_A, lora_B, weight_sq, scaling, impl)
+    return ops.lora_weight_norm(weight, lora_A, lora_B, base_norm, scaling, impl)
 
 
 def explain(

@@ -112,14 +112,14 @@ def _backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
     return _placements(layouts, _BACKWARD, inputs, {name for name, wanted in asked if wanted})
 
 
-def _row_sq_norm(weight: Any) -> list[tuple[list[Any], list[Any]]]:
-    from torch.distributed.tensor import Partial, Replicate, Shard
+def _row_norm(weight: Any) -> list[tuple[list[Any], list[Any]]]:
+    """By rows only: the norm is not linear, so a weight whose columns are sharded is gathered."""
+    from torch.distributed.tensor import Replicate, Shard
 
-    return [([Replicate()], [Replicate()]), ([Shard(0)], [Shard(0)]), ([Partial()], [Shard(1)])]
+    return [([Replicate()], [Replicate()]), ([Shard(0)], [Shard(0)])]
 
 
 def _lora_weight_norm(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
-    """By rows only: the norm is not linear, so a weight whose columns are sharded is gathered."""
     from torch.distributed.tensor import Replicate, Shard
 
     by_rows = [Shard(0), Replicate(), Shard(0), Shard(0)]
@@ -135,7 +135,7 @@ def _register() -> None:
     for op, strategy in (
         (ops.lora_linear.default, _forward),
         (ops.lora_linear_backward.default, _backward),
-        (ops.row_sq_norm.default, _row_sq_norm),
+        (ops.row_norm.default, _row_norm),
         (ops.lora_weight_norm.default, _lora_weight_norm),
     ):
         register_sharding(op)(strategy)

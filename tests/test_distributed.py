@@ -100,6 +100,10 @@ def fsdp2(rank: int, folder: str) -> None:
         torch.testing.assert_close(grad.full_tensor(), expected[name])
     state = copy.copy(net.state_dict())
     assert all(torch.equal(state[name].full_tensor(), p) for name, p in model().state_dict().items())
+    lk.save_adapter(net, Path(folder) / "adapter")
+    plain = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+    loaded = lk.load_adapter(plain, Path(folder) / "adapter").state_dict()
+    assert all(torch.equal(loaded[name], p) for name, p in model().state_dict().items() if "lora_" in name)
     leave()
 
 

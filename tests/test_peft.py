@@ -285,6 +285,17 @@ def test_tensors_in_the_place_of_parameters(x: torch.Tensor, fused: list[dict[st
 # ---- DoRA
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_new_dora_adapter_changes_nothing_to_the_bit(dtype: torch.dtype, fused: list[dict[str, Any]]) -> None:
+    base = Two().to(dtype)
+    x = torch.randn(9, IN, dtype=dtype)
+    expected = base(x)
+    model = get_peft_model(base, config(use_dora=True))
+    accelerate(model)
+    assert torch.equal(model(x), expected)
+    assert len(fused) == 2
+
+
 def test_dora_with_dropout_draws_what_peft_draws(x: torch.Tensor, fused: list[dict[str, Any]]) -> None:
     plain = peft_model(config(use_dora=True, lora_dropout=0.3))
     model = accelerated_copy(plain)

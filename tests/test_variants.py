@@ -446,7 +446,7 @@ def test_a_cached_norm_is_never_stale(kind: str, change: str) -> None:
 
 @pytest.mark.parametrize(("training", "norms"), [(True, 3), (False, 1)])
 def test_what_is_computed_again(training: bool, norms: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = {"row_sq_norm": 0, "lora_weight_norm": 0}
+    counts = {"row_norm": 0, "lora_weight_norm": 0}
 
     def counted(name: str) -> Callable[..., torch.Tensor]:
         function = getattr(dora, name)
@@ -464,7 +464,7 @@ def test_what_is_computed_again(training: bool, norms: int, monkeypatch: pytest.
     with torch.set_grad_enabled(training):
         for _ in range(3):
             layer(x)
-    assert counts == {"row_sq_norm": 1, "lora_weight_norm": norms}
+    assert counts == {"row_norm": 1, "lora_weight_norm": norms}
 
 
 def test_a_row_of_zeros_stays_finite() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakernels.functional import lora_weight_norm, row_sq_norm
+from lorakernels.functional import lora_weight_norm, row_norm
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(40, 48, 8), (29, 51, 5), (1100, 37, 3), (1, 1, 1), (24, 16, 100)]  # N, K, r; 1100 rows are two chunks
@@ -33,7 +33,7 @@ def test_against_float64(N: int, K: int, r: int, dtype: torch.dtype, impl: str, 
     assert found.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
     # Sums of K + r positive squares beside the cross term, which the kernels make with A rounded to W's dtype.
     unit = torch.finfo(dtype if impl == "triton" else found.dtype).eps / 2
-    size = row_sq_norm(weight.double()) + (0.3 * (B.double() @ A.double())).square().sum(1)
+    size = weight.double().square().sum(1) + (0.3 * (B.double() @ A.double())).square().sum(1)
     allowed = 4 * unit * size / expected + (K + r) * torch.finfo(found.dtype).eps * expected
     assert ((found.double() - expected).abs() <= allowed).all()
 
@@ -43,8 +43,14 @@ def test_any_strides_and_a_given_square_norm(view) -> None:
     weight, A, B = factors(24, 18, 3, torch.float64, torch.float64)
     strided = view(weight)
     assert not strided.is_contiguous()
-    given = lora_weight_norm(strided, A, B, scaling=-1.5, weight_sq=row_sq_norm(strided))
+    given = lora_weight_norm(strided, A, B, scaling=-1.5, base_norm=row_norm(strided))
     torch.testing.assert_close(given, exact(weight, A, B, -1.5), rtol=1e-13, atol=0)
+
+
+def test_a_row_of_zeros_in_the_weight() -> None:
+    weight, A, B = factors(24, 18, 3, torch.float64, torch.float64)
+    weight[3] = 0
+    torch.testing.assert_close(lora_weight_norm(weight, A, B), exact(weight, A, B, 1.0), rtol=1e-13, atol=0)
 
 
 def test_a_scaling_tensor_and_no_gradient() -> None:
@@ -59,6 +65,14 @@ def test_autocast_does_not_round_it() -> None:
     expected = lora_weight_norm(weight, A, B)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(lora_weight_norm(weight, A, B), expected)
+
+
+def test_an_update_of_zeros_leaves_the_base_norm_to_the_bit() -> None:
+    for dtype in DTYPES:
+        weight, A, B = factors(29, 51, 5, dtype, torch.promote_types(dtype, torch.float32))
+        weight[3] = 0
+        found = lora_weight_norm(weight, A, torch.zeros_like(B))
+        assert torch.equal(found, torch.linalg.norm(weight.to(found.dtype), dim=1))
 
 
 def test_a_row_that_the_update_cancels_is_zero_and_not_nan() -> None:
@@ -85,15 +99,15 @@ def test_no_matrix_of_the_weights_size_is_made() -> None:
 
     with Largest() as seen:
         projected = weight_norm.project(weight, A)
-        weight_norm.from_projection(projected, A, B, weight_norm.row_sq_norm(weight), 0.5)
+        weight_norm.from_projection(projected, A, B, weight_norm.row_norm(weight), 0.5)
     assert 0 < seen.numel <= 512 * 4
 
 
 def test_compiles_whole_and_passes_opcheck() -> None:
     torch._dynamo.reset()
     weight, A, B = factors(24, 18, 3, torch.float32, torch.float32)
-    torch.library.opcheck(torch.ops.lorakernels.row_sq_norm.default, (weight,))
-    arguments = (weight, A, B, row_sq_norm(weight), 0.5, "torch")
+    torch.library.opcheck(torch.ops.lorakernels.row_norm.default, (weight,))
+    arguments = (weight, A, B, row_norm(weight), 0.5, "torch")
     torch.library.opcheck(torch.ops.lorakernels.lora_weight_norm.default, arguments)
     compiled = torch.compile(lora_weight_norm, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(weight, A, B, scaling=0.5), lora_weight_norm(weight, A, B, scaling=0.5))
@@ -102,7 +116,7 @@ def test_compiles_whole_and_passes_opcheck() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weight_sq": torch.ones(5)}, "weight_sq is \\[5\\]; expected \\[24\\]"),
+        ({"base_norm": torch.ones(5)}, "base_norm is \\[5\\]; expected \\[24\\]"),
         ({"lora_B": torch.ones(3, 24)}, "transposed"),
         ({"lora_A": torch.ones(3, 7)}, "lora_A is \\[3, 7\\]"),
     ],

@@ -38,6 +38,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     """Write an adapter of `model` into `folder`, which PEFT's `from_pretrained` reads.
 
     One that PiSSA or OLoRA has started is written as a plain adapter of twice the rank for the original base weights.
+    Of sharded parameters every process calls this and the first one writes.
     Raises KeyError, naming the adapters there are, when the model has none of that name, and RuntimeError when another
     adapter has changed the base weights.
     """
@@ -58,17 +59,31 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
             state = state_of(wrapper.modules_to_save[adapter_name])
             tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: a reader never meets half a file. A copy each: parameters may share memory.
-    partial = folder / f".{WEIGHTS_FILE}.partial"
-    contiguous = {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-    }
-    save_file(contiguous, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS_FILE)
-    write_config(folder / f".{CONFIG_FILE}.partial", describing(config, ranks, alphas))
-    os.replace(folder / f".{CONFIG_FILE}.partial", folder / CONFIG_FILE)
+    whole = {key: _whole(tensor) for key, tensor in tensors.items()}
+    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+    if not sharded or torch.distributed.get_rank() == 0:
+        _write(folder, whole, describing(config, ranks, alphas))
+    if sharded:
+        torch.distributed.barrier()  # every process may read the files when the call returns
     return folder
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in main memory: parameters may share theirs. Shards are gathered, on every process."""
+    tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # a DTensor, whose module is not imported for this
+        tensor = tensor.full_tensor()
+    return tensor.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _write(folder: Path, tensors: Tensors, config: LoRAConfig) -> None:
+    """Whole or not at all: a reader never meets half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS_FILE}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / WEIGHTS_FILE)
+    write_config(folder / f".{CONFIG_FILE}.partial", config)
+    os.replace(folder / f".{CONFIG_FILE}.partial", folder / CONFIG_FILE)
 
 
 def load_adapter(

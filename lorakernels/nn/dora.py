@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lorakernels.functional import lora_weight_norm, row_sq_norm
+from lorakernels.functional import lora_weight_norm, row_norm
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class _Kept:
 class NormCache:
     """‖W + scaling · B A‖ by rows, with what of it need not be computed again.
 
-    ‖W‖² is kept from one call to the next, and the whole norm where `keep` says so: until a tensor that they come
+    ‖W‖ is kept from one call to the next, and the whole norm where `keep` says so: until a tensor that they come
     from is another, lies elsewhere or was edited in place. Not seen is an edit through `.data`.
     """
 
@@ -48,8 +48,8 @@ class NormCache:
         """`base` is the weight itself and `matrix` the same as [N, K]; A [r, K], B [N, r] are parameters or views."""
 
         def compute() -> torch.Tensor:
-            weight_sq = self._get("weight_sq", (base,), None, lambda: row_sq_norm(matrix.detach()))
-            return lora_weight_norm(matrix, A, B, scaling=scaling, weight_sq=weight_sq)
+            base_norm = self._get("base_norm", (base,), None, lambda: row_norm(matrix.detach()))
+            return lora_weight_norm(matrix, A, B, scaling=scaling, base_norm=base_norm)
 
         if not keep:
             return compute()

@@ -4,7 +4,7 @@ from lorakernels.flops import register_flop_formulas
 from lorakernels.ops.linear import autocast_arguments as autocast_arguments
 from lorakernels.ops.linear import lora_linear as lora_linear
 from lorakernels.ops.weight_norm import lora_weight_norm as lora_weight_norm
-from lorakernels.ops.weight_norm import row_sq_norm as row_sq_norm
+from lorakernels.ops.weight_norm import row_norm as row_norm
 from lorakernels.sharding import register_shardings
 
 register_flop_formulas()

@@ -40,7 +40,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if scaling == 0:
         # Switched off: the base layer's own output to the bit, whatever the adapter holds.
-        y = torch.nn.functional.linear(x, weight, bias if row_scale is None else None)
+        y = torch.nn.functional.linear(x, weight, bias)
         if row_scale is not None:
             scale_rows_(y, row_scale, bias)
         return y, nothing(x), nothing(x, torch.uint8)

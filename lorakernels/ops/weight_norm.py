@@ -7,9 +7,9 @@ import torch
 from lorakernels.ops.library import implementation, library, without_autocast
 from lorakernels.reference import weight_norm
 
-library.define("row_sq_norm(Tensor weight) -> Tensor")
+library.define("row_norm(Tensor weight) -> Tensor")
 library.define(
-    "lora_weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor weight_sq, float scaling, str impl) -> Tensor"
+    "lora_weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor base_norm, float scaling, str impl) -> Tensor"
 )
 
 
@@ -17,41 +17,41 @@ def _norm(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
-    weight_sq: torch.Tensor,
+    base_norm: torch.Tensor,
     scaling: float,
     impl: str,
 ) -> torch.Tensor:
     projected = implementation(impl, weight).project(weight, lora_A)
-    return weight_norm.from_projection(projected, lora_A, lora_B, weight_sq, scaling)
+    return weight_norm.from_projection(projected, lora_A, lora_B, base_norm, scaling)
 
 
 def _norm_fake(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
-    weight_sq: torch.Tensor,
+    base_norm: torch.Tensor,
     scaling: float,
     impl: str,
 ) -> torch.Tensor:
-    return weight_sq.new_empty(weight_sq.shape)
+    return base_norm.new_empty(base_norm.shape)
 
 
-def _row_sq_norm_fake(weight: torch.Tensor) -> torch.Tensor:
+def _row_norm_fake(weight: torch.Tensor) -> torch.Tensor:
     return weight.new_empty(weight.shape[:1], dtype=weight_norm.sum_dtype(weight))
 
 
-library.impl("row_sq_norm", weight_norm.row_sq_norm, "CompositeExplicitAutograd")
+library.impl("row_norm", weight_norm.row_norm, "CompositeExplicitAutograd")
 library.impl("lora_weight_norm", _norm, "CompositeExplicitAutograd")
-torch.library.register_fake("lorakernels::row_sq_norm", _row_sq_norm_fake, lib=library)
+torch.library.register_fake("lorakernels::row_norm", _row_norm_fake, lib=library)
 torch.library.register_fake("lorakernels::lora_weight_norm", _norm_fake, lib=library)
 for _device_type in ("cpu", "cuda"):
     without_autocast("lora_weight_norm", _device_type)
-    without_autocast("row_sq_norm", _device_type)
+    without_autocast("row_norm", _device_type)
 
 
 @torch.no_grad()
-def row_sq_norm(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.lorakernels.row_sq_norm(weight.detach())
+def row_norm(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.lorakernels.row_norm(weight.detach())
 
 
 @torch.no_grad()
@@ -59,10 +59,10 @@ def lora_weight_norm(
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
-    weight_sq: torch.Tensor,
+    base_norm: torch.Tensor,
     scaling: float,
     impl: str,
 ) -> torch.Tensor:
     return torch.ops.lorakernels.lora_weight_norm(
-        weight.detach(), lora_A.detach(), lora_B.detach(), weight_sq, scaling, impl
+        weight.detach(), lora_A.detach(), lora_B.detach(), base_norm, scaling, impl
     )

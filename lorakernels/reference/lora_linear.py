@@ -37,7 +37,7 @@ def forward(
     s = adapted @ A.t()
     if threshold:
         s *= inverse_keep(threshold)
-    y = linear(x, weight, bias if row_scale is None else None)
+    y = linear(x, weight, bias)
     y.addmm_(s, B.t(), alpha=scaling)
     if row_scale is not None:
         scale_rows_(y, row_scale, bias)

@@ -31,9 +31,12 @@ def sum_rows(y: torch.Tensor) -> torch.Tensor:
 
 
 def scale_rows_(y: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """row_scale ∘ y + bias in y's place: a scale for each row of the weight, which is a column of y [M, N]."""
+    """row_scale ∘ y + bias in the place of y + bias: a scale for each row of the weight, which is a column of y [M, N].
+
+    The bias is in y already and is corrected, so that a scale of 1 leaves what torch's linear gives to the bit.
+    """
     y.mul_(row_scale)
-    return y if bias is None else y.add_(bias)
+    return y if bias is None else y.add_(bias * (1 - row_scale))
 
 
 @lru_cache(maxsize=1)

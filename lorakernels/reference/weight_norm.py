@@ -13,9 +13,9 @@ def sum_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype is torch.float64 else torch.float32
 
 
-def row_sq_norm(weight: torch.Tensor) -> torch.Tensor:
-    """‖W‖² by rows: [N] float32 (float64 for a float64 weight) of weight [N, K]."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=sum_dtype(weight)).square_()
+def row_norm(weight: torch.Tensor) -> torch.Tensor:
+    """‖W‖ by rows: [N] float32 (float64 for a float64 weight) of weight [N, K]."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=sum_dtype(weight))
 
 
 def project(weight: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
@@ -31,14 +31,17 @@ def project(weight: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
 
 
 def from_projection(
-    projected: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, weight_sq: torch.Tensor, scaling: float
+    projected: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, base_norm: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """√(‖W‖² + 2 s ⟨W, B A⟩ + s² ‖B A‖²) by rows, [N] in weight_sq's dtype, from `projected` = W Aᵀ [N, r].
+    """√(‖W‖² + 2 s ⟨W, B A⟩ + s² ‖B A‖²) by rows, [N] in base_norm's dtype, from `projected` = W Aᵀ [N, r].
 
-    The inner product is row by row that of W Aᵀ and B; ‖B A‖² is that of B (A Aᵀ) and B.
+    The inner product is row by row that of W Aᵀ and B; ‖B A‖² is that of B (A Aᵀ) and B. An update of zeros gives
+    `base_norm` itself, so that a new adapter changes nothing.
     """
-    dtype = weight_sq.dtype
+    dtype = base_norm.dtype
     A, B = lora_A.to(dtype), lora_B.to(dtype)
-    cross = (2 * scaling) * projected.to(dtype) + (scaling * scaling) * (B @ (A @ A.t()))
+    added = (2 * scaling) * projected.to(dtype) + (scaling * scaling) * (B @ (A @ A.t()))
+    added = added.mul_(B).sum(1)
     # Rounding may take a row that the update all but cancels below zero.
-    return cross.mul_(B).sum(1).add_(weight_sq).clamp_min_(0).sqrt_()
+    scaled = base_norm * (1 + added / base_norm.square()).clamp_min_(0).sqrt_()
+    return torch.where(base_norm > 0, scaled, added.clamp_min(0).sqrt())
