@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft_report import AccelerationReport, LayerReport
 from lorakernels.nn.dora import NormCache
-from lorakernels.nn.layer import runs_more_than_forward
+from lorakernels.nn.layer import parameter_of, runs_more_than_forward
 
 # Of other types are DTensors, quantised weights (torchao keeps nn.Linear and swaps its weight) and the like.
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -138,7 +138,7 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     if isinstance(terms, str) or not terms:
         return None
     base = layer._modules["base_layer"]
-    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
+    weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
     if not _takes_dtypes(layer, x, weight, terms):
         return None
 
@@ -210,7 +210,7 @@ def _active_terms(layer: Any) -> list[_Term] | str:
         return f"the base layer is {_type_name(base)}, not exactly torch.nn.Linear"
     if runs_more_than_forward(base):
         return "the base layer has hooks or a replaced forward, which run only when it is called"
-    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
+    weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
     if not _is_plain(weight):
         return f"the base weight is a {_type_name(weight)} ({weight.layout}), not a plain tensor"
     if bias is not None and not (_is_plain(bias) and bias.dtype is weight.dtype):
@@ -226,7 +226,7 @@ def _active_terms(layer: Any) -> list[_Term] | str:
         if isinstance(magnitude, str):
             return magnitude
         A, B, dropout, scaling = lora_A[name], lora_B[name], dropouts[name], layer.scaling[name]
-        if type(A) is not nn.Linear or type(B) is not nn.Linear or _parameter(A, "bias") is not None:
+        if type(A) is not nn.Linear or type(B) is not nn.Linear or parameter_of(A, "bias") is not None:
             return f"lora_A or lora_B of adapter {name!r} is not the torch.nn.Linear that PEFT makes"
         if type(dropout) is nn.Identity:
             p = 0.0
@@ -237,7 +237,7 @@ def _active_terms(layer: Any) -> list[_Term] | str:
             return f"the dropout of adapter {name!r} is {dropout}, not a torch.nn.Dropout with p < 1"
         if runs_more_than_forward(A) or runs_more_than_forward(B) or runs_more_than_forward(dropout):
             return f"lora_A, lora_B or lora_dropout of adapter {name!r} has hooks or a replaced forward"
-        weight_A, weight_B, bias_B = _parameter(A, "weight"), _parameter(B, "weight"), _parameter(B, "bias")
+        weight_A, weight_B, bias_B = parameter_of(A, "weight"), parameter_of(B, "weight"), parameter_of(B, "bias")
         if not (_is_plain(weight_A) and _is_plain(weight_B)):
             return f"a weight of adapter {name!r} is not a plain tensor"
         if isinstance(scaling, torch.Tensor) and scaling.dim() != 0:
@@ -260,22 +260,16 @@ def _magnitude(layer: Any, name: str) -> torch.Tensor | str:
     dora = layer.lora_magnitude_vector[name]
     if type(dora) is not DoraLinearLayer or runs_more_than_forward(dora):
         return f"the magnitude of adapter {name!r} is not as PEFT makes it, or has hooks"
-    weight = _parameter(dora, "weight")
+    weight = parameter_of(dora, "weight")
     if not _is_plain(weight) or weight.device != layer.lora_A[name].weight.device:
         return f"the magnitude of adapter {name!r} is not a plain tensor beside lora_A"
-    if _parameter(layer.lora_B[name], "bias") is not None:
+    if parameter_of(layer.lora_B[name], "bias") is not None:
         return f"adapter {name!r} has DoRA and lora_bias"
     return weight
 
 
 def _is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided
-
-
-def _parameter(module: nn.Module, name: str) -> Any:
-    """`module.name`, which need not be a parameter: FSDP and DataParallel put plain tensors in their place."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _type_name(value: object) -> str:

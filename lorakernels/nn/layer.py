@@ -144,12 +144,12 @@ class LoRALayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The base weight."""
-        return self.base_layer.weight  # type: ignore[return-value]
+        return parameter_of(self._modules["base_layer"], "weight")
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The base layer's bias."""
-        return self.base_layer.bias  # type: ignore[return-value]
+        return parameter_of(self._modules["base_layer"], "bias")
 
     @property
     def adapter_names(self) -> list[str]:
@@ -392,7 +392,13 @@ def check_adapter_name(name: Any) -> None:
             raise ValueError(f"adapter name {name!r} is an attribute of torch.nn.{container.__name__}; use another")
 
 
-def runs_more_than_forward(module: nn.Module) -> bool:
+def parameter_of(module: Any, name: str) -> Any:
+    """`module.name` at a tenth of what `nn.Module.__getattr__` takes; FSDP may have put a plain tensor in its place."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
+def runs_more_than_forward(module: Any) -> bool:
     """Whether a call of `module` does other things than its class's forward: hooks, or a forward of its own."""
     return bool(
         module._forward_hooks

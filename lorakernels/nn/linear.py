@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lorakernels.functional import lora_linear
 from lorakernels.nn.dora import scale_product
-from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer, runs_more_than_forward
+from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer, parameter_of, runs_more_than_forward
 
 
 class LoRALinear(LoRALayer):
@@ -114,7 +114,9 @@ class LoRALinear(LoRALayer):
         return matrix
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+        modules: dict[str, Any] = self._modules
+        A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        return parameter_of(A, "weight"), parameter_of(B, "weight")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -127,7 +129,7 @@ class LoRALinear(LoRALayer):
         if not names:
             return self.base_layer(x)
         first, *others = names
-        if runs_more_than_forward(self.base_layer):
+        if runs_more_than_forward(self._modules["base_layer"]):
             # Somebody watches or changes what goes through the base layer: let it run as a module.
             names = self._running()
             scales, base_scale = self._sum_of_row_scales(names)
@@ -162,16 +164,17 @@ class LoRALinear(LoRALayer):
         p: float,
         row_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        bias = self.bias
+        weight, base_bias = self.weight, self.bias
+        bias = base_bias
         for name in names:
             if self.lora_bias[name] and not self._is_off(name):
                 update = self._lora_bias(name) * self.scalings[name]
                 bias = update if bias is None else bias + update
-        if bias is not None and bias is not self.bias:
-            bias = bias.to(self.weight.dtype)
+        if bias is not None and bias is not base_bias:
+            bias = bias.to(weight.dtype)
         return lora_linear(
             x,
-            self.weight,
+            weight,
             A,
             B,
             bias=bias,

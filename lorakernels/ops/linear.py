@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold, inverse_keep
-from lorakernels.ops.library import as_matrix, functorch_is_active, implementation, library, nothing, without_autocast
+from lorakernels.ops.library import (
+    as_matrix,
+    functorch_is_active,
+    implementation,
+    library,
+    nothing,
+    runs_directly,
+    without_autocast,
+)
 from lorakernels.reference import formula
 from lorakernels.reference.dropout import unpack_mask
 from lorakernels.reference.product import scale_rows_, sum_rows
@@ -26,7 +35,7 @@ library.define(
 )
 
 
-def _forward(
+def _compute(
     x: torch.Tensor,
     weight: torch.Tensor,
     lora_A: torch.Tensor,
@@ -37,13 +46,14 @@ def _forward(
     scaling: float,
     dropout_p: float,
     impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """y [..., N], and for the backward S and the mask where there are any."""
     if scaling == 0:
         # Switched off: the base layer's own output to the bit, whatever the adapter holds.
         y = torch.nn.functional.linear(x, weight, bias)
         if row_scale is not None:
             scale_rows_(y, row_scale, bias)
-        return y, nothing(x), nothing(x, torch.uint8)
+        return y, None, None
     if seed is not None:
         seed = seed[:1]  # on sharded tensors there is one a rank
     y, s, mask = implementation(impl, x).forward(
@@ -51,7 +61,12 @@ def _forward(
     )
     if x.dim() != 2:
         y = y.view(*x.shape[:-1], weight.shape[0])
-    return y, s, nothing(x, torch.uint8) if mask is None else mask
+    return y, s, mask
+
+
+def _forward(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    y, s, mask = _compute(x, *rest)
+    return y, nothing(x) if s is None else s, nothing(x, torch.uint8) if mask is None else mask
 
 
 def _forward_fake(
@@ -77,21 +92,22 @@ def _forward_fake(
     return y, s, x.new_empty((tokens, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
 
 
-def _backward(
+def _gradients(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     weight: torch.Tensor,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     row_scale: torch.Tensor | None,
-    s: torch.Tensor,
-    mask: torch.Tensor,
+    s: torch.Tensor | None,
+    mask: torch.Tensor | None,
     scaling: float,
     dropout_p: float,
     needs: list[bool],
     bias_dtype: torch.dtype | None,
     impl: str,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor | None, ...]:
+    """Of x, weight, A, B, bias and the row scale; None for what is not asked for."""
     need_dx, need_dweight, need_dA, need_dB, need_drow_scale = needs
     dy2 = as_matrix(dy)
     x2 = None if x is None else as_matrix(x)
@@ -99,7 +115,7 @@ def _backward(
     if row_scale is not None:
         if need_drow_scale:
             assert x2 is not None
-            low_rank = (s, lora_B) if scaling else None
+            low_rank = (s, lora_B) if scaling and s is not None else None
             drow_scale = implementation(impl, dy).grad_row_scale(dy2, x2, weight, low_rank, scaling)
             drow_scale = drow_scale.to(row_scale.dtype)
         if bias_dtype is not None:
@@ -113,6 +129,7 @@ def _backward(
         dB = torch.zeros_like(lora_B, memory_format=torch.contiguous_format) if need_dB else None
         dbias = dbias if bias_dtype is None else sum_rows(dy2).to(bias_dtype)
     else:
+        assert s is not None
         dx, dA, dB, summed = implementation(impl, dy).backward(
             dy2,
             x2,
@@ -120,7 +137,7 @@ def _backward(
             lora_A,
             lora_B,
             s,
-            mask if mask.numel() else None,
+            mask if mask is not None and mask.numel() else None,
             scaling,
             drop_threshold(dropout_p),
             need_dx=need_dx,
@@ -133,14 +150,13 @@ def _backward(
     if need_dweight:
         assert x2 is not None
         dweight = (dy2.t() @ x2).to(weight.dtype)
-    return (
-        nothing(dy) if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
-        nothing(dy) if dweight is None else dweight,
-        nothing(dy) if dA is None else dA,
-        nothing(dy) if dB is None else dB,
-        nothing(dy) if dbias is None else dbias,
-        nothing(dy) if drow_scale is None else drow_scale,
-    )
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return dx, dweight, dA, dB, dbias, drow_scale
+
+
+def _backward(dy: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(nothing(dy) if gradient is None else gradient for gradient in _gradients(dy, *rest))
 
 
 def _backward_fake(
@@ -221,48 +237,13 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        x, weight, lora_A, lora_B, bias, row_scale, _, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
         _, s, mask = output
         ctx.mark_non_differentiable(s, mask)
-        ctx.set_materialize_grads(False)
-        _, need_weight, need_A, need_B, need_bias, need_row_scale, *_ = ctx.needs_input_grad
-        ctx.bias_dtype = bias.dtype if need_bias else None
-        # dB needs S alone, until it is differentiated again: torch.func always asks for that.
-        need_x = need_weight or need_A or need_row_scale or (need_B and functorch_is_active())
-        ctx.save_for_backward(x if need_x else None, weight, lora_A, lora_B, row_scale, s, mask)
+        _keep(ctx, inputs, s, mask)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        if dy is None:
-            return (None,) * 10
-        x, weight, lora_A, lora_B, row_scale, s, mask = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:6]
-        *need_tensors, _, need_row_scale = needs
-        need_B = need_tensors[3]
-        if torch.is_grad_enabled():
-            grads = _differentiable_backward(ctx, dy)
-            if x is None and need_B:
-                raise RuntimeError(
-                    "the gradient of lora_B cannot be differentiated again: x is not kept when neither lora_A nor "
-                    "weight needs a gradient; call lora_A.requires_grad_() before the forward"
-                )
-        else:
-            grads = torch.ops.lorakernels.lora_linear_backward(
-                dy,
-                x,
-                weight,
-                lora_A,
-                lora_B,
-                row_scale,
-                s,
-                mask,
-                ctx.scaling,
-                ctx.dropout_p,
-                [*need_tensors, need_row_scale],
-                ctx.bias_dtype,
-                ctx.impl,
-            )
-        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+        return _function_backward(ctx, dy, _operator_gradients)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, tuple[int | None, ...]]:
@@ -270,24 +251,68 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 class _EagerFunction(torch.autograd.Function):
-    """LoRALinearFunction for plain eager calls: torch binds the signature of a `forward` beside a
-    `setup_context` anew at every call, which took 60 µs of a layer's 110.
+    """y of `lora_linear` for plain eager calls: torch binds the signature of a `forward` beside a `setup_context` anew
+    at every call, which took 60 µs of a layer's 110.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        output = LoRALinearFunction.forward(*inputs)
-        LoRALinearFunction.setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        y, s, mask = (_compute if runs_directly(inputs[0]) else torch.ops.lorakernels.lora_linear)(*inputs)
+        _keep(ctx, inputs, s, mask)
+        return y
 
-    backward = LoRALinearFunction.backward
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[Any, ...]:
+        direct = dy is not None and runs_directly(dy)
+        return _function_backward(ctx, dy, _gradients if direct else _operator_gradients)
+
+
+def _operator_gradients(dy: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    *tensors, s, mask, scaling, dropout_p, needs, bias_dtype, impl = arguments
+    s, mask = nothing(dy) if s is None else s, nothing(dy, torch.uint8) if mask is None else mask
+    return torch.ops.lorakernels.lora_linear_backward(
+        dy, *tensors, s, mask, scaling, dropout_p, needs, bias_dtype, impl
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], s: torch.Tensor | None, mask: torch.Tensor | None) -> None:
+    """What the backward needs, into the context of a Function."""
+    x, weight, lora_A, lora_B, bias, row_scale, _, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
+    _, need_weight, need_A, need_B, need_bias, need_row_scale, *_ = ctx.needs_input_grad
+    ctx.bias_dtype = bias.dtype if need_bias else None
+    # dB needs S alone, until it is differentiated again: torch.func always asks for that.
+    need_x = need_weight or need_A or need_row_scale or (need_B and functorch_is_active())
+    ctx.save_for_backward(x if need_x else None, weight, lora_A, lora_B, row_scale, s, mask)
+
+
+def _function_backward(ctx: Any, dy: torch.Tensor | None, gradients: Callable[..., Any]) -> tuple[Any, ...]:
+    """The gradients that are needed, in the order of a Function's inputs."""
+    if dy is None:
+        return (None,) * 10
+    x, weight, lora_A, lora_B, row_scale, s, mask = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:6]
+    *need_tensors, _, need_row_scale = needs
+    need_B = need_tensors[3]
+    if torch.is_grad_enabled():
+        grads = _differentiable_backward(ctx, dy)
+        if x is None and need_B:
+            raise RuntimeError(
+                "the gradient of lora_B cannot be differentiated again: x is not kept when neither lora_A nor "
+                "weight needs a gradient; call lora_A.requires_grad_() before the forward"
+            )
+    else:
+        needed = [*need_tensors, need_row_scale]
+        numbers = (ctx.scaling, ctx.dropout_p, needed, ctx.bias_dtype, ctx.impl)
+        grads = gradients(dy, x, weight, lora_A, lora_B, row_scale, s, mask, *numbers)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
 
 
 def _differentiable_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     """The gradients as plain torch: for gradients of gradients and torch.func, whatever `impl` is."""
     x, weight, lora_A, lora_B, row_scale, _, mask = ctx.saved_tensors
     keep = None
-    if mask.numel():
+    if mask is not None and mask.numel():
         keep = unpack_mask(mask, weight.shape[1]).to(dy.dtype) * inverse_keep(drop_threshold(ctx.dropout_p))
     dy2, x2 = as_matrix(dy), None if x is None else as_matrix(x)
     dx, *grads = formula.lora_linear_backward(dy2, x2, weight, lora_A, lora_B, ctx.scaling, keep, row_scale)
@@ -349,5 +374,5 @@ def lora_linear(
     transformed = functorch or torch.compiler.is_compiling()
     # Under torch.func always: the operator alone would drop the tangents of jvp, where the Function raises.
     if functorch or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])):
-        return (LoRALinearFunction if transformed else _EagerFunction).apply(*arguments)[0]
-    return torch.ops.lorakernels.lora_linear(*arguments)[0]
+        return LoRALinearFunction.apply(*arguments)[0] if transformed else _EagerFunction.apply(*arguments)
+    return (_compute if runs_directly(x) else torch.ops.lorakernels.lora_linear)(*arguments)[0]
