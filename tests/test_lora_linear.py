@@ -16,12 +16,14 @@ import lorakernels as lk
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches
+from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.reference.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
 from lorakernels.testing.guards import canaries
 from lorakernels.tuning import table
 from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.device import assume
 
 ON_GPU = torch.cuda.is_available()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -141,6 +143,35 @@ def test_against_float64(case: LinearCase, way: str, dtype: torch.dtype, device:
         actual, eager, exact = (torch.stack([results[name] for results in kind]) for kind in zip(*draws, strict=True))
         rounding = max(dtype, draws[0][0][name].dtype, key=lambda dtype: torch.finfo(dtype).eps)
         assert_within_budget(actual, eager, exact, rounding, name if name == "y" else f"gradient of {name}")
+
+
+def _rounds() -> Iterator[tuple[torch.dtype, dict[str, KernelConfig]]]:
+    """Every config that a shipped launch takes on some architecture, one of each kernel at a time."""
+    configs: dict[torch.dtype, dict[str, list[KernelConfig]]] = {}
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        with assume(arch):
+            for launch in shipped_launches():
+                operation = launch.kernel.__name__.removesuffix("_kernel").removesuffix("_tma")
+                dtype = next(a.dtype for a in launch.args.values() if isinstance(a, torch.Tensor))
+                if operation in TINY:
+                    found = configs.setdefault(dtype, {}).setdefault(operation, [])
+                    found += [] if launch.config in found else [launch.config]
+    for dtype, by_operation in configs.items():
+        for i in range(max(map(len, by_operation.values()))):
+            half = torch.float32 if dtype is torch.float32 else torch.float16
+            yield half, {operation: found[i % len(found)] for operation, found in by_operation.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["few", "general"])
+@pytest.mark.parametrize(("dtype", "configs"), list(_rounds()), ids=lambda value: str(value)[:0])
+def test_every_shipped_config(dtype: torch.dtype, configs: dict[str, KernelConfig], form: str, device: str) -> None:
+    """The whole table of cases, with each shipped config forced: large blocks on small inputs are all edges."""
+    for case in LINEAR_CASES:
+        if form == "few" and case.r > configs["few_tokens"].BLOCK_R:
+            continue
+        with table.forced_configs(configs):
+            test_against_float64(case, f"triton-{form}", dtype, device)
 
 
 def test_float64_is_exact_to_its_own_rounding() -> None:
