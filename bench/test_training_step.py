@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from interleaved import interleaved_seconds, percentiles
 from torch import nn
 
 import lorakernels as lk
+from lorakernels.bench.timing import interleaved_seconds, percentiles
 
 peft = pytest.importorskip("peft")
 

@@ -118,12 +118,112 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=("run", "plot", "compare", "list"),
+        default="run",
+        help="run (the default), draw results, compare two of them, or list sets and implementations",
+    )
+    parser.add_argument("files", nargs="*", metavar="FILE.json", help="results to plot (any number) or compare (two)")
+    parser.add_argument("--set", default="small", metavar="NAMES", help="sets of shapes, with commas (%(default)s)")
+    parser.add_argument("--impl", metavar="NAMES", help="what is measured beside the frozen layer (all that can run)")
+    parser.add_argument("--out", metavar="PATH", help="JSON that run writes, or the folder for plot's pictures (.)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where run measures (a GPU, if there is one)")
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="times each is measured (%(default)s)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no further shape after so long")
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """measure a training step beside the frozen layer, PEFT and others; draw and compare results"""
+    from lorakernels.bench import command
+
+    return command.main(arguments)
+
+
+def tune_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", metavar="MxNxKxr", help="tokens, outputs, inputs and rank of layers")
+    parser.add_argument("--set", default="all", metavar="NAMES", help="without --shapes: sets of `bench` (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of --shapes (bfloat16)")
+    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of --shapes (%(default)s)")
+    parser.add_argument("--out", metavar="FILE.json", help="the table to write (the user's table of this GPU)")
+    parser.add_argument("--resume", action="store_true", help="skip what the table holds already")
+    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="times each is measured (%(default)s)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be measured; needs no GPU")
+    parser.add_argument("--arch", metavar="NAME", help="with --dry-run: for a GPU of this architecture, such as sm_90")
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """find the fastest configuration of each kernel on this GPU, and keep them in a table"""
+    from pathlib import Path
+
+    import torch
+
+    from lorakernels.bench.registry import tuning_shapes
+    from lorakernels.bench.timing import interleaved, timer
+    from lorakernels.tuning import tuner
+    from lorakernels.tuning.device import device_of, example_of
+    from lorakernels.tuning.table_file import user_path
+
+    if arguments.shapes is None:
+        shapes = [(*sizes, getattr(torch, dtype), dropout) for *sizes, dtype, dropout in tuning_shapes(arguments.set)]
+    else:
+        dtype = getattr(torch, arguments.dtype or "bfloat16")
+        shapes = [(*_sizes(text), dtype, arguments.dropout) for text in arguments.shapes]
+    if arguments.dry_run:
+        arch = arguments.arch or (None if torch.cuda.is_available() else "sm_90")
+        gpu = device_of(tuner.current_gpu()) if arch is None else example_of(arch)
+        tuner.print_shortlists(shapes, gpu, jobs=arguments.jobs)
+        return 0
+    here = tuner.current_gpu()
+    out = Path(arguments.out) if arguments.out else user_path(device_of(here))
+    result = tuner.tune(
+        shapes,
+        out,
+        here,
+        lambda steps: interleaved([timer(here, each) for each in steps], arguments.rounds),
+        timed_by=f"{arguments.rounds} rounds, interleaved, buffers rotated",
+        resume=arguments.resume,
+        jobs=arguments.jobs,
+    )
+    tuner.print_result(result, out)
+    return 0 if result.ok else FAILED
+
+
+def _sizes(text: str) -> list[int]:
+    sizes = text.lower().split("x")
+    if len(sizes) != 4 or not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"shape {text!r}; expected four numbers, MxNxKxr, such as 8192x4096x4096x16")
+    return [int(size) for size in sizes]
+
+
+def compile_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--arch", action="append", metavar="NAME", help="sm_80, sm_90, sm_100 or gfx942; repeatable (all)"
+    )
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="such as shrink_kernel; repeatable (all)")
+    parser.add_argument("--json", action="store_true", help="print every row as JSON")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (%(default)s)")
+
+
+def compile_report(arguments: argparse.Namespace) -> int:
+    """compile the kernels for GPUs that are not here: registers, spills, memory, instructions"""
+    from lorakernels.tuning import compile_report as report
+
+    return report.main(arguments.arch or (), arguments.kernel or (), arguments.json, arguments.jobs)
+
+
 COMMANDS = (
     Command("demo", demo_arguments, demo),
     Command("doctor", doctor_arguments, doctor),
+    Command("bench", bench_arguments, bench),
     Command("inspect", inspect_arguments, inspect),
     Command("convert", convert_arguments, convert),
     Command("merge", merge_arguments, merge),
+    Command("tune", tune_arguments, tune),
+    Command("compile-report", compile_report_arguments, compile_report),
 )
 
 

@@ -24,7 +24,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("integrations", "serving"),
     ("adapters",),
     ("nn",),
-    ("functional",),
+    ("functional", "multi"),
     ("ops",),
     ("kernels", "reference", "flops", "sharding"),
     ("plan", "quant", "tuning", "config", "backend", "dropout", "when_imported"),
@@ -43,7 +43,8 @@ class Beside:
 
 BESIDE: dict[str, Beside] = {
     "tuning.tuner": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli"})),
-    "tuning.compile_report": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli"})),
+    "tuning.trial": Beside(GROUND | {"kernels", "reference"}, frozenset({"tuning.tuner", "tuning.compile_report"})),
+    "tuning.compile_report": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli", "tuning.tuner"})),
     "testing": Beside(LIBRARY, frozenset({"bench"})),
 }
 
@@ -51,7 +52,7 @@ FACADE = "lorakernels"  # __init__.py: hands out the library's names, so it may 
 FACADE_USERS = frozenset({"__main__", "cli", "demo"})  # the rest name the module that they mean
 FACADE_OPEN_NAMES = frozenset({"lorakernels.__version__"})
 
-TRITON_UNITS = frozenset({"kernels", "testing", "tuning.tuner", "tuning.compile_report"})
+TRITON_UNITS = frozenset({"kernels", "testing", "tuning.tuner", "tuning.trial", "tuning.compile_report"})
 TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
 HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})  # each only in integrations/<one of these>.py
 MEASURED = {"lorakernels.bench.peers": "peft"}  # and where it is measured

@@ -1,0 +1,109 @@
+"""Two runs side by side: what changed by more than the runs themselves scatter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+_KEY = ("operation", "M", "N", "K", "r", "dropout", "dtype", "peer")
+_CANNOT_COMPARE = "not in both"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One row of both runs: the ratio to the frozen layer as (p20, p50, p80), None where there is no time."""
+
+    key: tuple[Any, ...]
+    before: tuple[float, float, float] | None
+    after: tuple[float, float, float] | None
+    note: str = ""
+
+    @property
+    def change(self) -> float | None:
+        """After over before, less 1: negative is faster."""
+        return None if self.before is None or self.after is None else self.after[1] / self.before[1] - 1
+
+    @property
+    def verdict(self) -> str:
+        """Faster or slower, where the two spreads (p20 to p80) do not meet; else within the spread."""
+        if self.before is None or self.after is None:
+            return self.note or _CANNOT_COMPARE
+        if self.after[2] < self.before[0]:
+            return "faster"
+        if self.after[0] > self.before[2]:
+            return "slower"
+        return "within the spread"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    changes: tuple[Change, ...]
+    devices: tuple[str, str]
+
+
+def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
+    """Every row that is in either run, but for the frozen layer and what neither could run.
+
+    Raises:
+        ValueError: a run is empty.
+    """
+    if not before or not after:
+        raise ValueError("one of the runs has no rows; expected a file that lorakernels bench --out wrote")
+    old, new = ({_key(row): row for row in rows} for rows in (before, after))
+    changes = []
+    for key in dict.fromkeys((*old, *new)):
+        first, second = old.get(key), new.get(key)
+        if key[-1] == "frozen" or (_unable(first) and _unable(second)):
+            continue
+        notes = [
+            f"{when}: {row['status']}, {row['reason']}"
+            for when, row in (("before", first), ("after", second))
+            if row is not None and row["status"] != "ok"
+        ]
+        changes.append(Change(key, _ratio(first), _ratio(second), "; ".join(notes)))
+    return Comparison(tuple(changes), (_device(before), _device(after)))
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """A table of the changes, and how many there are of each kind."""
+    table = Table("shape", "what", "before", "after", "change", "verdict", title="Time over the frozen layer's")
+    for change in comparison.changes:
+        operation, M, N, K, r, dropout, dtype, peer = change.key
+        shape = f"{operation} {M}x{N}x{K} r={r} p={dropout:g} {dtype}"
+        percent = "" if change.change is None else f"{change.change:+.1%}"
+        style = {"faster": "green", "slower": "red"}.get(change.verdict)
+        table.add_row(shape, peer, _text(change.before), _text(change.after), percent, change.verdict, style=style)
+    console.print(table)
+    if comparison.devices[0] != comparison.devices[1]:
+        console.print(f"Two devices: {comparison.devices[0]} before, {comparison.devices[1]} after.")
+    verdicts = [change.verdict for change in comparison.changes]
+    for verdict in ("faster", "slower", "within the spread"):
+        console.print(f"{verdicts.count(verdict)} {verdict}")
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in _KEY)
+
+
+def _unable(row: Row | None) -> bool:
+    return row is None or row["status"] == "skipped"
+
+
+def _ratio(row: Row | None) -> tuple[float, float, float] | None:
+    if row is None or "ratio" not in row:
+        return None
+    low, middle, high = row["ratio"]
+    return low, middle, high
+
+
+def _device(rows: Sequence[Row]) -> str:
+    return str(rows[0]["environment"]["device"])
+
+
+def _text(ratio: tuple[float, float, float] | None) -> str:
+    return "-" if ratio is None else f"{ratio[1]:.3f} ({ratio[0]:.3f} … {ratio[2]:.3f})"

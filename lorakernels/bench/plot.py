@@ -1,0 +1,211 @@
+"""Pictures of results: the ratio to the frozen layer, a roofline, and memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorakernels.bench.devices import DataSheet, data_sheet
+from lorakernels.bench.formulas import floor
+from lorakernels.bench.peers import PEERS
+from lorakernels.bench.registry import Case
+
+Row = dict[str, Any]
+
+INK, QUIET, GRID = "#1f2328", "#656d76", "#d8dee4"
+BLUE, ORANGE = "#0072b2", "#d55e00"
+# Okabe and Ito's colours, which most kinds of eye tell apart, and a marker; ours are blue and green.
+STYLES = {
+    "frozen": ("#5b5b5b", "o"),
+    "ours-auto": (BLUE, "o"),
+    "ours-torch": ("#56b4e9", "s"),
+    "ours-triton": ("#004466", "^"),
+    "ours-fused": ("#009e73", "D"),
+    "ours-split": ("#00d8a0", "v"),
+    "eager": ("#cc79a7", "<"),
+    "compile": ("#7b3294", ">"),
+    "peft": (ORANGE, "P"),
+    "unsloth-order": ("#e69f00", "X"),
+    "lorafusion-order": ("#8c510a", "h"),
+    "unsloth": ("#f0e442", "X"),
+    "lorafusion": ("#bf812d", "h"),
+}
+_SIZE = (9.5, 5.4)
+
+
+def plot(rows: Sequence[Row], folder: str | Path) -> list[Path]:
+    """Draw every picture that the rows have something for, into `folder`; the paths.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: no row has a time, or the rows are of several devices.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            'bench plot needs matplotlib, which is not installed; pip install "lorakernels[bench]"'
+        ) from None
+    timed = [row for row in rows if row["status"] == "ok" and row["operation"] == "lora_linear" and "ratio" in row]
+    if not timed:
+        raise ValueError("no row has a time; expected results of lorakernels bench with at least one right result")
+    devices = sorted({row["environment"]["device"] for row in timed})
+    if len(devices) > 1:
+        raise ValueError(f"the rows are of {len(devices)} devices ({', '.join(devices)}); expected one in a picture")
+    # What was measured twice counts once, as it was last.
+    timed = list({(_case(row), row["peer"]): row for row in timed}.values())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures: tuple[tuple[str, Callable[[Sequence[Row], Path], bool]], ...] = (
+        ("ratio_by_tokens.png", lambda rows, path: _ratio(rows, path, "M", "tokens M")),
+        ("ratio_by_rank.png", lambda rows, path: _ratio(rows, path, "r", "rank r")),
+        ("roofline.png", _roofline),
+        ("memory.png", _memory),
+    )
+    return [folder / name for name, draw in pictures if draw(timed, folder / name)]
+
+
+def _ratio(rows: Sequence[Row], path: Path, over: str, label: str) -> bool:
+    """The ratio against one size, the others held at their most frequent values; False with fewer than two points."""
+    fixed = [name for name in ("N", "K", "M", "r", "dropout", "dtype") if name != over]
+
+    def held(row: Row) -> tuple[Any, ...]:
+        return tuple(row[name] for name in fixed)
+
+    points = Counter(group for group, _ in {(held(row), row[over]) for row in rows})
+    most = max(points.values())
+    if most < 2:
+        return False
+    # Of those with as many points, the largest layer.
+    group = max((group for group, count in points.items() if count == most), key=lambda g: (g[0] * g[1], str(g)))
+    chosen = [row for row in rows if held(row) == group and row["peer"] != "frozen"]
+    figure, axes = _figure()
+    xs = sorted({row[over] for row in chosen})
+    for peer, own in _by_peer(chosen):
+        own = sorted(own, key=lambda row: row[over])
+        low, middle, high = zip(*(row["ratio"] for row in own), strict=True)
+        colour, marker = STYLES[peer]
+        at = [row[over] for row in own]
+        axes.plot(at, middle, color=colour, marker=marker, label=PEERS[peer].label, linewidth=1.8, markersize=5.5)
+        axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
+    sheet = _sheet(rows)
+    floors = [floor(_case(next(row for row in chosen if row[over] == x)), sheet) for x in xs]
+    axes.plot(xs, floors, color=INK, linestyle="--", linewidth=1.2, label="floor")
+    axes.axhline(1.0, color=QUIET, linewidth=1)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(xs, map(str, xs))
+    axes.minorticks_off()
+    named = ", ".join(f"{name} = {value}" for name, value in zip(fixed, group, strict=True))
+    _finish(figure, axes, "Time over the frozen layer's, forward and backward", named, rows)
+    axes.set(xlabel=label, ylabel="× frozen layer")
+    figure.savefig(path)
+    return True
+
+
+def _roofline(rows: Sequence[Row], path: Path) -> bool:
+    """Useful operations a second against operations a byte; the device's two limits where they are known."""
+    chosen = [row for row in rows if row.get("bytes") and row.get("flops")]
+    if not chosen:
+        return False
+    figure, axes = _figure()
+    for peer, own in _by_peer(chosen):
+        colour, marker = STYLES[peer]
+        at = [row["flops"] / row["bytes"] for row in own]
+        reached = [row["flops"] / row["seconds"][1] for row in own]
+        axes.scatter(at, reached, color=colour, marker=marker, s=34, alpha=0.8, label=PEERS[peer].label, linewidths=0)
+    sheet = _sheet(rows)
+    if sheet is not None:
+        for dtype in sorted({row["dtype"] for row in chosen}):
+            peak = sheet.peak(dtype)
+            corner = peak / sheet.bandwidth
+            left, right = axes.get_xlim()[0], max(axes.get_xlim()[1], 4 * corner)
+            axes.plot([left, corner, right], [left * sheet.bandwidth, peak, peak], color=INK, linewidth=1.2)
+            axes.annotate(f"{sheet.name}, {dtype}", (corner, peak), xytext=(6, 5), textcoords="offset points", size=9)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    subtitle = "bytes and operations by formula" + ("" if sheet else "; the device's limits are not known")
+    _finish(figure, axes, "Roofline of a training step", subtitle, rows)
+    axes.set(xlabel="operations a byte", ylabel="operations a second")
+    figure.savefig(path)
+    return True
+
+
+def _memory(rows: Sequence[Row], path: Path) -> bool:
+    """What is kept from forward to backward, for the largest case, and the peak of a step on a GPU."""
+    measured = [row for row in rows if row.get("kept_bytes") is not None]
+    if not measured:
+        return False
+    largest = max((_case(row) for row in measured), key=lambda case: (case.M * (case.N + case.K), case))
+    own = [row for row in measured if _case(row) == largest]
+    figure, axes = _figure()
+    labels = [row["label"] for row in own]
+    unit, scale = ("MiB", 1 << 20) if max(row["kept_bytes"] for row in own) >= 1 << 20 else ("KiB", 1 << 10)
+    places = range(len(own))
+    peaks = [row["peak_bytes"] for row in own]
+    thick = 0.38 if all(peaks) else 0.62
+    shift = thick / 2 if all(peaks) else 0.0
+    kept = axes.barh(
+        [place - shift for place in places],
+        [row["kept_bytes"] / scale for row in own],
+        height=thick,
+        color=BLUE,
+        label="kept for the backward (without weights and adapters)",
+    )
+    axes.bar_label(kept, fmt="%.4g", padding=4, color=INK, size=9)
+    if all(peaks):
+        peak = axes.barh(
+            [place + shift for place in places],
+            [value / scale for value in peaks],
+            height=thick,
+            color=ORANGE,
+            label="peak of a step",
+        )
+        axes.bar_label(peak, fmt="%.4g", padding=4, color=INK, size=9)
+    axes.set_yticks(list(places), labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    _finish(figure, axes, "Memory of a training step", str(largest), rows)
+    axes.set(xlabel=unit)
+    axes.grid(visible=False)
+    figure.savefig(path)
+    return True
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # not pyplot: the caller's backend and figures stay as they are
+
+    figure = Figure(figsize=_SIZE, dpi=130, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9.5)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(QUIET)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, title: str, subtitle: str, rows: Sequence[Row]) -> None:
+    environment = rows[0]["environment"]
+    versions = environment["versions"]
+    where = f"{environment['device']}, torch {versions['torch']}, triton {versions['triton']}"
+    axes.set_title(f"{title}\n", loc="left", size=13.5, color=INK, weight="bold")
+    axes.text(0, 1.02, f"{subtitle}.  {where}", transform=axes.transAxes, color=QUIET, size=9)
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+
+
+def _by_peer(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    grouped = {name: [row for row in rows if row["peer"] == name] for name in PEERS}
+    return [(name, own) for name, own in grouped.items() if own]
+
+
+def _case(row: Row) -> Case:
+    return Case(*(row[name] for name in ("M", "N", "K", "r", "dropout", "dtype")))
+
+
+def _sheet(rows: Sequence[Row]) -> DataSheet | None:
+    return data_sheet(rows[0]["environment"]["device"])

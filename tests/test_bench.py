@@ -1,0 +1,434 @@
+"""`lorakernels bench`: the registry, a run end to end, pictures, comparisons, and the tables of the documentation."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakernels import cli
+from lorakernels.backend import ENVIRONMENT, interpreter_on
+from lorakernels.bench import cost_model, formulas, peers, plot, profile, registry, run, timing
+from lorakernels.bench.compare import compare
+from lorakernels.bench.devices import data_sheet
+from lorakernels.bench.peers import PEERS, make_tensors
+from lorakernels.bench.registry import Case
+from lorakernels.bench.timing import interleaved
+from lorakernels.bench.verify import Exact, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (
+    Case(9, 24, 40, 4, 0.0, "float32"),
+    Case(33, 24, 40, 4, 0.0, "float32"),
+    Case(33, 24, 40, 8, 0.0, "float32"),
+    Case(33, 24, 40, 4, 0.1, "bfloat16"),
+)
+CPU = torch.device("cpu")
+TORCH_PEERS = ("frozen", "ours-torch", "eager", "peft", "unsloth-order", "lorafusion-order")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return run.run(TINY, device=CPU, rounds=3)
+
+
+# ------------------------------------------------------------------------------------------- the registry
+
+
+def test_every_set_has_cases_once() -> None:
+    for name, cases in registry.SETS.items():
+        assert cases and len(set(cases)) == len(cases), name
+        for case in cases:
+            assert case.torch_dtype.is_floating_point and 0 <= case.dropout < 1
+    assert registry.SETS["headline"] == (Case(8192, 4096, 4096), Case(8192, 4096, 4096, dropout=0.1))
+    assert {case.M for case in registry.SETS["tokens"]} == set(registry.TOKENS)
+    assert registry.cases_of("headline,headline,ranks")[:2] == registry.SETS["headline"]
+    assert len(registry.SETS["lorafusion"]) == 9 and {case.dropout for case in registry.SETS["lorafusion"]} == {0.1}
+
+
+def test_models_have_their_layers() -> None:
+    layers = {model.name: model.layers() for model in registry.MODELS}
+    assert layers["llama3-8b"]["down_proj"] == (14336, 4096) and layers["llama3-70b"]["k_proj"] == (8192, 1024)
+    parameters = {name: sum(K * N for K, N in sizes.values()) for name, sizes in layers.items()}
+    # Linear layers of a block, times the number of blocks: what the models are named after, less the embeddings.
+    assert parameters["llama3-8b"] * 32 == pytest.approx(7.0e9, rel=0.01)
+    assert parameters["llama3-70b"] * 80 == pytest.approx(68.5e9, rel=0.01)
+    assert parameters["qwen2.5-32b"] * 64 == pytest.approx(31.2e9, rel=0.01)
+
+
+def test_tuning_shapes() -> None:
+    shapes = registry.tuning_shapes()
+    assert len(set(shapes)) == len(shapes) == len(registry.SETS["all"])
+    assert (8192, 4096, 4096, 16, "bfloat16", 0.1) in shapes and registry.SETS["small"][0].as_dict() not in shapes
+
+
+# ------------------------------------------------------------------------------------------- a run
+
+
+def test_run_end_to_end(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    by_peer = {row["peer"]: row for row in rows if row["operation"] == "lora_linear" and Case(**_sizes(row)) == TINY[0]}
+    assert set(by_peer) == {peer.name for peer in peers.choose_peers(None, CPU)}
+    for name in TORCH_PEERS:
+        row = by_peer[name]
+        assert row["status"] == "ok" and row["error_over_budget"] <= 1, row
+        low, middle, high = row["seconds"]
+        assert 0 < low <= middle <= high and row["timing"] == "perf_counter"
+        assert row["launches"] > 0 and row["rounds"] == 3 and row["share_of_floor"] > 0
+    assert by_peer["frozen"]["ratio"] == [1.0, 1.0, 1.0] and by_peer["frozen"]["kept_bytes"] == 0
+    # x and S, in float32.
+    assert by_peer["ours-torch"]["kept_bytes"] == 4 * (9 * 40 + 9 * 4)
+    assert by_peer["eager"]["launches"] == 12 and by_peer["ours-torch"]["extra_bytes"] > 0
+    for row in rows:
+        assert row["schema"] == run.SCHEMA and row["environment"]["versions"]["torch"] == torch.__version__
+        assert row["status"] == "ok" or row["reason"]
+    assert {"host, inference", "host, training"} <= {row["operation"] for row in rows}
+    assert run.read_rows(run.write_rows(rows, tmp_path / "new" / "rows.json")) == rows
+
+
+def test_what_cannot_run_says_why(rows: list[dict[str, Any]]) -> None:
+    skipped = {row["peer"]: row["reason"] for row in rows if row["status"] == "skipped"}
+    assert "not installed" in skipped["lorafusion"] and "dropout" in skipped["unsloth-order"]
+    assert "one kernel" in skipped["ours-fused"]
+    assert not any("seconds" in row for row in rows if row["status"] == "skipped")
+    assert skipped["ours-triton"]  # no GPU, or the interpreter
+
+
+def _sizes(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("M", "N", "K", "r", "dropout", "dtype")}
+
+
+@pytest.mark.parametrize("result", ["y", "x", "lora_A", "lora_B"])
+@pytest.mark.parametrize("fault", ["off by a thousandth", "NaN", "transposed"])
+def test_a_wrong_result_gets_no_time(result: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = PEERS["eager"]
+
+    def make(case: Case, tensors: peers.Tensors) -> peers.Step:
+        step = eager.make(case, tensors)
+
+        def broken() -> peers.Results:
+            results = step()
+            value = results[result]
+            wrong = {"off by a thousandth": value * 1.001, "NaN": value / 0, "transposed": value.t()}
+            return results | {result: wrong[fault]}
+
+        return broken
+
+    monkeypatch.setitem(PEERS, "eager", dataclasses.replace(eager, make=make))
+    frozen, broken = run.run(TINY[:1], impl="eager", device=CPU, rounds=1)[:2]
+    assert frozen["status"] == "ok" and "seconds" in frozen
+    assert broken["status"] == "wrong" and result in broken["reason"]
+    assert not {"seconds", "ratio", "tflops"} & set(broken)
+
+
+def test_a_wrong_mask_is_found() -> None:
+    """Twice the probability, another mask in the backward, a forgotten scale."""
+    case = TINY[3]
+    tensors = make_tensors(case, CPU, 0)
+    exact, eager = Exact(case, tensors), PEERS["eager"]
+    assert verify(eager, case, tensors, exact)[1] is None
+
+    def often(_: Case, t: peers.Tensors) -> peers.Step:
+        return eager.make(dataclasses.replace(case, dropout=0.2), t)
+
+    def two_masks(_: Case, t: peers.Tensors) -> peers.Step:
+        first, second = (eager.make(case, t) for _ in range(2))
+        return lambda: second() | {"y": first()["y"]}
+
+    for wrong in (
+        dataclasses.replace(eager, make=often),
+        dataclasses.replace(eager, make=two_masks),
+        dataclasses.replace(eager, keep_scale=lambda p: 1.0),
+    ):
+        assert verify(wrong, case, tensors, exact)[1] is not None
+
+
+def test_a_broken_peer_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(case: Case, tensors: peers.Tensors) -> peers.Step:
+        raise RuntimeError("out\nof order")
+
+    monkeypatch.setitem(PEERS, "peft", dataclasses.replace(PEERS["peft"], make=make))
+    found = {row["peer"]: row for row in run.run(TINY[:1], impl="peft,torch", device=CPU, rounds=1)[:3]}
+    assert found["peft"]["status"] == "error" and found["peft"]["reason"] == "RuntimeError: out of order"
+    assert found["ours-torch"]["status"] == "ok"
+
+
+@pytest.mark.skipif(not interpreter_on(), reason="the kernels are not interpreted here")
+@pytest.mark.parametrize("case", [Case(9, 24, 40, 4, 0.1, "float32"), Case(9, 24, 40, 40, 0.1, "float32")], ids=str)
+def test_the_kernels_as_peers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter, which says nothing of time: so only where it is asked for like this."""
+    few = case.r == 4
+    names = ["ours-triton"] if few else ["ours-triton", "ours-fused", "ours-split"]
+    for name in names:
+        assert "interpreter" in str(PEERS[name].why_not(case, CPU))
+        monkeypatch.setitem(PEERS, name, dataclasses.replace(PEERS[name], why_not=lambda case, device: None))
+    frozen, *own = run.run([case], impl=",".join(names), device=CPU, rounds=1)[: 1 + len(names)]
+    assert [row["status"] for row in (frozen, *own)] == ["ok"] * (1 + len(names)), own
+    assert [row["graph"] for row in own] == (["fused"] if few else ["fused", "fused", "split"])
+    operations = {"few_tokens", "outer"} if few else {"shrink", "linear_expand", "outer"}
+    for row in own:
+        assert set(row["configs"]) == operations and all(isinstance(s, str) for s in row["configs"].values())
+        assert row["launches"] == formulas.cost(row["graph"], case).launches
+        # x, S and a mask of a bit an element.
+        assert row["kept_bytes"] == 4 * (9 * 40 + 9 * case.r) + 9 * 5
+
+
+def test_time_limit() -> None:
+    found = run.run(TINY[:1], device=CPU, rounds=1, limit_s=0)
+    assert {row["status"] for row in found if row["operation"] == "lora_linear"} == {"skipped"}
+    assert "time limit" in found[0]["reason"]
+
+
+def test_rounds_take_turns() -> None:
+    order: list[str] = []
+
+    @dataclasses.dataclass
+    class Named:
+        name: str
+        how: str = "test"
+
+        def start(self, turn: int) -> None:
+            order.append(self.name)
+
+        def seconds(self) -> float:
+            return 1.0
+
+    times = interleaved([Named("a"), Named("b"), Named("c")], rounds=3, warm_up=0)
+    assert "".join(order) == "abcbcacab" and np.array_equal(times, np.ones((3, 3)))
+
+
+class FakeCuda:
+    """What `GpuEvents` asks of torch.cuda; a capture may be refused, and a millisecond passes at every step."""
+
+    def __init__(self, captures: bool) -> None:
+        self.captures, self.clock, self.replays = captures, 0.0, 0
+        self.steps: list[str] = []
+        self.CUDAGraph = lambda: SimpleNamespace(replay=self.replay)
+        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
+        self.current_stream = self.Stream
+        self.synchronize = self.graph_pool_handle = lambda: None
+        self.stream = lambda side: contextlib.nullcontext()
+
+    def step(self) -> None:
+        self.steps.append("step")
+        self.clock += 1.0
+
+    def replay(self) -> None:
+        self.replays += 1
+        self.clock += 0.25 * 3
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, pool: Any) -> Iterator[None]:
+        yield
+        if not self.captures:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def Event(self, enable_timing: bool) -> Any:
+        assert enable_timing
+        at = SimpleNamespace(time=0.0, synchronize=lambda: None)
+        at.record = lambda: setattr(at, "time", self.clock)
+        at.elapsed_time = lambda other: other.time - at.time
+        return at
+
+
+@pytest.mark.parametrize(("captures", "how", "milliseconds"), [(True, "cuda graph", 0.25), (False, "events", 1.0)])
+def test_timer_of_a_gpu(captures: bool, how: str, milliseconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn goes over all the buffers, by replay where they could be captured; the time is that of one step."""
+    fake = FakeCuda(captures)
+    monkeypatch.setattr(timing.torch, "cuda", fake)
+    timing._graph_memory.cache_clear()
+    measured = timing.timer(torch.device("cuda"), [fake.step] * 3)
+    assert measured.how.startswith(how) and ("RuntimeError" in measured.how) is not captures
+    assert interleaved([measured], rounds=2, warm_up=1) == pytest.approx(milliseconds / 1e3)
+    assert (fake.replays == 1 + 3) is captures
+    timing._graph_memory.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------- pictures and comparisons
+
+
+def test_pictures(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    on_a_gpu = copy.deepcopy(rows)
+    for row in on_a_gpu:  # the pictures of a GPU have limits, and peaks of memory
+        row["environment"]["device"] = "NVIDIA H200"
+        if "kept_bytes" in row:
+            row["peak_bytes"] = row["kept_bytes"] + 1000
+    names = ["ratio_by_tokens.png", "ratio_by_rank.png", "roofline.png", "memory.png"]
+    for kind, some in (("cpu", rows), ("gpu", on_a_gpu)):
+        paths = plot.plot(some, tmp_path / kind)
+        assert [path.name for path in paths] == names
+        assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+    assert set(plot.STYLES) == set(PEERS) and len(set(plot.STYLES.values())) == len(PEERS)
+    with pytest.raises(ValueError, match="2 devices"):
+        plot.plot([*rows, *on_a_gpu], tmp_path)
+    with pytest.raises(ValueError, match="no row has a time"):
+        plot.plot([row for row in rows if row["status"] == "skipped"], tmp_path)
+
+
+def scaled(rows: list[dict[str, Any]], factor: float, half_spread: float) -> list[dict[str, Any]]:
+    changed = copy.deepcopy(rows)
+    for row in changed:
+        if "ratio" in row:
+            middle = 2.0 * factor
+            row["ratio"] = [middle * (1 - half_spread), middle, middle * (1 + half_spread)]
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("factor", "half_spread", "verdict"),
+    [
+        (1.0, 0.01, "within the spread"),
+        (1.05, 0.04, "within the spread"),
+        (1.05, 0.01, "slower"),
+        (0.9, 0.02, "faster"),
+    ],
+)
+def test_compare(rows: list[dict[str, Any]], factor: float, half_spread: float, verdict: str) -> None:
+    found = compare(scaled(rows, 1.0, half_spread), scaled(rows, factor, half_spread))
+    assert {change.verdict for change in found.changes} == {verdict}
+    assert all(change.change == pytest.approx(factor - 1) for change in found.changes)
+    assert not any(change.key[-1] == "frozen" for change in found.changes)
+
+
+def test_compare_what_is_in_one_only(rows: list[dict[str, Any]]) -> None:
+    wrong = [row | {"status": "wrong", "reason": "y"} if row["peer"] == "peft" else row for row in copy.deepcopy(rows)]
+    for row in wrong:
+        if row["peer"] == "peft":
+            row.pop("ratio", None)
+    verdicts = {change.key[-1]: change.verdict for change in compare(rows, wrong).changes}
+    assert verdicts["peft"] == "after: wrong, y"
+    fewer = [row for row in rows if row["peer"] != "eager"]
+    verdicts = {change.key[-1]: change.verdict for change in compare(rows, fewer).changes}
+    assert verdicts["eager"] == "not in both"
+
+
+# ------------------------------------------------------------------------------------------- the command
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(registry.SETS, "tiny", TINY[:2])
+    first, second = str(tmp_path / "a.json"), str(tmp_path / "b.json")
+    base = ["bench", "--set", "tiny", "--device", "cpu", "--rounds", "2"]
+    assert cli.main([*base, "--impl", "torch,eager", "--out", first]) == 0
+    assert cli.main(["bench", "run", *base[1:], "--impl", "torch", "--out", second]) == 0
+    out = capsys.readouterr().out
+    assert "of frozen" in out and "beyond torch's own linear" in out and out.endswith(f"{second}\n")
+    assert len(json.loads(Path(first).read_text())) == 2 * 3 + 2
+    assert cli.main(["bench", "compare", first, second]) == 0
+    assert "within the spread" in capsys.readouterr().out
+    assert cli.main(["bench", "plot", first, second, "--out", str(tmp_path / "pictures")]) == 0
+    assert "ratio_by_tokens.png" in capsys.readouterr().out
+    assert cli.main(["bench", "list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*registry.SETS, *PEERS))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--set", "tiny"], "there is no set 'tiny'; sets: small, headline"),
+        (["--impl", "peftt"], "there is no implementation 'peftt'"),
+        (["--rounds", "0"], "expected at least 1"),
+        (["run", "a.json"], "takes no files"),
+        (["plot"], "at least one file"),
+        (["compare", "a.json"], "two files, before and after; got 1"),
+        (["plot", __file__], "is not JSON"),
+    ],
+)
+def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failing_result_is_a_failing_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(registry.SETS, "tiny", TINY[:1])
+    broken = dataclasses.replace(PEERS["ours-torch"], make=PEERS["frozen"].make)
+    monkeypatch.setitem(PEERS, "ours-torch", broken)
+    argv = ["bench", "--set", "tiny", "--device", "cpu", "--rounds", "1", "--impl", "torch"]
+    assert cli.main(argv) == 1
+
+
+# ------------------------------------------------------------------------------------------- the documentation
+
+
+@pytest.mark.parametrize("name", cost_model.TABLES)
+def test_tables_of_the_cost_model(name: str) -> None:
+    """To write them anew: python -m lorakernels.bench.cost_model docs/cost-model.md"""
+    page = (ROOT / "docs" / "cost-model.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
+    assert found is not None and found[1].strip() == cost_model.TABLES[name]().strip()
+
+
+def test_data_sheets() -> None:
+    found = data_sheet("NVIDIA H200 141GB HBM3e")
+    assert found is not None and found.name == "H200" and found.bandwidth == 4.8e12
+    assert data_sheet("NVIDIA GeForce RTX 4090") is not None and data_sheet("AMD EPYC") is None
+
+
+# ------------------------------------------------------------------------------------------- on a GPU machine
+
+
+def gpu_script(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out)}
+    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize("arguments", [(), ("--cpu",)], ids=["gpu", "cpu"])
+def test_every_command_of_the_gpu_script(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = gpu_script(*arguments, "--dry", out=tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
+    ours = [line[line.index("lorakernels") + 1 :] for line in lines if "lorakernels" in line]
+    assert {command[0] for command in ours} == {"bench", "tune"} and len(ours) >= 5
+    for command in ours:
+        parsed = cli.parser().parse_args(command)  # SystemExit, if an option is not there
+        if command[0] == "bench" and parsed.action == "run":
+            registry.cases_of(parsed.set)
+            peers.choose_peers(parsed.impl, CPU)
+    for line in lines:
+        assert all((ROOT / word).exists() for word in line if word.startswith("tests/"))
+    assert any("lorakernels.bench.profile" in line for line in lines) and any("pytest" in line for line in lines)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_wrong_argument_of_the_gpu_script(tmp_path: Path) -> None:
+    done = gpu_script("--fast", out=tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.startswith("usage:")
+
+
+def test_profile_of_the_worst(rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(run.write_rows(rows, tmp_path / "rows.json"))
+    worst = profile.worst(rows)
+    own = [row for row in rows if row["peer"] == "ours-auto" and "share_of_floor" in row]
+    assert worst["share_of_floor"] == min(row["share_of_floor"] for row in own)
+    profile.main([file])
+    out = capsys.readouterr().out
+    assert run.line_of(worst) in out and "aten::mm" in out
+    with pytest.raises(ValueError, match="no row of ours-auto"):
+        profile.worst([row for row in rows if row["peer"] == "peft"])
