@@ -21,7 +21,9 @@ from rich.text import Text
 from lorakernels import __version__
 from lorakernels.backend import ENVIRONMENT, IMPLS, TRITON_DTYPES, explain_impl, interpreter_on
 from lorakernels.functional import lora_linear
+from lorakernels.tuning.table_file import CACHE
 
+VARIABLES = (ENVIRONMENT, CACHE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "rich", "tqdm")
 OPTIONAL = {"peft": "peft", "transformers": "serve", "scikit-learn": "demo", "matplotlib": "demo"}  # and its extra
 OLDEST = {"torch": (2, 6), "triton": (3, 3)}
@@ -103,7 +105,7 @@ def examine() -> Diagnosis:
     choices = tuple(_choice(device.name, dtype) for device in devices for dtype in TRITON_DTYPES)
     return Diagnosis(
         versions=versions,
-        environment={name: os.environ.get(name) for name in (ENVIRONMENT, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")},
+        environment={name: os.environ.get(name) for name in VARIABLES},
         interpreter=interpreter_on(),
         environment_valid=os.environ.get(ENVIRONMENT, "auto") in IMPLS,
         devices=devices,

@@ -8,7 +8,7 @@ import torch
 
 from lorakernels import ops
 from lorakernels.backend import Explanation, explain_impl
-from lorakernels.tuning.table import choose, takes_few_tokens_form
+from lorakernels.tuning.table import choose_with_source, takes_few_tokens_form
 
 
 def lora_linear(
@@ -126,19 +126,23 @@ def explain(
 ) -> Explanation:
     """Which implementation `lora_linear` takes for x, and why; with weight and lora_A, which kernels and configs too.
 
+    A config comes from the user's tuning table, the shipped one, or the heuristic.
+
     Raises what `lora_linear` would raise for this `impl`.
     """
     resolved, why = explain_impl(impl, x.device, x.dtype)
     if resolved == "torch" or weight is None or lora_A is None:
         return Explanation(resolved, why)
-    (N, K), r, M = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1])
-    names = ("few_tokens",) if takes_few_tokens_form(M, r, x.element_size()) else ("shrink", "linear_expand")
-    outputs = {"few_tokens": N, "shrink": K, "linear_expand": N}
-    itemsize = x.element_size()
+    (N, K), r, M, itemsize = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1]), x.element_size()
+    names = ("few_tokens",) if takes_few_tokens_form(M, r, itemsize) else ("shrink", "linear_expand")
+    launches = [(name, name, K if name == "shrink" else N, K) for name in names]
+    launches.append(("outer (backward, dy pass)", "outer", N, N))
     tma = K * itemsize % 16 == 0 and N * itemsize % 16 == 0
-    forward = [f"{name}: {choose(name, M, outputs[name], K, r, itemsize, x.device, tma)}" for name in names]
-    backward = f"outer (backward, dy pass): {choose('outer', M, N, N, r, itemsize, x.device)}"
-    return Explanation(resolved, why, (*forward, backward))
+    kernels = []
+    for title, operation, outputs, summed in launches:
+        config, source = choose_with_source(operation, M, outputs, summed, r, itemsize, x.device, tma)
+        kernels.append(f"{title}: {config} ({source})")
+    return Explanation(resolved, why, tuple(kernels))
 
 
 def _check(

@@ -15,6 +15,9 @@ if not ON_GPU:
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the processes share the cores
+
 
 def pytest_report_header() -> str:
     kernels = "on the GPU" if ON_GPU else "in Triton's interpreter (no GPU here)"

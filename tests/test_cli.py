@@ -263,3 +263,56 @@ def test_mistakes_with_files(mlx_adapter: Path, tmp_path: Path, capsys: pytest.C
     assert "is not a folder" in mistake(capsys, *merge, nowhere)
     assert "png" in mistake(capsys, "inspect", str(mlx_adapter), "--plot", str(tmp_path / "spectrum.txt"))
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------- tune, compile-report
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_tune_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "table.json"
+    message = mistake(capsys, "tune", "--shapes", "64x64x64x8", "--out", str(out))
+    assert "no GPU here" in message and "--dry-run" in message and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shapes", "64x64x64"), "shape '64x64x64'; expected four numbers, MxNxKxr"),
+        (("--shapes", "64x64x-1x8"), "expected four numbers"),
+        (("--shapes", "0x64x64x8"), "expected numbers of at least 1"),
+        (("--shapes", "8x64x64x8", "--dropout", "1"), "dropout is 1.0"),
+        (("--shapes", "8x64x64x8", "--arch", "sm_12"), "unknown architecture 'sm_12'; expected one of sm_80"),
+        (("--set", "huge"), "there is no set 'huge'"),
+    ],
+)
+def test_tune_with_wrong_arguments(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in mistake(capsys, "tune", "--dry-run", *arguments)
+
+
+@pytest.mark.skipif(not NO_GPU, reason="the candidates would be compiled")
+def test_tune_dry_run_prints_the_candidates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", "--dry-run", "--shapes", "4096x512x512x16", "--arch", "sm_90"]) == 0
+    out = capsys.readouterr().out
+    for operation in ("shrink", "outer", "linear_expand"):
+        assert f"{operation} M=4096 N=512 K=512 r=16 bfloat16 on NVIDIA H100 80GB HBM3: " in out
+    assert "tma, 1 programs: predicted" in out and "cublas: predicted" in out and "predicted to be slower" in out
+
+
+@pytest.mark.skipif(not NO_GPU, reason="kernels are not interpreted")
+def test_compile_report_in_the_interpreter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Unset TRITON_INTERPRET" in mistake(capsys, "compile-report", "--arch", "sm_90")
+    assert "unknown architecture 'sm_1'" in mistake(capsys, "compile-report", "--arch", "sm_1")
+
+
+def test_compile_report() -> None:
+    only = ("-m", "lorakernels", "compile-report", "--arch", "sm_80", "--kernel")
+    done = run_python(*only, "sum_planes_kernel", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {(row["kernel"], row["arch"], row["ok"]) for row in rows} == {("sum_planes_kernel", "sm_80", True)}
+    assert max(row["narrowest_load_bytes"] for row in rows) == 16
+    done = run_python(*only, "no_such_kernel")
+    assert done.returncode == 2 and "there is no kernel 'no_such_kernel'; kernels: few_tokens_kernel" in done.stderr

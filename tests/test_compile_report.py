@@ -14,10 +14,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+from lorakernels.backend import BackendError
 from lorakernels.kernels.launch import Launch
 from lorakernels.tuning import compile_report
 from lorakernels.tuning.compile_report import ARCHS, CompileRow
 from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.machine_code import Tile, loop_tiles, narrow_loads, read_amd, read_nvidia, sass_load_bytes
+from lorakernels.tuning.processes import in_processes
 
 TESTS = Path(__file__).resolve().parent
 NVIDIA = ["sm_80", "sm_90", "sm_100"]
@@ -75,6 +78,35 @@ def test_too_much_shared_memory_is_told(report: Any) -> None:
         assert f"{row['shared_bytes']} bytes of shared memory, over the limit of {limit} a block" in row["why"]
 
 
+def test_narrow_loads_in_the_main_loop_are_told(report: Any) -> None:
+    rows = rows_of(report, "narrow", BLOCK_M=1024)
+    assert list(rows) == list(ARCHS)
+    for row in rows.values():
+        assert not row["ok"] and row["narrowest_load_bytes"] == 2
+        assert row["why"] == "loads 2 bytes at a time in its main loop, where 16 would do"
+
+
+def test_narrow_loads_of_what_is_not_aligned_are_no_fault(report: Any) -> None:
+    (row,) = rows_of(report, "narrow", BLOCK_M=1000).values()
+    assert row["ok"] and row["narrowest_load_bytes"] == 2
+
+
+def test_a_product_off_the_matrix_units_is_told(report: Any) -> None:
+    rows = rows_of(report, "linear_expand_toy", BLOCK_N=16)
+    assert list(rows) == list(ARCHS)
+    for row in rows.values():
+        assert not row["ok"] and row["tensor_core"] is None
+        assert "a 16-bit matrix product without the matrix units" in row["why"]
+
+
+def test_a_large_product_must_load_by_tma(report: Any) -> None:
+    (large,) = rows_of(report, "linear_expand_toy", BLOCK_M=1024).values()
+    assert (large["tensor_core"], large["tma"], large["ok"]) == ("wgmma", False, False)
+    assert large["why"] == "a large aligned product that does not load by TMA"
+    (small,) = rows_of(report, "linear_expand_toy", BLOCK_M=1008).values()
+    assert small["ok"]
+
+
 def test_spills_are_told(report: Any) -> None:
     rows = rows_of(report, "spiller")
     assert sorted(rows) == sorted(ARCHS)
@@ -92,26 +124,46 @@ def test_what_does_not_compile_says_why(report: Any) -> None:
 
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="Unset TRITON_INTERPRET"):
+    with pytest.raises(BackendError, match="Unset TRITON_INTERPRET"):
         compile_report.compile_launch(Launch(object(), (1,), {}, {}, KernelConfig()), "sm_90")
 
 
-def read_sass(monkeypatch: pytest.MonkeyPatch, usage: str, *instructions: str) -> Any:
-    sass = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(instructions))
-    monkeypatch.setattr(compile_report, "_tool", lambda path, option, file: usage if "usage" in option else sass)
-    return compile_report._read_nvidia(SimpleNamespace(asm={"cubin": b""}))
+def sass(*instructions: str) -> str:
+    lines = (i if i.startswith(".L") else f"        /*{16 * n:04x}*/   {i} ;" for n, i in enumerate(instructions))
+    return "\n".join(lines)
 
 
-def test_a_stack_frame_alone_is_no_spill(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = read_sass(monkeypatch, "REG:40 STACK:16 SHARED:0", "@!P0 LDG.E.U16.CONSTANT R1, desc[UR4][R2.64]", "EXIT")
-    assert (code.registers, code.spill_bytes, code.spills, code.narrowest_load_bytes) == (40, 0, "", 2)
+def test_a_stack_frame_alone_is_no_spill() -> None:
+    code = read_nvidia("REG:40 STACK:16 SHARED:0", sass("@!P0 LDG.E.U16.CONSTANT R1, desc[UR4][R2.64]", "EXIT"))
+    assert (code.registers, code.spill_bytes, code.spills, code.loads) == (40, 0, "", ())
 
 
-def test_sass_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sass_is_read() -> None:
     lines = ["STL.64 [R1+0x8], R4", "@P1 UTMALDG.2D [UR8], [UR4]", "HMMA.16816.F32 R4, R4", "HGMMA.64x64x16.F32 R4"]
-    code = read_sass(monkeypatch, "REG:168 STACK:32 SHARED:1024", *lines)
+    code = read_nvidia("REG:168 STACK:32 SHARED:1024", sass(*lines))
     assert (code.spill_bytes, code.tensor_core, code.tma, code.async_copy) == (32, "wgmma", True, False)
-    assert code.narrowest_load_bytes is None
+
+
+def test_the_main_loop_of_sass() -> None:
+    """Of a prologue, a loop over the rank, the main loop with a wait that lies behind the code, and an epilogue."""
+    code = sass(
+        "LDG.E.U16 R0",
+        ".L_x_0:", "LDG.E.64 R1", "HMMA.16816.F32 R4", "@P0 BRA `(.L_x_0)",
+        ".L_x_1:", "LDGSTS.E.BYPASS.128 [R1]", "SYNCS.PHASECHK P1", "@!P1 BRA `(.L_x_9)",
+        ".L_x_2:", "HMMA.16816.F32 R4", "HMMA.16816.F32 R8", "LDG.E.64 R2", "@P0 BRA `(.L_x_1)",
+        "LDG.E R3", "HMMA.16816.F32 R4", "HMMA.16816.F32 R5", "HMMA.16816.F32 R6", "EXIT",
+        ".L_x_9:", "SYNCS.PHASECHK P1", "@!P1 BRA `(.L_x_9)", "BRA `(.L_x_2)",
+        ".L_x_10:", "BRA `(.L_x_10)",
+    )  # fmt: skip
+    assert read_nvidia("REG:1 STACK:0", code).loads == (16, 8)
+
+
+def test_without_products_the_largest_loop_that_loads_counts() -> None:
+    code = sass(
+        ".L_x_0:", "LDG.E R1", "@P0 BRA `(.L_x_0)", ".L_x_1:", "LDG.E.128 R1", "FADD R2", "@P0 BRA `(.L_x_1)",
+        ".L_x_2:", "FADD R2", "FADD R2", "FADD R2", "FADD R2", "FADD R2", "@P0 BRA `(.L_x_2)", "EXIT",
+    )  # fmt: skip
+    assert read_nvidia("REG:1 STACK:0", code).loads == (16,)
 
 
 @pytest.mark.parametrize(
@@ -119,16 +171,55 @@ def test_sass_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     [("LDG.E", 4), ("LDG.E.U8", 1), ("LDG.E.64.CONSTANT", 8), ("LDGSTS.E.BYPASS.LTC128B.128", 16), ("LDGSTS.E", 4)],
 )
 def test_width_of_a_sass_load(instruction: str, size: int) -> None:
-    assert compile_report._sass_load_bytes(instruction) == size
+    assert sass_load_bytes(instruction) == size
 
 
 def test_amdgcn_is_read() -> None:
     numbers = {"vgpr_count": 130, "vgpr_spill_count": 0, "sgpr_spill_count": 3, "private_segment_fixed_size": 8}
-    lines = ["\tbuffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen", "\tglobal_load_ushort v1, v[2:3], off"]
-    lines += ["\tbuffer_load_dword v1, s[0:3], 0 offen lds", *(f"    .{k}: {v}" for k, v in numbers.items())]
-    code = compile_report._read_amd("\n".join(lines))
-    assert (code.registers, code.spill_bytes, code.narrowest_load_bytes, code.async_copy) == (130, 8, 2, True)
+    lines = ["\tglobal_load_ubyte v1, v[2:3], off", ".LBB0_1:"]
+    lines += ["\tbuffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen", "\tglobal_load_ushort v1, v[2:3], off"]
+    lines += ["\tbuffer_load_dword v1, s[0:3], 0 offen lds", "\ts_cbranch_scc1 .LBB0_1", "\ts_endpgm"]
+    code = read_amd("\n".join([*lines, *(f"    .{k}: {v}" for k, v in numbers.items())]))
+    assert (code.registers, code.spill_bytes, code.loads, code.async_copy) == (130, 8, (16, 2, 4), True)
     assert code.spills == "spills 0 vector and 3 scalar registers (8 bytes a thread)"
+
+
+TTGIR = """
+    %s = scf.for %k = %0 to %R step %1 iter_args(%a = %b) -> (tensor<64x64xf32, #mma>)  : i32 {
+      %t = tt.load %p, %m : tensor<64x16x!tt.ptr<bf16>, #blocked> loc(#loc)
+      %d = tt.dot %t, %u, %a : tensor<64x16xbf16, #l> * tensor<16x64xbf16, #r> -> tensor<64x64xf32, #mma>
+    } loc(#loc)
+    %y = scf.for %k = %0 to %K step %1 iter_args(%a = %b) -> (tensor<64x64xf32, #mma>)  : i32 {
+      %x = ttg.async_copy_global_to_local %p, %q mask %m : tensor<64x32x!tt.ptr<bf16>, #b> -> <64x32xbf16, #shared>
+      %w = amdg.buffer_load %p[%o], %m stride = %s : !tt.ptr<i8> -> tensor<64x8xi8, #blocked>
+      %d = tt.dot %t, %u, %a : tensor<64x32xbf16, #l> * tensor<32x64xbf16, #r> -> tensor<64x64xf32, #mma>
+      scf.if %c {
+      }
+    } loc(#loc)
+"""
+
+
+def test_tiles_of_the_loop_with_the_largest_product() -> None:
+    assert loop_tiles(TTGIR) == (Tile(64 * 32, 2), Tile(64 * 8, 1))
+    assert loop_tiles("") == ()
+
+
+@pytest.mark.parametrize(
+    ("loads", "tiles", "fault"),
+    [
+        # By 128 threads: 64 bytes a thread, then 16.
+        ([16] * 5, [(4096, 2), (1024, 2)], ""),
+        ([16] * 4 + [8, 8], [(4096, 2), (1024, 2)], "loads 8 bytes at a time in its main loop, where 16 would do"),
+        ([16] * 4 + [8], [(4096, 2), (512, 2)], ""),  # 8 bytes are all that a thread has of the second
+        ([16] * 4 + [4, 4], [(4096, 2), (512, 2)], "loads 4 bytes at a time in its main loop, where 8 would do"),
+        ([8] * 8 + [8], [(4096, 2), (512, 2)], "loads 0 bytes a thread by 16 in its main loop, where 64 could be"),
+        ([16] * 4 + [1] * 4, [(4096, 2), (512, 1)], ""),  # dropout's mask
+        ([2], [], "loads 2 bytes at a time in its main loop, where 16 would do"),
+        ([], [], ""),  # all by TMA
+    ],
+)
+def test_narrow_loads(loads: list[int], tiles: list[tuple[int, int]], fault: str) -> None:
+    assert narrow_loads(loads, [Tile(*tile) for tile in tiles], 128) == fault
 
 
 @pytest.mark.parametrize(
@@ -159,7 +250,16 @@ def test_a_crash_of_the_compiler_costs_its_own_row_only(monkeypatch: pytest.Monk
     monkeypatch.setattr(compile_report, "_compile", compile_or_crash)
     launch = Launch(object(), (1,), {}, {}, KernelConfig())
     names = ["a", "crashes", "b", "crashes", "c"]
-    tasks = [compile_report._Task(launch, ARCHS["sm_90"], SimpleNamespace(name=name), {}) for name in names]
-    rows = dict(compile_report._compile_in_processes(tasks, jobs=2))
-    assert [rows[index].ok for index in range(len(names))] == [name != "crashes" for name in names]
+    kernels = [compile_report._Task(launch, ARCHS["sm_90"], SimpleNamespace(name=name), {}) for name in names]
+    monkeypatch.setattr(compile_report._Task, "key", property(lambda task: id(task)))
+    rows = compile_report._report(kernels, jobs=2)
+    assert [row.ok for row in rows] == [name != "crashes" for name in names]
     assert rows[1].why == "does not compile: the compiler crashed"
+
+
+def test_what_goes_wrong_in_a_process_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(in_processes(lambda index: 1 // index, 3, jobs=2))
+    assert sorted(in_processes(lambda index: index * index, 4, jobs=2)) == [(0, 0), (1, 1), (2, 4), (3, 9)]
+    assert list(in_processes(lambda index: index * index, 3, jobs=1)) == [(0, 0), (1, 1), (2, 4)]
+    assert list(in_processes(lambda index: index, 0, jobs=2)) == []

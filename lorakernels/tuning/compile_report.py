@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import dataclasses
+import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import rich
 import torch
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
@@ -22,10 +24,16 @@ from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import compile as triton_compile
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from lorakernels.kernels.launch import Launch, compile_options
+from lorakernels.backend import BackendError
+from lorakernels.kernels.launch import Launch, compile_options, record_launches
 from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.tuning.config import KernelConfig
 from lorakernels.tuning.device import assume
+from lorakernels.tuning.machine_code import Code, loop_tiles, narrow_loads, read_amd, read_nvidia
+from lorakernels.tuning.problem import Problem
+from lorakernels.tuning.processes import in_processes
+from lorakernels.tuning.table_file import SHIPPED, read_table
+from lorakernels.tuning.trial import make_inputs, run
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,12 @@ ARCHS: dict[str, Arch] = {arch.name: arch for arch in _ARCHS}
 
 @dataclass(frozen=True)
 class CompileRow:
-    """One launch on one architecture. What could not be measured, because nothing compiled, is None."""
+    """One launch on one architecture. What could not be measured, because nothing compiled, is None.
+
+    `narrowest_load_bytes` is the least that a thread takes with one load from global memory in the main loop: the
+    innermost loop with the most matrix instructions. Copies by TMA have no width. Less than 16 is right where a
+    thread's share of a tile is less, and for dropout's mask, which is bytes.
+    """
 
     kernel: str
     config: KernelConfig
@@ -85,28 +98,20 @@ class _Task(NamedTuple):
         specialisation = (str(source.signature), str(source.constants), str(source.attrs))
         return (self.launch.kernel, *specialisation, str(self.options), self.arch.name)
 
+    @property
+    def tokens(self) -> int:
+        return self.launch.args.get("M", 0)
+
     def row(self, **measured: Any) -> CompileRow:
         tensors = (a for a in self.launch.args.values() if isinstance(a, torch.Tensor))
         dtype = next((str(t.dtype).removeprefix("torch.") for t in tensors), "")
         return CompileRow(self.source.name, self.launch.config, self.arch.name, dtype, **measured)
 
 
-class _Code(NamedTuple):
-    """What the machine code says."""
-
-    registers: int
-    spill_bytes: int
-    spills: str
-    tensor_core: str | None
-    tma: bool
-    async_copy: bool
-    narrowest_load_bytes: int | None
-
-
 def _specialise(launch: Launch, arch_name: str) -> _Task:
     """The source as Triton's JIT would specialise it, by Triton's own code: the rules differ by backend and version."""
     if knobs.runtime.interpret or not isinstance(launch.kernel, JITFunction):
-        raise RuntimeError(
+        raise BackendError(
             f"{launch.kernel} cannot be compiled: the compile report needs kernels made by triton.jit with the "
             "interpreter off. Unset TRITON_INTERPRET before importing lorakernels."
         )
@@ -136,72 +141,71 @@ def _compile(task: _Task) -> CompileRow:
     except Exception as error:
         return task.row(why=f"does not compile: {_reason(error)}")
     arch, meta = task.arch, compiled.metadata
-    code = _read_nvidia(compiled) if arch.target.backend == "cuda" else _read_amd(compiled.asm["amdgcn"])
+    code = _read_nvidia(compiled) if arch.target.backend == "cuda" else read_amd(compiled.asm["amdgcn"])
     columns = getattr(meta, "tmem_size", None) or 0
     faults = [code.spills] if code.spills else []
     if meta.shared > arch.shared_per_block:
         faults.append(f"{meta.shared} bytes of shared memory, over the limit of {arch.shared_per_block} a block")
     if columns > arch.tensor_memory_columns:
         faults.append(f"{columns} columns of tensor memory, over the limit of {arch.tensor_memory_columns}")
+    faults += _product_faults(task.launch, task.source.name, arch.name, code)
     # Not the config's num_warps: warp specialisation adds some.
-    ctas = _ctas_per_sm(arch, code.registers, meta.shared, columns, meta.num_warps)
-    measured = {name: value for name, value in code._asdict().items() if name != "spills"}
-    return task.row(**measured, shared_bytes=meta.shared, ctas_per_sm=ctas, ok=not faults, why="; ".join(faults))
+    threads = meta.num_warps * arch.target.warp_size
+    if _aligned(task.launch) and (narrow := narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads)):
+        faults.append(narrow)
+    return task.row(
+        registers=code.registers,
+        spill_bytes=code.spill_bytes,
+        shared_bytes=meta.shared,
+        tensor_core=code.tensor_core,
+        tma=code.tma,
+        async_copy=code.async_copy,
+        narrowest_load_bytes=min(code.loads, default=None),
+        ctas_per_sm=_ctas_per_sm(arch, code.registers, meta.shared, columns, meta.num_warps),
+        ok=not faults,
+        why="; ".join(faults),
+    )
 
 
 def _tool(path: str, option: str, file: str) -> str:
     return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
 
 
-def _read_nvidia(compiled: CompiledKernel) -> _Code:
+def _read_nvidia(compiled: CompiledKernel) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
         sass = _tool(knobs.nvidia.nvdisasm.path, "--no-dataflow", file.name)
-    registers, stack = (max(map(int, re.findall(rf"\b{key}:(\d+)", usage))) for key in ("REG", "STACK"))
-    instructions = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE)
-    names = {instruction.partition(".")[0] for instruction in instructions}
-    spilled = sum(instruction.startswith(("STL", "LDL")) for instruction in instructions)
-    cores = {"tcgen05": r"UTC\w*MMA", "wgmma": r"[A-Z]GMMA", "mma": r"[A-Z]MMA"}
-    loads = [_sass_load_bytes(i) for i in instructions if i.startswith(("LDG.", "LDGSTS."))]
-    return _Code(
-        registers=registers,
-        spill_bytes=stack if spilled else 0,
-        spills=f"spills {stack} bytes a thread ({spilled} STL and LDL)" if spilled else "",
-        tensor_core=next((core for core, name in cores.items() if any(re.fullmatch(name, n) for n in names)), None),
-        tma="UTMALDG" in names,
-        async_copy="LDGSTS" in names,
-        narrowest_load_bytes=min(loads, default=None),
-    )
+    return read_nvidia(usage, sass)
 
 
-def _sass_load_bytes(instruction: str) -> int:
-    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
-    return next((widths[part] for part in instruction.split(".") if part in widths), 4)
+# What a matrix product of 16-bit operands must come to where it is large: these units do most of the device's work.
+_LARGE = 1024
+_LARGE_MUST_USE = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 
 
-def _read_amd(amdgcn: str) -> _Code:
-    def number(key: str) -> int:
-        return max(map(int, re.findall(rf"^\s+(?:- )?\.{key}:\s+(\d+)", amdgcn, re.MULTILINE)))
+def _product_faults(launch: Launch, name: str, arch: str, code: Code) -> list[str]:
+    """What is wrong with how a GEMM is multiplied, and its operands copied."""
+    x = next((a for a in launch.args.values() if isinstance(a, torch.Tensor)), None)
+    if not name.startswith(("linear_expand", "few_tokens")) or x is None or x.element_size() != 2:
+        return []
+    if code.tensor_core is None:
+        return ["a 16-bit matrix product without the matrix units"]
+    unit = _LARGE_MUST_USE.get(arch)
+    if unit is None or not name.startswith("linear_expand") or launch.constexprs.get("HAS_BASE"):
+        return []
+    if launch.args.get("M", 0) < _LARGE or launch.args["N"] % 16 or launch.args["K"] % 16:
+        return []
+    faults = [] if code.tensor_core == unit else [f"a large product by {code.tensor_core} instead of {unit}"]
+    return faults if code.tma else [*faults, "a large aligned product that does not load by TMA"]
 
-    vector, scalar = number("vgpr_spill_count"), number("sgpr_spill_count")
-    scratch = number("private_segment_fixed_size") if vector or scalar else 0
-    spills = f"spills {vector} vector and {scalar} scalar registers ({scratch} bytes a thread)"
-    units = {"byte": 1, "short": 2, "dword": 4}
-    load = r"^\s+(?:global|buffer|flat)_load_(?:lds_)?[us]?(byte|short|dword)(?:x(\d))?"
-    loads = [units[unit] * int(count or 1) for unit, count in re.findall(load, amdgcn, re.MULTILINE)]
-    to_lds = r"^\s+(?:global_load_lds|buffer_load_.*\blds\b)"
-    return _Code(
-        registers=number("vgpr_count"),
-        spill_bytes=scratch,
-        # Scalar registers spill into lanes of vector registers; only scratch is memory.
-        spills=spills if scratch else "",
-        tensor_core="mfma" if re.search(r"^\s+v_s?mfma", amdgcn, re.MULTILINE) else None,
-        tma=False,
-        async_copy=bool(re.search(to_lds, amdgcn, re.MULTILINE)),
-        narrowest_load_bytes=min(loads, default=None),
-    )
+
+def _aligned(launch: Launch) -> bool:
+    """Whether sizes and strides are multiples of 16, so that every row can be loaded 16 bytes at a time."""
+    free = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
+    numbers = {name: n for name, n in launch.args.items() if type(n) is int and name not in free}
+    return all(n % 16 == 0 or (n == 1 and name.startswith("stride")) for name, n in numbers.items())
 
 
 def _round_up(number: int, granule: int) -> int:
@@ -227,72 +231,61 @@ def compile_launch(launch: Launch, arch: str) -> CompileRow:
     return _compile(_specialise(launch, arch))
 
 
-def compile_report(launches: Iterable[Launch], archs: Sequence[str] = tuple(ARCHS), jobs: int = 2) -> list[CompileRow]:
+def compile_report(
+    launches: Iterable[Launch], archs: Sequence[str] = tuple(ARCHS), jobs: int = 2, progress: bool = True
+) -> list[CompileRow]:
     """A row for each different launch and each architecture; `jobs` processes compile."""
-    return _report([_specialise(launch, arch) for launch in launches for arch in archs], jobs)
+    return _report([_specialise(launch, arch) for launch in launches for arch in archs], jobs, progress)
 
 
-def shipped_report(archs: Sequence[str] = tuple(ARCHS), jobs: int = 2) -> list[CompileRow]:
-    """A row for each launch that the shipped configurations make on each architecture."""
+def shipped_report(
+    archs: Sequence[str] = tuple(ARCHS), jobs: int = 2, kernels: Sequence[str] | None = None
+) -> list[CompileRow]:
+    """A row for each launch that the shipped configurations make on each architecture.
+
+    Raises:
+        ValueError: an architecture, or one of `kernels`, is not known.
+        BackendError: Triton's interpreter is on.
+    """
     tasks = []
     for arch in archs:
-        if arch not in ARCHS:
-            raise ValueError(f"unknown architecture {arch!r}; expected one of {', '.join(ARCHS)}")
         with assume(arch):
-            tasks += [_specialise(launch, arch) for launch in shipped_launches()]
-    return _report(tasks, jobs)
+            tasks += [_specialise(launch, arch) for launch in shipped_launches() + table_launches(arch)]
+    names = sorted({task.source.name for task in tasks})
+    if unknown := [name for name in kernels or () if name not in names]:
+        raise ValueError(f"there is no kernel {unknown[0]!r}; kernels: {', '.join(names)}")
+    return _report([task for task in tasks if kernels is None or task.source.name in kernels], jobs)
 
 
-def _report(every: Iterable[_Task], jobs: int) -> list[CompileRow]:
-    tasks = list({task.key: task for task in every}.values())
-    jobs = min(jobs, len(tasks)) if "fork" in multiprocessing.get_all_start_methods() else 1
-    results = _compile_in_processes(tasks, jobs) if jobs > 1 else ((i, _compile(task)) for i, task in enumerate(tasks))
-    rows = dict(tqdm(results, total=len(tasks), desc="compile", unit="kernel", disable=None))
-    return [rows[index] for index in range(len(tasks))]
+def table_launches(arch: str, folder: Path = SHIPPED) -> list[Launch]:
+    """The launches of every entry of the tables that ship for this architecture, with and without dropout.
+
+    Raises:
+        ValueError: a table, or an entry, is not right.
+    """
+    with record_launches() as launches:
+        for path in sorted(folder.glob("*.json")):
+            table, problems = read_table(path)
+            if problems:
+                raise ValueError(f"{path}: {problems[0]}")
+            for entry in table.entries if table.arch == arch else ():
+                dtype = torch.float32 if entry.itemsize == 4 else torch.bfloat16
+                for dropout in (0.0, 0.1):
+                    problem = Problem(entry.operation, entry.M, entry.N, entry.K, entry.r, dtype, dropout)
+                    run(problem, entry.config, make_inputs(problem, torch.device("meta")))
+    return launches
 
 
-def _serve(tasks: Sequence[_Task], connection: Connection) -> None:
-    for index in iter(connection.recv, None):
-        try:
-            connection.send(_compile(tasks[index]))
-        except Exception as error:
-            connection.send(error)
-
-
-def _compile_in_processes(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[int, CompileRow]]:
-    """Rows as they come. A compiler that crashes costs its own row only: no pool of the standard library does that."""
-    fork = multiprocessing.get_context("fork")  # kernels do not pickle: the children inherit the tasks
-
-    def start() -> Connection:
-        ours, theirs = fork.Pipe()
-        fork.Process(target=_serve, args=(tasks, theirs), daemon=True).start()
-        theirs.close()
-        return ours
-
-    waiting = iter(range(len(tasks)))
-    running: dict[Connection, int] = {}
-
-    def give(connection: Connection) -> None:
-        index = next(waiting, None)
-        connection.send(index)
-        if index is not None:
-            running[connection] = index
-
-    for _ in range(jobs):
-        give(start())
-    while running:
-        ready: Any = wait(list(running))
-        for connection in ready:
-            index = running.pop(connection)
-            try:
-                answer = connection.recv()
-            except EOFError:
-                answer = tasks[index].row(why="does not compile: the compiler crashed")
-                connection = start()
-            if isinstance(answer, Exception):
-                raise answer
-            yield index, answer
-            give(connection)
+def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> list[CompileRow]:
+    largest: dict[tuple[Any, ...], _Task] = {}  # of launches that make the same code, for what large ones must be
+    for task in every:
+        if task.key not in largest or task.tokens > largest[task.key].tokens:
+            largest[task.key] = task
+    tasks = list(largest.values())
+    results = in_processes(lambda index: _compile(tasks[index]), len(tasks), jobs)
+    rows = dict(tqdm(results, total=len(tasks), desc="compile", unit="kernel", disable=None if progress else True))
+    crashed = "does not compile: the compiler crashed"
+    return [rows[index] or task.row(why=crashed) for index, task in enumerate(tasks)]
 
 
 def report_table(rows: Iterable[CompileRow]) -> Table:
@@ -315,13 +308,20 @@ def report_table(rows: Iterable[CompileRow]) -> Table:
     return table
 
 
-def main() -> int:
-    """Compile every shipped launch for every architecture; print what is not ok, or how many are."""
-    rows = shipped_report()
+def main(archs: Sequence[str] = (), kernels: Sequence[str] = (), as_json: bool = False, jobs: int = 2) -> int:
+    """Compile what ships, for the named architectures and kernels or all; print every row if they are named, or faults.
+
+    Returns 1 if a row is not ok.
+    """
+    rows = shipped_report(archs or tuple(ARCHS), jobs, kernels or None)
     faults = [row for row in rows if not row.ok]
-    if faults:
-        rich.print(report_table(faults))
-    print(f"compile gate: {len(rows)} kernels compiled for {', '.join(ARCHS)}; {len(faults)} not ok")
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        return 1 if faults else 0
+    if shown := rows if archs or kernels else faults:
+        wide = not rich.get_console().is_terminal  # a file has no width
+        Console(width=200 if wide else None).print(report_table(shown))
+    print(f"compile gate: {len(rows)} kernels compiled for {', '.join(archs or ARCHS)}; {len(faults)} not ok")
     return 1 if faults else 0
 
 

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 512
+# What a table may ask for: (least, most, whether only powers of two).
+_LIMITS = {
+    **{name: (SMALLEST_BLOCK, LARGEST_BLOCK, True) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R")},
+    "GROUP_M": (1, 64, False),
+    "SPLIT": (1, 64, False),
+    "PROGRAMS_PER_SM": (1, 16, False),
+    "num_warps": (1, 16, True),
+    "num_stages": (1, 8, False),
+}
 
 
 @dataclass(frozen=True)
@@ -30,3 +44,26 @@ class KernelConfig:
     tma: bool = False
     cublas: bool = False
     side_stream: bool = False
+
+    def to_fields(self) -> dict[str, int | bool]:
+        """For JSON: every field, so that a file means the same when a default changes."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> KernelConfig:
+        """What `to_fields` made. Raises ValueError naming the field that is unknown or wrong."""
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"a config is {type(fields).__name__}; expected an object with fields of KernelConfig")
+        defaults = dataclasses.asdict(cls())
+        for name, value in fields.items():
+            if name not in defaults:
+                raise ValueError(f"config has a field {name!r}; expected only {', '.join(defaults)}")
+            kind = type(defaults[name])
+            if type(value) is not kind:  # True is an int to isinstance
+                raise ValueError(f"config's {name} is {value!r}; expected {kind.__name__}")
+            if name in _LIMITS:
+                least, most, power_of_two = _LIMITS[name]
+                if not least <= value <= most or (power_of_two and value & (value - 1)):
+                    what = "a power of two" if power_of_two else "a number"
+                    raise ValueError(f"config's {name} is {value}; expected {what} from {least} to {most}")
+        return cls(**fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ class Device:
     name: str
     arch: str
     processors: int
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file's name: lower case, with dashes."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-") or "unnamed"
 
 
 # Where kernels are interpreted, or the architecture is not known: few programs, and nothing that needs new hardware.
@@ -38,6 +44,13 @@ def device_of(device: torch.device) -> Device:
     return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
+def example_of(arch: str) -> Device:
+    """A device of this architecture. Raises ValueError for one that is not known."""
+    if arch not in _ARCH_EXAMPLES:
+        raise ValueError(f"unknown architecture {arch!r}; expected one of {', '.join(_ARCH_EXAMPLES)}")
+    return _ARCH_EXAMPLES[arch]
+
+
 def num_processors(device: torch.device) -> int:
     return device_of(device).processors
 
@@ -56,7 +69,7 @@ def _cuda_device(index: int) -> Device:
 def assume(device: Device | str) -> Iterator[None]:
     """Inside the block, tensors that are on no GPU count as on this one, or on one of this architecture."""
     global _assumed
-    outer, _assumed = _assumed, _ARCH_EXAMPLES[device] if isinstance(device, str) else device
+    outer, _assumed = _assumed, example_of(device) if isinstance(device, str) else device
     try:
         yield
     finally:

@@ -1,26 +1,43 @@
-"""Which KernelConfig a launch takes: what a caller forces, else a heuristic by shape and dtype."""
+"""Which KernelConfig a launch takes: what a caller forces, else what was tuned for the device, else a heuristic.
+
+A device's tuned launches are in the user's table, which wins, and in the one that ships with the package. Both are
+read at the first launch on a GPU. What is wrong with a table is a warning, once; nothing is ever tuned at a launch.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from lorakernels.tuning import table_file
 from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.device import device_of
+from lorakernels.tuning.cost import pipeline_bytes, speed_of
+from lorakernels.tuning.device import UNKNOWN, Device, device_of
+from lorakernels.tuning.heuristic import TMA_ARCHS, heuristic
+from lorakernels.tuning.table_file import Table, key_of, read_table
 
 # The few-token form reads A once for every block of output columns, so it stops paying when
 # a block of columns is no longer much wider than the rank.
 FEW_TOKENS = 256
 FEW_TOKENS_MAX_RANK = 64
-# Enough programs to fill an H100 or H200 (132 multiprocessors) about once.
-_PROGRAMS = 128
-# Hopper and Blackwell copy tiles by TMA; elsewhere descriptors become plain loads.
-_TMA_ARCHS = ("sm_90", "sm_100")
 
 _forced: Mapping[str, KernelConfig] | None = None
+_loaded: dict[str, Table] = {}  # by device name
+_warned: set[str] = set()
+
+
+class Choice(NamedTuple):
+    """A config and where it comes from."""
+
+    config: KernelConfig
+    source: str
 
 
 def takes_few_tokens_form(M: int, r: int, itemsize: int) -> bool:
@@ -47,7 +64,16 @@ def choose(
     """
     if _forced is not None and operation in _forced:
         return _forced[operation]
-    return _heuristic(operation, _next_power_of_two(M), N, K, r, itemsize, device_of(device).arch, tma)
+    return _choice(operation, M, N, K, r, itemsize, tma, device_of(device), device.type == "cuda").config
+
+
+def choose_with_source(
+    operation: str, M: int, N: int, K: int, r: int, itemsize: int, device: torch.device, tma: bool = False
+) -> Choice:
+    """As `choose`, with the table's entry, or the heuristic, that the config comes from."""
+    if _forced is not None and operation in _forced:
+        return Choice(_forced[operation], "forced")
+    return _choice(operation, M, N, K, r, itemsize, tma, device_of(device), device.type == "cuda")
 
 
 @contextmanager
@@ -61,54 +87,93 @@ def forced_configs(configs: Mapping[str, KernelConfig]) -> Iterator[None]:
         _forced = outer
 
 
-@lru_cache(maxsize=4096)
-def _heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int, arch: str, tma: bool) -> KernelConfig:
-    # Sixteen-bit tiles are sized for the matrix units. Exact float32 products are made element by element from
-    # registers, and rows that start at odd addresses are loaded so: both take smaller tiles, or they spill.
-    wide = itemsize <= 2
-    easy = wide and N % 8 == 0 and K % 8 == 0
-    block_r = min(max(_next_power_of_two(r), 16), 64 if wide else 32)
-    if operation == "shrink":
-        blocks = _cdiv(M, 64) * _cdiv(r, block_r)
-        block_k = 64 if wide else 32
-        split = _split(blocks, _cdiv(K, block_k))
-        return KernelConfig(BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=8)
-    if operation == "linear_expand":
-        if tma and wide and arch in _TMA_ARCHS:
-            # The largest tile whose accumulator, pipeline and epilogues fit: 200 to 255 registers and 213 KiB on sm_90;
-            # on sm_100, where the accumulator comes out of tensor memory, it spills.
-            block_n = 256 if arch == "sm_90" and M * N >= _PROGRAMS * 128 * 256 else 128
-            return KernelConfig(128, block_n, 64, 16, num_warps=8, num_stages=3 if block_n == 256 else 4, tma=True)
-        block_r = 16
-        if easy and M > 64:
-            return KernelConfig(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, BLOCK_R=block_r, num_warps=8, num_stages=3)
-        return KernelConfig(
-            BLOCK_M=64, BLOCK_N=64 if wide else 32, BLOCK_K=32, BLOCK_R=block_r, num_warps=8 if wide else 4
-        )
-    if operation == "few_tokens":
-        block_m = min(max(M, 16), 64 if easy else 32)
-        block_n = 64 if wide else 32
-        block_k = 64 if easy else 32 if wide else 16
-        split = _split(_cdiv(M, block_m) * _cdiv(N, block_n), _cdiv(K, block_k))
-        warps = 8 if block_m == 64 or not wide else 4
-        return KernelConfig(block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps)
-    if operation == "outer":
-        block_m = 64 if easy else 32
-        # Wide enough that one pass over dy pays, see `takes_one_pass`.
-        block_n = (128 if easy and block_r == 16 else 64) if wide else 32
-        split = _split(_cdiv(N, block_n) * _cdiv(r, block_r), _cdiv(M, 64))
-        return KernelConfig(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, SPLIT=split, num_warps=8 if wide else 4)
-    raise ValueError(f"there is no operation {operation!r}; operations: shrink, linear_expand, few_tokens, outer")
+def load_table(path: str | os.PathLike[str]) -> Table:
+    """Use the table in this file for its device from now on, before the user's and the shipped one.
+
+    Raises OSError or ValueError, and changes nothing, if the file or an entry of it is not right.
+    """
+    table, problems = read_table(Path(path))
+    if problems:
+        raise ValueError(f"{path}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
+    _forget()
+    _loaded[table.device] = table
+    return table
 
 
-def _split(blocks: int, most: int) -> int:
-    """Programs that share one sum: as many as fill the device, at most one a tile and 16."""
-    return max(1, min(_PROGRAMS // max(blocks, 1), most, 16))
+def clear() -> None:
+    """Forget every table and choice: tables are read again at the next launch."""
+    _loaded.clear()
+    _warned.clear()
+    _forget()
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+def misfit(operation: str, config: KernelConfig, r: int, itemsize: int, tma: bool, arch: str) -> str | None:
+    """Why a launch may not take this config; None when it may."""
+    if config.tma and (operation != "linear_expand" or arch not in TMA_ARCHS):
+        return f"tma is for linear_expand on {' and '.join(TMA_ARCHS)}, not for {operation} on {arch}"
+    if config.tma and (not tma or max(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) > 256):
+        return "the operands, or the blocks, do not fit tensor descriptors"
+    if config.cublas and operation != "linear_expand":
+        return f"cublas is for linear_expand, not for {operation}"
+    if config.side_stream and operation != "outer":
+        return f"side_stream is for outer, not for {operation}"
+    if operation == "few_tokens" and r > config.BLOCK_R:
+        return f"few_tokens holds the whole rank in one block: BLOCK_R is {config.BLOCK_R}, and r is {r}"
+    if operation == "linear_expand" and config.SPLIT != 1:
+        return "linear_expand does not split its sum"
+    limit, needed = speed_of(arch).shared_per_block, pipeline_bytes(operation, config, itemsize)
+    if needed > limit:
+        return f"its pipeline takes {needed} bytes of shared memory, and a block has {limit}"
+    return None
 
 
-def _next_power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
+def _forget() -> None:
+    _choice.cache_clear()
+    _tables.cache_clear()
+
+
+@lru_cache(maxsize=16384)
+def _choice(
+    operation: str, M: int, N: int, K: int, r: int, itemsize: int, tma: bool, device: Device, is_gpu: bool
+) -> Choice:
+    if device != UNKNOWN:
+        for table in _tables(device, is_gpu):
+            for entry in table.nearest(key_of(operation, N, K, r, itemsize), M):
+                problem = misfit(operation, entry.config, r, itemsize, tma, device.arch)
+                if problem is None:
+                    return Choice(entry.config, f"{table.name}, {entry}")
+                if tma or not entry.config.tma:  # rows that no descriptor takes are nobody's mistake
+                    _warn(f"{table.name}, {operation}, {entry} is not used: {problem}")
+    return Choice(heuristic(operation, M, N, K, r, itemsize, device.arch, tma), "heuristic")
+
+
+@lru_cache(maxsize=64)
+def _tables(device: Device, is_gpu: bool) -> tuple[Table, ...]:
+    """The tables of a device, the strongest first. A device that is assumed has no user."""
+    named: list[tuple[str, Path]] = [(f"shipped table {device.slug}", table_file.shipped_path(device))]
+    tables = []
+    if is_gpu:
+        named.insert(0, (f"user table {table_file.user_path(device)}", table_file.user_path(device)))
+    if device.name in _loaded:
+        tables.append(_loaded[device.name])
+    for name, path in named:
+        try:
+            if not path.exists():
+                continue
+            table, problems = read_table(path, name)
+        except (OSError, ValueError) as error:
+            _warn(f"the tuning table is not used: {error}")
+            continue
+        if (table.device, table.arch) != (device.name, device.arch):
+            _warn(f"{name} is for {table.device} ({table.arch}), not for {device.name} ({device.arch}): it is not used")
+            continue
+        if problems:
+            _warn(f"{name}: {len(problems)} of its entries are not used; {problems[0]}")
+        tables.append(table)
+    return tuple(tables)
+
+
+def _warn(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"lorakernels: {message}; see `lorakernels tune`", RuntimeWarning, stacklevel=4)

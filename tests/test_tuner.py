@@ -1,0 +1,307 @@
+"""The tuner: the model of cost by hand, candidates, and the whole loop with a timer that times nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lorakernels.tuning import table_file, tuner
+from lorakernels.tuning.candidates import candidates, ranked
+from lorakernels.tuning.compile_report import CompileRow, table_launches
+from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.cost import LAUNCH_SECONDS, NOT_OVERLAPPED, Work, pipeline_bytes, seconds, work
+from lorakernels.tuning.device import UNKNOWN, Device, assume, example_of
+from lorakernels.tuning.heuristic import OPERATIONS, heuristic
+from lorakernels.tuning.problem import Problem, problems_of
+from lorakernels.tuning.table import clear, misfit
+from lorakernels.tuning.table_file import Entry, Table, read_table, write_table
+
+H100 = example_of("sm_90")
+CPU = torch.device("cpu")
+TUNED = KernelConfig(BLOCK_M=32, BLOCK_K=128, BLOCK_R=16, SPLIT=2, num_warps=4, num_stages=3)
+SHRINK = Entry("shrink", 4096, 512, 512, 16, 2, TUNED, {"microseconds": 1.0})
+TMA = KernelConfig(128, 128, 64, 16, num_warps=8, num_stages=3, tma=True)
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tables in a temporary folder, and none read."""
+    monkeypatch.setenv("LORAKERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(table_file, "SHIPPED", tmp_path / "shipped")
+    clear()
+    yield
+    clear()
+
+
+def written(path: Path, *entries: Entry) -> Path:
+    write_table(path, Table("", H100.name, H100.arch, list(entries)))
+    return path
+
+
+# ------------------------------------------------------------------------------------------- the model of cost
+
+
+def test_work_by_hand() -> None:
+    # 2 blocks of rows, the sum over K = 256 in halves of two tiles: planes of 128 × 16 float32, written and read.
+    shrink = work("shrink", 128, 256, 256, 16, 2, KernelConfig(BLOCK_M=64, BLOCK_K=64, BLOCK_R=16, SPLIT=2))
+    memory = (128 * 256 + 16 * 256) * 2 + 128 * 16 * 2 + 2 * 8 * 128 * 16
+    assert shrink == Work(4, 2 * 64 * 16 * 128, memory, 4 * (64 + 16) * 128 * 2, 2)
+
+    # 1 × 3 tiles of which the last is half empty; the rank is padded to 16.
+    gemm = work("linear_expand", 128, 320, 96, 8, 2, KernelConfig(128, 128, 64, 16))
+    memory = (128 * 96 + 320 * 96 + (128 + 320) * 8 + 128 * 320) * 2
+    assert gemm == Work(3, 2 * 128 * 128 * (128 + 16), memory, 3 * 256 * 144 * 2, 1)
+    beside = work("linear_expand", 128, 320, 96, 8, 2, KernelConfig(128, 128, 64, 16, cublas=True))
+    assert (beside.bytes - gemm.bytes, beside.launches) == (2 * 128 * 320 * 2, 2)
+
+    few = work("few_tokens", 16, 128, 64, 16, 2, KernelConfig(16, 64, 64, 16))
+    memory = (16 * 64 + 128 * 64 + 16 * 64 + 128 * 16) * 2 + 16 * (128 + 16) * 2
+    assert few == Work(2, 2 * 16 * ((64 + 16) * 64 + 64 * 16), memory, 2 * (16 + 64 + 16) * 64 * 2, 1)
+
+    # 8 r / BLOCK_N bytes an element is 1 with 128 columns, less than 2: one pass over z, and four planes of G.
+    outer = work("outer", 256, 512, 512, 16, 2, KernelConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_R=16, SPLIT=2))
+    memory = (
+        (256 * 512 + 256 * 16 + 512 * 16) * 2 + (512 * 16 * 4 + 2 * 8 * 512 * 16) + (256 * 16 * 2 + 4 * 8 * 256 * 16)
+    )
+    assert outer == Work(8, 2 * 2 * 128 * 16 * 128, memory, 8 * 128 * (128 + 16) * 2, 3)
+    twice = work("outer", 256, 512, 512, 64, 2, KernelConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64))
+    assert twice.bytes == (2 * 256 * 512 + 256 * 64 + 512 * 64) * 2 + 512 * 64 * 4 + 256 * 64 * 2
+
+    with pytest.raises(ValueError, match="there is no operation 'attention'"):
+        work("attention", 1, 1, 1, 1, 2, KernelConfig())
+
+
+def test_seconds_by_hand() -> None:
+    h100 = Device("NVIDIA H100 80GB HBM3", "sm_90", 100)
+    per_sm = 989.4e12 / 100
+    # 250 programs on 100 multiprocessors: three waves.
+    multiply = 3 * 1e9 / per_sm
+    assert seconds(Work(250, 10**9, 0, 0), h100, 2) == pytest.approx(multiply + LAUNCH_SECONDS)
+    # Two at once on each: two waves of twice the time.
+    assert seconds(Work(250, 10**9, 0, 0), h100, 2, 2) == pytest.approx(4 * 1e9 / per_sm + LAUNCH_SECONDS)
+    # Exact float32 is another unit.
+    assert seconds(Work(100, 10**9, 0, 0), h100, 4) == pytest.approx(1e9 / 66.9e10 + LAUNCH_SECONDS)
+    # 3.35 TB/s for a millisecond; half of the multiprocessors draw half of that.
+    assert seconds(Work(100, 0, 3_350_000_000, 0), h100, 2) == pytest.approx(1e-3 + LAUNCH_SECONDS)
+    assert seconds(Work(50, 0, 3_350_000_000, 0, 3), h100, 2) == pytest.approx(2e-3 + 3 * LAUNCH_SECONDS)
+    # The rest overlaps but for a tenth; L2 gives twice what memory does.
+    both = seconds(Work(100, 0, 3_350_000_000, 3_350_000_000), h100, 2)
+    assert both == pytest.approx(1e-3 + NOT_OVERLAPPED * 0.5e-3 + LAUNCH_SECONDS)
+    # An H200 differs in nothing but memory.
+    h200 = Device("NVIDIA H200", "sm_90", 100)
+    assert seconds(Work(100, 0, 4_800_000_000, 0), h200, 2) == pytest.approx(1e-3 + LAUNCH_SECONDS)
+    assert math.isfinite(seconds(Work(1, 1, 1, 1), UNKNOWN, 2))
+
+
+def test_pipeline_bytes_by_hand() -> None:
+    # Two of the three stages: the compiler finds 225,304 bytes on sm_90 with its epilogue, more than this.
+    assert pipeline_bytes("linear_expand", KernelConfig(128, 256, 64, num_stages=3), 2) == 2 * (128 + 256) * 64 * 2
+    assert pipeline_bytes("linear_expand", KernelConfig(cublas=True), 2) == 0
+    assert pipeline_bytes("outer", KernelConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16, num_stages=2), 4) == 80 * 32 * 4
+
+
+# ------------------------------------------------------------------------------------------- candidates
+
+PROBLEMS = [
+    Problem(operation, M, 4096, 1024, r, dtype, 0.0)
+    for operation in OPERATIONS
+    for M, r, dtype in ((16, 16, torch.bfloat16), (8192, 64, torch.bfloat16), (100, 8, torch.float32))
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_candidates_fit_and_begin_with_the_heuristic(problem: Problem, arch: str) -> None:
+    p, device = problem, example_of(arch)
+    configs = candidates(p, device)
+    assert configs[0] == heuristic(p.operation, p.M, p.N, p.K, p.r, p.itemsize, arch, p.tma)
+    assert len(set(configs)) == len(configs) > 12
+    assert all(misfit(p.operation, c, p.r, p.itemsize, p.tma, arch) is None for c in configs)
+    assert any(c.tma for c in configs) == (p.operation == "linear_expand" and arch == "sm_90")
+    rows = ranked(p, device, configs, 12, {})
+    kept = [row.config for row in rows if not row.pruned]
+    assert configs[0] in kept and 9 <= len(kept) <= 15
+    assert {(c.tma, c.cublas) for c in kept} == {(c.tma, c.cublas) for c in configs}
+    assert [row.predicted for row in rows] == sorted(row.predicted for row in rows)
+    assert {row.pruned.split()[0] for row in rows if row.pruned} <= {"predicted", "like"}
+
+
+def test_a_split_is_at_most_the_tiles_there_are() -> None:
+    for config in candidates(Problem("shrink", 64, 64, 64, 8, torch.float32, 0.0), H100)[1:]:
+        assert config.SPLIT <= -(-64 // config.BLOCK_K)
+
+
+def test_problems_of_shapes() -> None:
+    wide, few = (512, 64, 32, 8, torch.bfloat16, 0.1), (16, 64, 32, 8, torch.bfloat16, 0.0)
+    names = [(p.operation, p.M, p.N, p.K) for p in problems_of([wide, few, (*wide[:4], torch.float16, 0.0)])]
+    assert names == [
+        ("shrink", 512, 32, 32), ("shrink", 512, 64, 64), ("outer", 512, 32, 32), ("outer", 512, 64, 64),
+        ("linear_expand", 512, 64, 32), ("linear_expand", 512, 32, 64),
+        ("outer", 16, 32, 32), ("outer", 16, 64, 64), ("few_tokens", 16, 64, 32), ("few_tokens", 16, 32, 64),
+    ]  # fmt: skip
+    for wrong in ((0, 1, 1, 1, torch.float32, 0.0), (1, 1, 1, 1, torch.float64, 0.0), (1, 1, 1, 1, torch.float32, 1.0)):
+        with pytest.raises(ValueError):
+            problems_of([wrong])
+
+
+# ------------------------------------------------------------------------------------------- the tuner
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the fake timer is for the interpreter")
+TINY = [(20, 32, 48, 3, torch.float32, 0.1), (300, 32, 32, 4, torch.float16, 0.0)]
+NOT_TIMED = "nothing was timed on a GPU: a fake"
+
+
+def fake_timer(steps: Sequence[Sequence[Callable[[], object]]]) -> np.ndarray:
+    """Times nothing: every config is made out to be slower than the next."""
+    assert all(len(each) == 1 for each in steps)
+    return np.linspace(2e-6, 1e-6, len(steps))[:, None].repeat(3, axis=1)
+
+
+def tune(out: Path, shapes: Any = TINY, **options: Any) -> tuner.Result:
+    options = {"timed_by": NOT_TIMED, "keep": 2} | options
+    return tuner.tune(shapes, out, CPU, options.pop("timer", fake_timer), **options)
+
+
+@interpreted
+def test_the_whole_loop_and_resuming(tmp_path: Path) -> None:
+    out = tmp_path / "table.json"
+    result = tune(out)
+    problems = problems_of(TINY)
+    assert len(result.tuned) == len(problems) and not result.dropped and result.ok
+    read, faults = read_table(out)
+    assert not faults and (read.device, read.entries) == ("unknown", result.table.entries)
+    for entry, problem in zip(read.entries, problems, strict=True):
+        assert (entry.key, entry.M) == (problem.key, problem.M)
+        assert entry.measured["timed_by"] == NOT_TIMED and entry.measured["configs"] >= 2
+        assert entry.measured["microseconds"] == 1.0 and entry.measured["slowest_microseconds"] == 2.0
+        rows = [row.config for row in tuner.shortlist(problem, UNKNOWN, 2) if not row.pruned]
+        first = rows.index(candidates(problem, UNKNOWN)[0])
+        assert entry.config == [*rows[:first], *rows[first + 1 :]][-1]  # the last measured, as the fake has it
+    again = tune(out, resume=True, timer=lambda steps: pytest.fail("timed again"))
+    assert (again.tuned, again.skipped) == ([], len(problems))
+    del read.entries[1:]
+    write_table(out, read)
+    assert (tune(out, resume=True).skipped, len(read_table(out)[0].entries)) == (1, len(problems))
+
+
+@interpreted
+def test_a_wrong_config_is_dropped_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [KernelConfig(16, 16, 16, 16), KernelConfig(16, 16, 16, 16, GROUP_M=1), KernelConfig(32, 16, 16, 16)]
+    monkeypatch.setattr(tuner, "candidates", lambda problem, gpu: list(configs))
+    real = tuner.run
+
+    def run(problem: Problem, config: KernelConfig, inputs: Any) -> Any:
+        if config == configs[2]:
+            raise RuntimeError("out of\nresources")
+        outputs = real(problem, config, inputs)
+        return outputs if config == configs[0] else (outputs[0] * 1.01, *outputs[1:])
+
+    monkeypatch.setattr(tuner, "run", run)
+    result = tune(tmp_path / "t.json", [(20, 32, 48, 3, torch.float32, 0.0)], keep=3)
+    assert {entry.config for entry in result.tuned} == {configs[0]}
+    reasons = {config: why for _, config, why in result.dropped}
+    assert reasons[configs[1]].startswith("wrong: output 0 has error 0.0")
+    assert reasons[configs[2]] == "does not run: RuntimeError: out of resources"
+    assert not result.ok and not result.left
+
+
+@interpreted
+def test_a_launch_that_no_config_is_right_for_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tuner.run
+    monkeypatch.setattr(tuner, "run", lambda *arguments: tuple(t * 2 for t in real(*arguments)))
+    result = tune(tmp_path / "t.json", [(20, 32, 48, 3, torch.float32, 0.0)])
+    assert not result.ok and result.left == problems_of([(20, 32, 48, 3, torch.float32, 0.0)])
+    assert not (tmp_path / "t.json").exists()
+
+
+@interpreted
+@pytest.mark.parametrize("operation", ["shrink", "few_tokens"])
+def test_another_mask_is_wrong(operation: str, tmp_path: Path) -> None:
+    problem = Problem(operation, 20, 32, 32, 4, torch.float32, 0.5)
+    inputs = tuner.make_inputs(problem, CPU)
+    outputs = tuner.run(problem, KernelConfig(16, 16, 16, 16), inputs)
+    check = tuner.Check(problem, inputs, outputs)
+    assert check.fault(outputs) == ""
+    assert check.fault((*outputs[:-1], outputs[-1] ^ 1)) == "wrong: dropout's mask differs"
+    assert "error nan" in check.fault((outputs[0] * math.nan, *outputs[1:]))
+
+
+@interpreted
+def test_few_tokens_with_too_small_a_rank_block_is_wrong() -> None:
+    problem = Problem("few_tokens", 16, 32, 32, 20, torch.float32, 0.0)
+    inputs = tuner.make_inputs(problem, CPU)
+    check = tuner.Check(problem, inputs, tuner.run(problem, KernelConfig(16, 16, 16, 32), inputs))
+    assert check.fault(tuner.run(problem, KernelConfig(16, 16, 16, 16), inputs)).startswith("wrong")
+
+
+@interpreted
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    calls = []
+
+    def interrupt(steps: Sequence[Sequence[Callable[[], object]]]) -> np.ndarray:
+        calls.append(steps)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fake_timer(steps)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(tmp_path / "t.json", timer=interrupt)
+    assert len(read_table(tmp_path / "t.json")[0].entries) == 2
+
+
+def test_the_table_of_another_device_is_not_written_over(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.json", SHRINK)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="is the table of NVIDIA H100"):
+        tune(path)
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        tune(tmp_path / "bad.json")
+    assert path.read_bytes() == before and (tmp_path / "bad.json").read_text() == "{"
+
+
+def test_what_the_compiler_says_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem("linear_expand", 8192, 4096, 4096, 16, torch.bfloat16, 0.0)
+    first = heuristic("linear_expand", 8192, 4096, 4096, 16, 2, "sm_90", True)
+    seen: list[KernelConfig] = []
+
+    def report(launches: Any, archs: Sequence[str], jobs: int, progress: bool) -> list[CompileRow]:
+        assert list(archs) == ["sm_90"]
+        configs = list(dict.fromkeys(launch.config for launch in launches))
+        seen.extend(configs)
+        rows = []
+        for c in configs:
+            row = CompileRow("k", c, "sm_90", "bfloat16", 168, 0, 1, tma=c.tma, ctas_per_sm=1, ok=True)
+            if c.num_warps == 4:
+                row = dataclasses.replace(row, spill_bytes=8, why="spills 8 bytes a thread", ok=False)
+            rows.append(row)
+        return rows
+
+    monkeypatch.setattr(tuner, "interpreter_on", lambda: False)
+    monkeypatch.setattr(tuner, "compile_report", report)
+    rows = tuner.shortlist(problem, H100, keep=8)
+    kept = [row.config for row in rows if not row.pruned]
+    assert first in kept and 24 > len(seen) >= 16 and len({row.config for row in rows}) == len(rows)
+    assert all(c.num_warps == 8 and c.PROGRAMS_PER_SM == 1 for c in kept)
+    reasons = {row.pruned for row in rows if row.config in seen and row.pruned}
+    assert {"spills 8 bytes a thread", "2 programs a multiprocessor, where 1 fits"} <= reasons
+
+
+def test_launches_of_the_tables_that_ship(tmp_path: Path) -> None:
+    config = dataclasses.replace(TMA, num_stages=4)
+    written(tmp_path / "a.json", Entry("linear_expand", 8192, 512, 512, 16, 2, config), SHRINK)
+    with assume("sm_90"):
+        launches = table_launches("sm_90", tmp_path)
+    names = {(launch.kernel.__name__, launch.config) for launch in launches}
+    assert ("linear_expand_tma_kernel", config) in names and ("shrink_kernel", TUNED) in names
+    assert {launch.constexprs.get("DROPOUT") for launch in launches} >= {True, False}
+    assert table_launches("sm_80", tmp_path) == []
