@@ -14,7 +14,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Before pytest-xdist, where it is installed, reads its options."""
     option = config.option
     if (
-        config.pluginmanager.hasplugin("xdist")
+        "PYTEST_XDIST_WORKER" not in os.environ  # a worker that started workers would never end
+        and config.pluginmanager.hasplugin("xdist")
         and config.args_source is pytest.Config.ArgsSource.TESTPATHS
         and option.numprocesses is None
         and not option.usepdb

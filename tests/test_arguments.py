@@ -52,7 +52,7 @@ WRONG_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "error", "message"), WRONG_CALLS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("changed", "error", "message"), WRONG_CALLS, ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value)[:40])
 def test_wrong_calls(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(**changed)
