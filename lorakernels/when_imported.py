@@ -20,16 +20,23 @@ def when_imported(name: str, action: Callable[[], None]) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds one module once, lets its own loader load it, and calls the action behind it."""
+    """Finds one module, lets its own loader load it, and calls the action behind it.
+
+    It stays until the module runs: others ask whether a module could be found, and never import it.
+    """
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action
+        self.searching = False
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != self.name:
+        if name != self.name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is None or spec.loader is None:
             return None
         self.spec, self.loader = spec, spec.loader
@@ -40,6 +47,7 @@ class _WhenImported(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path.remove(self)
         self.spec.loader = self.loader
         self.loader.exec_module(module)
         self.action()

@@ -33,7 +33,7 @@ class _Term(NamedTuple):
     magnitude: torch.Tensor | None  # [N], DoRA's
 
 
-# What is kept of each layer's norms under DoRA: beside the layers, in which nothing changes but their class.
+# What is kept of each base weight's norm under DoRA: beside the layers, in which nothing changes but their class.
 _norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
 
 
@@ -165,9 +165,8 @@ def _dora(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     """
     A, B, _, scaling, p, magnitude = term
     assert magnitude is not None
-    keep = not layer.training and not torch.is_grad_enabled()
     cache = _norms.setdefault(layer, NormCache())
-    norm = cache.norm(weight, weight, A, B, scaling, keep)
+    norm = cache.norm(weight, weight, A, B, scaling, keep=False)  # PEFT and its users edit A and B through `.data`
     row_scale = magnitude / norm.to(torch.promote_types(weight.dtype, torch.float32))
     if not p:
         return lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, scaling=scaling)

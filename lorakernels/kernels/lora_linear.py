@@ -89,6 +89,7 @@ def grad_row_scale(
     return linear_expand(x, weight, s, lora_B, scale=scaling, dot=dy)
 
 
-def project(weight: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
-    """W Aᵀ [N, r] float32: DoRA's norm needs it, and W is read as x is."""
-    return shrink(weight, lora_A, dtype=torch.float32)[0]
+def project(weight: torch.Tensor, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W Aᵀ [N, r] float32, which DoRA's norm needs, W read as x is; and A as it was multiplied."""
+    lora_A = lora_A.to(weight.dtype)
+    return shrink(weight, lora_A, dtype=torch.float32)[0], lora_A

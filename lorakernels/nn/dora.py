@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from lorakernels.functional import lora_weight_norm, row_norm
 class _Kept:
     """A norm, and what its sources were when it was computed."""
 
-    sources: list[weakref.ref[torch.Tensor]]
+    sources: tuple[torch.Tensor, ...]  # not weak references: torch cannot swap a parameter that has one
     stamps: list[Any]
     norm: torch.Tensor
 
@@ -52,6 +51,8 @@ class NormCache:
             return lora_weight_norm(matrix, A, B, scaling=scaling, base_norm=base_norm)
 
         if not keep:
+            # Some optimizers step past the version counter: no norm outlives a step.
+            self._kept.pop("norm", None)
             return compute()
         # A scaling that is a tensor is watched like the others and not read: that would wait for the device.
         if isinstance(scaling, torch.Tensor):
@@ -68,11 +69,11 @@ class NormCache:
         if (
             kept is not None
             and kept.stamps == stamps
-            and all(a() is b for a, b in zip(kept.sources, sources, strict=True))
+            and all(a is b for a, b in zip(kept.sources, sources, strict=True))
         ):
             return kept.norm
         norm = compute()
-        self._kept[what] = _Kept([weakref.ref(t) for t in sources], stamps, norm)
+        self._kept[what] = _Kept(sources, stamps, norm)
         return norm
 
 
@@ -142,12 +143,14 @@ def _owner(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _can_be_watched(tensor: torch.Tensor) -> bool:
-    """Not while it is traced or transformed; sharded and fake tensors and those of inference mode tell no version."""
+    """Not while it is traced or transformed; sharded and fake tensors and those of inference mode
+    tell no version; what a CUDA graph has computed is there only when it is replayed."""
     return (
         not torch.compiler.is_compiling()
         and type(tensor) in (torch.Tensor, nn.Parameter)
         and not tensor.is_inference()
         and not _transformed()
+        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -47,14 +47,15 @@ def functorch_is_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def runs_directly(x: torch.Tensor) -> bool:
+def runs_directly(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether an operator's body may be called as a function: nobody watches or changes what the dispatcher is given.
 
     The dispatcher takes 5 µs of a forward's 23 and 20 of a backward's 53 (a layer of 16 features on a CPU).
     """
     return (
         not torch.compiler.is_compiling()  # first: Dynamo does not trace what follows
-        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (x, *others))
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
         and not torch._C._are_functorch_transforms_active()

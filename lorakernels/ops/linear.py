@@ -21,7 +21,7 @@ from lorakernels.ops.library import (
 )
 from lorakernels.reference import formula
 from lorakernels.reference.dropout import unpack_mask
-from lorakernels.reference.product import scale_rows_, sum_rows
+from lorakernels.reference.product import scaled_linear, sum_rows
 from lorakernels.sharding import draw_seed
 
 library.define(
@@ -50,17 +50,15 @@ def _compute(
     """y [..., N], and for the backward S and the mask where there are any."""
     if scaling == 0:
         # Switched off: the base layer's own output to the bit, whatever the adapter holds.
-        y = torch.nn.functional.linear(x, weight, bias)
-        if row_scale is not None:
-            scale_rows_(y, row_scale, bias)
-        return y, None, None
+        return scaled_linear(x, weight, bias, row_scale), None, None
     if seed is not None:
         seed = seed[:1]  # on sharded tensors there is one a rank
     y, s, mask = implementation(impl, x).forward(
         as_matrix(x), weight, lora_A, lora_B, bias, row_scale, seed, scaling, drop_threshold(dropout_p)
     )
     if x.dim() != 2:
-        y = y.view(*x.shape[:-1], weight.shape[0])
+        # No view: autograd forbids editing a Function's output in place where it is one, and plain layers allow it.
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
     return y, s, mask
 
 
@@ -257,7 +255,7 @@ class _EagerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        y, s, mask = (_compute if runs_directly(inputs[0]) else torch.ops.lorakernels.lora_linear)(*inputs)
+        y, s, mask = (_compute if runs_directly(*inputs[:4]) else torch.ops.lorakernels.lora_linear)(*inputs)
         _keep(ctx, inputs, s, mask)
         return y
 
@@ -370,9 +368,10 @@ def lora_linear(
         else:
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
     arguments = (x, weight, lora_A, lora_B, bias, row_scale, seed, scaling, dropout_p, impl)
-    functorch = functorch_is_active()
+    # In forward mode too.
+    functorch = functorch_is_active() or torch.autograd.forward_ad._current_level >= 0
     transformed = functorch or torch.compiler.is_compiling()
     # Under torch.func always: the operator alone would drop the tangents of jvp, where the Function raises.
     if functorch or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])):
         return LoRALinearFunction.apply(*arguments)[0] if transformed else _EagerFunction.apply(*arguments)
-    return (_compute if runs_directly(x) else torch.ops.lorakernels.lora_linear)(*arguments)[0]
+    return (_compute if runs_directly(x, weight, lora_A, lora_B) else torch.ops.lorakernels.lora_linear)(*arguments)[0]

@@ -21,8 +21,8 @@ def _norm(
     scaling: float,
     impl: str,
 ) -> torch.Tensor:
-    projected = implementation(impl, weight).project(weight, lora_A)
-    return weight_norm.from_projection(projected, lora_A, lora_B, base_norm, scaling)
+    projected, multiplied_A = implementation(impl, weight).project(weight, lora_A)
+    return weight_norm.from_projection(projected, multiplied_A, lora_B, base_norm, scaling)
 
 
 def _norm_fake(

@@ -11,7 +11,7 @@ import torch
 
 from lorakernels.dropout import inverse_keep
 from lorakernels.reference.dropout import draw_mask
-from lorakernels.reference.product import cast, linear, scale_rows_, sum_rows
+from lorakernels.reference.product import cast, linear, scaled_linear, sum_rows
 from lorakernels.reference.weight_norm import project as project
 
 
@@ -37,11 +37,7 @@ def forward(
     s = adapted @ A.t()
     if threshold:
         s *= inverse_keep(threshold)
-    y = linear(x, weight, bias)
-    y.addmm_(s, B.t(), alpha=scaling)
-    if row_scale is not None:
-        scale_rows_(y, row_scale, bias)
-    return y, s, mask
+    return scaled_linear(x, weight, bias, row_scale, (s, B, scaling)), s, mask
 
 
 def backward(

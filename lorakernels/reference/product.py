@@ -35,13 +35,29 @@ def sum_rows(y: torch.Tensor) -> torch.Tensor:
     return y.sum(0, dtype=torch.float32 if y.dtype.itemsize < 4 else None)
 
 
-def scale_rows_(y: torch.Tensor, row_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """row_scale ∘ y + bias in the place of y + bias: a scale for each row of the weight, which is a column of y [M, N].
+def scaled_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    row_scale: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """row_scale ∘ (x Wᵀ + scaling · S Bᵀ) + bias with `low_rank` = (S, B, scaling): a scale for each row of the weight.
 
-    The bias is in y already and is corrected, so that a scale of 1 leaves what torch's linear gives to the bit.
+    Scales of 1, which a new DoRA adapter has, leave what torch's linear gives to the bit: the bias is then added where
+    torch adds it. Read on a CPU alone, where that makes nobody wait.
     """
-    y.mul_(row_scale)
-    return y if bias is None else y.add_(bias * (1 - row_scale))
+    if row_scale is not None and row_scale.is_cpu and bool((row_scale == 1).all()):
+        row_scale = None
+    y = linear(x, weight, bias if row_scale is None else None)
+    if low_rank is not None:
+        s, B, scaling = low_rank
+        y.addmm_(s, B.t(), alpha=scaling)
+    if row_scale is not None:
+        y.mul_(row_scale)
+        if bias is not None:
+            y.add_(bias)
+    return y
 
 
 @lru_cache(maxsize=1)

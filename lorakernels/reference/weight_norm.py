@@ -18,16 +18,16 @@ def row_norm(weight: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(weight, dim=1, dtype=sum_dtype(weight))
 
 
-def project(weight: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
-    """W Aᵀ [N, r] in `sum_dtype`."""
+def project(weight: torch.Tensor, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """W Aᵀ [N, r] in `sum_dtype`, and A as it was multiplied."""
     dtype = sum_dtype(weight)
     A = lora_A.to(dtype).t()
     if weight.dtype is dtype:
-        return weight @ A
+        return weight @ A, lora_A
     projected = A.new_empty((weight.shape[0], A.shape[1]))
     for rows, out in zip(weight.split(_ROWS), projected.split(_ROWS), strict=True):
         torch.mm(rows.to(dtype), A, out=out)
-    return projected
+    return projected, lora_A
 
 
 def from_projection(

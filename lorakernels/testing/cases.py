@@ -22,6 +22,7 @@ class LinearCase:
     N: int = 40
     r: int = 8
     bias: bool = True
+    bias_size: float = 1.0
     row_scale: bool = False
     scaling: float = 0.7
     dropout_p: float = 0.0
@@ -77,6 +78,7 @@ LINEAR_CASES = (
     LinearCase("row_scale_frozen", row_scale=True, needs=("x", "lora_A", "lora_B", "bias"), layout="transposed"),
     LinearCase("row_scale_all", row_scale=True, needs=GRADIENTS, layout="every_second"),
     LinearCase("row_scale_scaling_zero", row_scale=True, scaling=0.0),
+    LinearCase("row_scale_bias_large", tokens=(35,), K=80, row_scale=True, bias_size=100.0),
     LinearCase("row_scale_zero_tokens", tokens=(2, 0), row_scale=True),
 )
 
@@ -119,7 +121,7 @@ def make_inputs(
         weight=randn(case.N, case.K, scale=case.K**-0.5),
         lora_A=randn(case.r, case.K, scale=case.K**-0.5, of=adapter),
         lora_B=randn(case.N, case.r, scale=case.r**-0.5, of=adapter),
-        bias=randn(case.N) if case.bias else None,
+        bias=randn(case.N, scale=case.bias_size) if case.bias else None,
         row_scale=randn(case.N, of=torch.promote_types(dtype, torch.float32)) if case.row_scale else None,
         dy=dy,
     )

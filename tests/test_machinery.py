@@ -1,0 +1,100 @@
+"""What torch does around the layer that a plain linear layer takes without a word."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+
+import lorakernels as lk
+
+
+def layer(**fields: object) -> lk.LoRALinear:
+    torch.manual_seed(0)
+    made = lk.LoRALinear(8, 6, r=2, **fields)  # type: ignore[arg-type]
+    nn.init.normal_(made.lora_B["default"].weight)
+    return made
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_output_may_be_edited_in_place(shape: tuple[int, ...], grad: bool) -> None:
+    x = torch.randn(shape)
+    with torch.set_grad_enabled(grad):
+        expected = layer()(x) * 1
+        assert torch.equal(nn.Sequential(layer(), nn.ReLU(inplace=True))(x), expected.relu())
+        layer()(x).detach_()
+    added = layer()(x) if grad else torch.no_grad()(layer())(x)
+    added += torch.ones(6, requires_grad=True)
+    torch.testing.assert_close(added, expected + 1)
+
+
+def test_forward_mode_raises_and_gives_no_wrong_tangent() -> None:
+    weight, A, B = torch.randn(256, 256), torch.randn(4, 256), torch.randn(256, 4)
+    x = torch.randn(512, 256)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        lk.lora_linear(forward_ad.make_dual(x, torch.ones_like(x)), weight, A, B)
+
+
+def test_jit_trace_of_the_kernels() -> None:
+    weight, A, B = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    x = torch.randn(5, 8)
+    traced = torch.jit.trace(lambda x: lk.lora_linear(x, weight, A, B, impl="triton"), x)
+    torch.testing.assert_close(traced(x), lk.lora_linear(x, weight, A, B))
+
+
+def test_probing_for_a_module_does_not_spend_the_hook() -> None:
+    script = (
+        "import importlib.util, torch, lorakernels as lk\n"
+        "x, w, a, b = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)\n"
+        "lk.lora_linear(x, w, a, b)\n"
+        "importlib.util.find_spec('torch.utils.flop_counter')\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    lk.lora_linear(x, w, a, b)\n"
+        "print(counter.get_total_flops())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) == 2 * 3 * (6 * 8 + 2 * (6 + 8))
+    assert importlib.util.find_spec("torch.utils.flop_counter") is not None
+
+
+def test_dora_after_a_step_past_the_version_counter() -> None:
+    made = layer(use_dora=True)
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        made.eval()(x)
+    made(x).sum().backward()  # a step in evaluation mode, of an optimizer that edits `.data`
+    made.lora_A["default"].weight.data.add_(1.0)
+    with torch.no_grad():
+        found = made(x)
+    merged = layer(use_dora=True)
+    merged.load_state_dict(made.state_dict())
+    torch.testing.assert_close(found, merged(x).detach())
+
+
+def test_dora_with_parameters_that_are_swapped() -> None:
+    made = layer(use_dora=True).eval()
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        expected = made(x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        made.double()
+        made.load_state_dict(made.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    torch.testing.assert_close(made(x.double()).float().detach(), expected)
+
+
+def test_loading_into_a_merged_layer_is_refused() -> None:
+    made = layer()
+    state = {name: value.clone() for name, value in made.state_dict().items()}
+    made.merge()
+    with pytest.raises(RuntimeError, match=r"unmerge\(\) first"):
+        made.load_state_dict(state)
