@@ -28,17 +28,25 @@ if TYPE_CHECKING:
     from lorakernels.functional import lora_linear as lora_linear
     from lorakernels.integrations.peft import accelerate as accelerate
     from lorakernels.integrations.peft import restore as restore
+    from lorakernels.multi import lora_expand as lora_expand
+    from lorakernels.multi import lora_shrink as lora_shrink
+    from lorakernels.multi import multi_lora_linear as multi_lora_linear
     from lorakernels.nn.conv import LoRAConv1d as LoRAConv1d
     from lorakernels.nn.conv import LoRAConv2d as LoRAConv2d
     from lorakernels.nn.conv import LoRAConv3d as LoRAConv3d
     from lorakernels.nn.embedding import LoRAEmbedding as LoRAEmbedding
     from lorakernels.nn.linear import LoRALinear as LoRALinear
+    from lorakernels.plan import BatchPlan as BatchPlan
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "lora_linear": "lorakernels.functional",
     "explain": "lorakernels.functional",
+    "BatchPlan": "lorakernels.plan",
+    "lora_shrink": "lorakernels.multi",
+    "lora_expand": "lorakernels.multi",
+    "multi_lora_linear": "lorakernels.multi",
     "LoRALinear": "lorakernels.nn.linear",
     "LoRAEmbedding": "lorakernels.nn.embedding",
     "LoRAConv1d": "lorakernels.nn.conv",

@@ -120,9 +120,8 @@ def _table() -> Iterator[tuple[LinearCase, str, torch.dtype]]:
         if way in OF_ONE_KERNEL and case.name not in FOR_ONE_KERNEL:
             continue
         interpreted = way != "torch" and not ON_GPU
-        dtypes = [torch.float32] if way.endswith("tiny") else [torch.float32, torch.float16]
         slow = way.endswith("tiny") and case.name in LARGE
-        if not interpreted or case.name in IN_ALL_DTYPES or (dtype in dtypes and not slow):
+        if not interpreted or case.name in IN_ALL_DTYPES or (dtype is torch.float32 and not slow):
             yield case, way, dtype
 
 

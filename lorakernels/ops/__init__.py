@@ -3,6 +3,10 @@
 from lorakernels.flops import register_flop_formulas
 from lorakernels.ops.linear import autocast_arguments as autocast_arguments
 from lorakernels.ops.linear import lora_linear as lora_linear
+from lorakernels.ops.multi_lora import multi_lora_embedding as multi_lora_embedding
+from lorakernels.ops.multi_lora import multi_lora_expand as multi_lora_expand
+from lorakernels.ops.multi_lora import multi_lora_linear as multi_lora_linear
+from lorakernels.ops.multi_lora import multi_lora_shrink as multi_lora_shrink
 from lorakernels.ops.weight_norm import lora_weight_norm as lora_weight_norm
 from lorakernels.ops.weight_norm import row_norm as row_norm
 from lorakernels.sharding import register_shardings

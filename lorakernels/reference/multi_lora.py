@@ -1,4 +1,4 @@
-"""Many adapters in one batch in plain torch: the tokens of an adapter are one matrix, and no adapter is copied for them.
+"""Many adapters in one batch in plain torch: an adapter's tokens are one matrix, and no adapter is copied for them.
 
 Same signatures as `kernels.multi_lora`. Which tokens are whose is read on the host: on a CPU at no cost, elsewhere it
 waits for the device.
@@ -6,7 +6,6 @@ waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,13 +27,20 @@ class Segment(NamedTuple):
 
 
 class Route(NamedTuple):
-    """The adapted tokens of a batch, by adapter. `tokens` says where they are; None if each lot lies together already."""
+    """The adapted tokens of a batch, by adapter, and where they are: None if each lot lies together already."""
 
     segments: list[Segment]
     tokens: torch.Tensor | None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.tokens is None else x.index_select(0, self.tokens)
+
+    def put_back(self, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """[slices, rows, R] of what `take` gives as [slices, tokens, R]; zero for the base."""
+        if self.tokens is None:
+            return rows
+        every = rows.new_zeros((rows.shape[0], num_tokens, rows.shape[2]))
+        return every.index_copy_(1, self.tokens, rows)
 
     def add(self, y: torch.Tensor, rows: torch.Tensor) -> None:
         """y += rows, where they are y's own and not y itself."""
@@ -60,7 +66,7 @@ def route(plan: PlanTensors, num_tokens: int) -> Route:
         )
         for slot, first, end in spans
     ]
-    return Route(segments, None if together else order[: starts[S]])
+    return Route(segments, None if together else order[: starts[S]].long())
 
 
 def forward(
@@ -77,7 +83,7 @@ def forward(
 ) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     """A y [T, N] for each slice, S [slices, T, R] if it is to be kept, and dropout's mask [T, K] uint8.
 
-    S and the mask are in the order of `Route.take`.
+    The mask is in the order of `Route.take`.
     """
     ys = [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     where = route(plan, x.shape[0])
@@ -87,22 +93,26 @@ def forward(
         assert seed is not None
         mask = _draw(seed, where, thresholds.tolist(), x)
     width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
-    kept = x.new_empty((len(ys), x.shape[0], width)) if keep_s else None
+    kept = x.new_zeros((len(ys), rows.shape[0], width)) if keep_s else None
     outs = ys if where.tokens is None else [x.new_empty((rows.shape[0], y.shape[1])) for y in ys]
     for segment in where.segments:
         adapted = rows[segment.rows]
         if mask is not None:
             adapted = adapted * mask[segment.rows]
-        for i, (A, B) in enumerate(_adapters(lora_As, lora_Bs, plan, segment, x.dtype)):
+        for i, (lora_A, lora_B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
+            A = _rank_rows(lora_A, plan, segment, is_B=False).to(x.dtype)
+            B = _rank_rows(lora_B, plan, segment, is_B=True).to(x.dtype)
             s = linear(adapted, A).mul_(segment.scale)
             if where.tokens is None:
-                outs[i][segment.rows].addmm_(s, B.t())
+                outs[i][segment.rows].addmm_(s, B)
             else:
-                torch.mm(s, B.t(), out=outs[i][segment.rows])
+                torch.mm(s, B, out=outs[i][segment.rows])
             if kept is not None:
                 kept[i, segment.rows, : segment.rank] = s
     for y, out in zip(ys, outs, strict=True):
         where.add(y, out)
+    if kept is not None:
+        kept = where.put_back(kept, x.shape[0])
     return ys, kept, mask
 
 
@@ -124,6 +134,7 @@ def backward(
     where = route(plan, dys[0].shape[0])
     rows = None if x is None else where.take(x)
     dy_rows = [where.take(dy) for dy in dys]
+    s_rows = None if s is None or not need_dB else [where.take(of_slice) for of_slice in s]
     dAs = [torch.zeros_like(A, memory_format=torch.contiguous_format) for A in lora_As] if need_dA else []
     dBs = [torch.zeros_like(B, memory_format=torch.contiguous_format) for B in lora_Bs] if need_dB else []
     dx = None
@@ -134,19 +145,21 @@ def backward(
     out = dx if dx is None or where.tokens is None else dx.new_zeros((dy_rows[0].shape[0], dx.shape[1]))
     for segment in where.segments:
         kept = None if mask is None else mask[segment.rows]
-        for i, (A, B) in enumerate(_adapters(lora_As, lora_Bs, plan, segment, dys[0].dtype)):
+        for i, (lora_A, lora_B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
             dy = dy_rows[i][segment.rows]
-            if need_dx or need_dA:
-                g = (dy @ B).mul_(segment.scale)
+            if s_rows is not None:
+                low_rank = s_rows[i][segment.rows, : segment.rank]
+                _add_rank_rows(dBs[i], plan, segment, low_rank.t() @ dy, is_B=True)
+            if not (need_dx or need_dA):
+                continue
+            B = _rank_rows(lora_B, plan, segment, is_B=True).to(dy.dtype)
+            g = linear(dy, B).mul_(segment.scale)
             if need_dA:
                 assert rows is not None
                 adapted = rows[segment.rows] if kept is None else rows[segment.rows] * kept
                 _add_rank_rows(dAs[i], plan, segment, g.t() @ adapted, is_B=False)
-            if need_dB:
-                assert s is not None
-                low_rank = s[i, segment.rows, : segment.rank]
-                _add_rank_rows(dBs[i], plan, segment, low_rank.t() @ dy, is_B=True)
             if out is not None:
+                A = _rank_rows(lora_A, plan, segment, is_B=False).to(dy.dtype)
                 if kept is None:
                     out[segment.rows].addmm_(g, A)
                 else:
@@ -162,15 +175,12 @@ def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors) -> torch.Tensor
     rows = where.take(x)
     width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    s = x.new_zeros((len(lora_As), x.shape[0], width), dtype=dtype)
-    out = s if where.tokens is None else s.new_zeros((len(lora_As), rows.shape[0], width))
+    s = x.new_zeros((len(lora_As), rows.shape[0], width), dtype=dtype)
     for segment in where.segments:
         for i, lora_A in enumerate(lora_As):
             A = _rank_rows(lora_A, plan, segment, is_B=False).to(x.dtype)
-            out[i, segment.rows, : segment.rank] = linear(rows[segment.rows], A).to(dtype).mul_(segment.scale)
-    if where.tokens is not None:
-        s.index_copy_(1, where.tokens, out)
-    return s
+            s[i, segment.rows, : segment.rank] = linear(rows[segment.rows], A).to(dtype).mul_(segment.scale)
+    return where.put_back(s, x.shape[0])
 
 
 def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:
@@ -187,15 +197,6 @@ def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) ->
             else:
                 torch.mm(low_rank, B, out=out[segment.rows])
         where.add(y, out)
-
-
-def _adapters(
-    lora_As: Tensors, lora_Bs: Tensors, plan: PlanTensors, segment: Segment, dtype: torch.dtype
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """A [rank, K] and B [N, rank] of a segment's slot for each slice, in `dtype`."""
-    for lora_A, lora_B in zip(lora_As, lora_Bs, strict=True):
-        A = _rank_rows(lora_A, plan, segment, is_B=False).to(dtype)
-        yield A, _rank_rows(lora_B, plan, segment, is_B=True).to(dtype).t()
 
 
 def _rank_rows(adapters: torch.Tensor, plan: PlanTensors, segment: Segment, *, is_B: bool) -> torch.Tensor:

@@ -151,7 +151,12 @@ def _compile(task: _Task) -> CompileRow:
     faults += _product_faults(task.launch, task.source.name, arch.name, code)
     # Not the config's num_warps: warp specialisation adds some.
     threads = meta.num_warps * arch.target.warp_size
-    if _aligned(task.launch) and (narrow := narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads)):
+    # A kernel without a loop has no loads in it to judge.
+    if (
+        code.loads
+        and _aligned(task.launch)
+        and (narrow := narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
+    ):
         faults.append(narrow)
     return task.row(
         registers=code.registers,

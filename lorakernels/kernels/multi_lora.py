@@ -1,0 +1,101 @@
+"""Many adapters in one batch as a sequence of kernels. Same signatures as `reference.multi_lora`."""
+
+from __future__ import annotations
+
+import torch
+
+from lorakernels.kernels.adapters import factor_A, factor_B
+from lorakernels.kernels.multi_expand import multi_expand
+from lorakernels.kernels.multi_outer import multi_outer
+from lorakernels.kernels.multi_shrink import multi_shrink
+from lorakernels.kernels.sum_planes import sum_planes
+from lorakernels.plan import PlanTensors
+
+Tensors = list[torch.Tensor]
+
+
+def forward(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: list[torch.Tensor | None],
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: PlanTensors,
+    *,
+    keep_s: bool,
+    seed: torch.Tensor | None,
+    thresholds: torch.Tensor | None,
+) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
+    """A y [T, N] for each slice, S [slices, T, R] if it is to be kept, and dropout's mask [T, ceil(K / 8)] uint8."""
+    ys = [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    planes, mask = multi_shrink(
+        [x] * len(ys), [factor_A(A) for A in lora_As], plan, plan.scales, _width(lora_As, plan), seed, thresholds
+    )
+    multi_expand(planes, [factor_B(B) for B in lora_Bs], plan, ys)
+    return ys, _added(planes) if keep_s else None, mask
+
+
+def backward(
+    dys: Tensors,
+    x: torch.Tensor | None,
+    weights: Tensors,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: PlanTensors,
+    s: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    *,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[torch.Tensor | None, Tensors, Tensors]:
+    """dx [T, K], and for each slice a dA and a dB, as their parameters are shaped; empty lists where not asked for."""
+    dx: torch.Tensor | None = None
+    dAs: Tensors = []
+    dBs: Tensors = []
+    if need_dx or need_dA:
+        factors = [factor_B(B) for B in lora_Bs]
+        planes, _ = multi_shrink(dys, factors, plan, plan.scales, _width(lora_As, plan))
+        if need_dx:
+            dx = dys[0] @ weights[0]
+            for dy, weight in zip(dys[1:], weights[1:], strict=True):
+                dx.addmm_(dy, weight)
+            multi_expand(planes, [factor_A(A) for A in lora_As], plan, [dx], mask)
+        if need_dA:
+            assert x is not None
+            dAs = [_gradient(A, plan) for A in lora_As]
+            multi_outer([x] * len(dAs), _added(planes), [factor_A(dA) for dA in dAs], plan, mask)
+    if need_dB:
+        assert s is not None
+        dBs = [_gradient(B, plan) for B in lora_Bs]
+        multi_outer(dys, s, [factor_B(dB) for dB in dBs], plan)
+    return dx, dAs, dBs
+
+
+def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors) -> torch.Tensor:
+    """S [slices, T, R] float32, zero past each slot's rank and in rows of the base."""
+    factors = [factor_A(A) for A in lora_As]
+    return _added(multi_shrink([x] * len(factors), factors, plan, plan.scales, _width(lora_As, plan))[0])
+
+
+def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:
+    """Add S Bᵀ to each y, in place."""
+    multi_expand(s.float().contiguous()[None], [factor_B(B) for B in lora_Bs], plan, ys)
+
+
+def _width(lora_As: Tensors, plan: PlanTensors) -> int:
+    return lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
+
+
+def _added(planes: torch.Tensor) -> torch.Tensor:
+    if planes.shape[0] == 1:
+        return planes[0]
+    total = planes.new_empty(planes.shape[1:])
+    sum_planes(planes, total)
+    return total
+
+
+def _gradient(parameter: torch.Tensor, plan: PlanTensors) -> torch.Tensor:
+    """Where a gradient goes: every element of a stack is written, but of pages only those of the batch."""
+    make = parameter.new_empty if plan.pages is None else parameter.new_zeros
+    return make(parameter.shape)

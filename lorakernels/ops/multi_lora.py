@@ -1,0 +1,363 @@
+"""Many adapters in one batch as torch sees it: schemas, fakes, autograd, autocast."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lorakernels.backend import resolve_impl
+from lorakernels.dropout import LEVELS
+from lorakernels.ops.library import library, nothing, without_autocast
+from lorakernels.plan import BatchPlan, PlanTensors
+from lorakernels.reference import multi_lora as reference_multi_lora
+from lorakernels.reference.product import sum_rows
+
+Tensors = list[torch.Tensor]
+_PLAN = "Tensor plan, Tensor scales, Tensor? pages, int num_slots, int max_tokens"
+
+library.define(
+    "multi_lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
+    f"{_PLAN}, Tensor? seed, Tensor? thresholds, bool keep_s, str impl) -> (Tensor[], Tensor, Tensor)"
+)
+library.define(
+    "multi_lora_linear_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
+    f"{_PLAN}, Tensor s, Tensor mask, bool need_dx, bool need_dA, bool need_dB, str impl) "
+    "-> (Tensor, Tensor[], Tensor[])"
+)
+library.define(f"multi_lora_shrink(Tensor x, Tensor[] lora_As, {_PLAN}, str impl) -> Tensor")
+library.define(f"multi_lora_expand(Tensor s, Tensor[] lora_Bs, {_PLAN}, Tensor(a!)[] outs, str impl) -> ()")
+
+
+def _implementation(impl: str, x: torch.Tensor) -> ModuleType:
+    if resolve_impl(impl, x.device, x.dtype) == "torch":
+        return reference_multi_lora
+    from lorakernels.kernels import multi_lora as kernels_multi_lora
+
+    return kernels_multi_lora
+
+
+def _width(lora_As: Tensors, pages: torch.Tensor | None) -> int:
+    return lora_As[0].shape[1] if pages is None else pages.shape[1]
+
+
+def _forward(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: list[torch.Tensor | None],
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    seed: torch.Tensor | None,
+    thresholds: torch.Tensor | None,
+    keep_s: bool,
+    impl: str,
+) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    tensors = PlanTensors(plan, scales, pages, num_slots, max_tokens)
+    ys, s, mask = _implementation(impl, x).forward(
+        x, weights, biases, lora_As, lora_Bs, tensors, keep_s=keep_s, seed=seed, thresholds=thresholds
+    )
+    return ys, nothing(x) if s is None else s, nothing(x, torch.uint8) if mask is None else mask
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: list[torch.Tensor | None],
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    seed: torch.Tensor | None,
+    thresholds: torch.Tensor | None,
+    keep_s: bool,
+    impl: str,
+) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    T, K = x.shape
+    on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
+    ys = [x.new_empty((T, weight.shape[0])) for weight in weights]
+    s, mask = nothing(x), nothing(x, torch.uint8)
+    if keep_s:
+        s = x.new_empty((len(ys), T, _width(lora_As, pages)), dtype=torch.float32 if on_triton else x.dtype)
+    if thresholds is not None:
+        mask = x.new_empty((T, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
+    return ys, s, mask
+
+
+def _backward(
+    dys: Tensors,
+    x: torch.Tensor | None,
+    weights: Tensors,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    s: torch.Tensor,
+    mask: torch.Tensor,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    impl: str,
+) -> tuple[torch.Tensor, Tensors, Tensors]:
+    dx, dAs, dBs = _implementation(impl, dys[0]).backward(
+        dys,
+        x,
+        weights,
+        lora_As,
+        lora_Bs,
+        PlanTensors(plan, scales, pages, num_slots, max_tokens),
+        s,
+        mask if mask.numel() else None,
+        need_dx=need_dx,
+        need_dA=need_dA,
+        need_dB=need_dB,
+    )
+    return nothing(dys[0]) if dx is None else dx, dAs, dBs
+
+
+def _backward_fake(
+    dys: Tensors,
+    x: torch.Tensor | None,
+    weights: Tensors,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    s: torch.Tensor,
+    mask: torch.Tensor,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    impl: str,
+) -> tuple[torch.Tensor, Tensors, Tensors]:
+    dy = dys[0]
+    dx = dy.new_empty((dy.shape[0], weights[0].shape[1])) if need_dx else nothing(dy)
+    dAs = [A.new_empty(A.shape) for A in lora_As] if need_dA else []
+    return dx, dAs, [B.new_empty(B.shape) for B in lora_Bs] if need_dB else []
+
+
+def _shrink(
+    x: torch.Tensor,
+    lora_As: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    impl: str,
+) -> torch.Tensor:
+    tensors = PlanTensors(plan, scales, pages, num_slots, max_tokens)
+    return _implementation(impl, x).shrink(x, lora_As, tensors)
+
+
+def _shrink_fake(
+    x: torch.Tensor,
+    lora_As: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    impl: str,
+) -> torch.Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((len(lora_As), x.shape[0], _width(lora_As, pages)), dtype=dtype)
+
+
+def _expand(
+    s: torch.Tensor,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    outs: Tensors,
+    impl: str,
+) -> None:
+    tensors = PlanTensors(plan, scales, pages, num_slots, max_tokens)
+    _implementation(impl, outs[0]).expand(s, lora_Bs, tensors, outs)
+
+
+def _expand_fake(*_: Any) -> None:
+    return None
+
+
+for _name, _implemented, _fake in (
+    ("multi_lora_linear", _forward, _forward_fake),
+    ("multi_lora_linear_backward", _backward, _backward_fake),
+    ("multi_lora_shrink", _shrink, _shrink_fake),
+    ("multi_lora_expand", _expand, _expand_fake),
+):
+    library.impl(_name, _implemented, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorakernels::{_name}", _fake, lib=library)
+    for _device_type in ("cpu", "cuda"):
+        without_autocast(_name, _device_type)
+
+
+class _MultiLoRALinear(torch.autograd.Function):
+    """The ys of `multi_lora_linear`. Tensors come one after the other: x, the plan's, then those of each slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, options: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
+        num_slots, max_tokens, num_slices, impl = options
+        plan, scales, pages, seed, thresholds, *rest = tensors
+        weights, biases, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(4))
+        need_x, _, *needs = ctx.needs_input_grad
+        need_weights, need_biases, need_As, need_Bs = (
+            any(needs[5 + i * num_slices : 5 + (i + 1) * num_slices]) for i in range(4)
+        )
+        ys, s, mask = torch.ops.lorakernels.multi_lora_linear(
+            x, weights, biases, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, seed, thresholds,
+            need_Bs, impl,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.needs = need_x, need_weights, need_biases, need_As, need_Bs
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        kept_x = x if need_As or need_weights else None
+        ctx.save_for_backward(kept_x, plan, scales, pages, s, mask, *weights, *lora_As, *lora_Bs)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("multi_lora_linear cannot be differentiated twice: use lora_linear for one adapter")
+        num_slots, max_tokens, num_slices, impl = ctx.options
+        x, plan, scales, pages, s, mask, *rest = ctx.saved_tensors
+        weights, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(3))
+        need_x, need_weights, need_biases, need_As, need_Bs = ctx.needs
+        dx, dAs, dBs = torch.ops.lorakernels.multi_lora_linear_backward(
+            list(dys), x, weights, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, s, mask,
+            need_x, need_As, need_Bs, impl,
+        )  # fmt: skip
+        none = [None] * num_slices
+        dweights = [(dy.t() @ x).to(w.dtype) for dy, w in zip(dys, weights, strict=True)] if need_weights else none
+        dbiases = [
+            None if dtype is None or not need_biases else sum_rows(dy).to(dtype)
+            for dy, dtype in zip(dys, ctx.bias_dtypes, strict=True)
+        ]
+        grads = [*dweights, *dbiases, *(dAs or none), *(dBs or none)]
+        needed = ctx.needs_input_grad[7:]
+        kept = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+        return (dx if need_x else None, *[None] * 6, *kept)
+
+
+def multi_lora_linear(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: list[torch.Tensor | None],
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: BatchPlan,
+    dropout_p: float | torch.Tensor,
+    impl: str,
+) -> Tensors:
+    """The ys [T, N] of checked arguments, x [T, K]; no autograd.Function when nothing needs a gradient."""
+    given = [x, *weights, *biases, *lora_As, *lora_Bs]
+    need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    buffer, scales, pages, num_slots, max_tokens = plan.snapshot() if need_grad else plan.tensors
+    seed = thresholds = None
+    if isinstance(dropout_p, torch.Tensor) or dropout_p > 0:
+        thresholds = _thresholds(dropout_p, scales)
+        scales = scales * (LEVELS / (LEVELS - thresholds))
+        seed = torch.randint(-(2**62), 2**62, (1,), dtype=torch.int64, device=x.device)
+    if need_grad:
+        options = (num_slots, max_tokens, len(weights), impl)
+        tensors = (buffer, scales, pages, seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
+        return list(_MultiLoRALinear.apply(x, options, *tensors))
+    return torch.ops.lorakernels.multi_lora_linear(
+        x, weights, biases, lora_As, lora_Bs, buffer, scales, pages, num_slots, max_tokens, seed, thresholds,
+        False, impl,
+    )[0]  # fmt: skip
+
+
+def multi_lora_shrink(x: torch.Tensor, lora_As: Tensors, plan: BatchPlan, impl: str) -> torch.Tensor:
+    return torch.ops.lorakernels.multi_lora_shrink(x, lora_As, *plan.tensors, impl)
+
+
+def multi_lora_expand(s: torch.Tensor, lora_Bs: Tensors, plan: BatchPlan, outs: Tensors, impl: str) -> None:
+    torch.ops.lorakernels.multi_lora_expand(s, lora_Bs, *plan.tensors, outs, impl)
+
+
+def _thresholds(dropout_p: float | torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Of 65536 levels, how many are dropped: [S + 1] int32, none for the base."""
+    thresholds = scales.new_zeros(scales.shape, dtype=torch.int32)
+    if isinstance(dropout_p, torch.Tensor):
+        thresholds[:-1] = (dropout_p.double() * LEVELS).round().clamp(0, LEVELS - 1).to(torch.int32)
+    else:
+        thresholds[:-1] = min(round(dropout_p * LEVELS), LEVELS - 1)
+    return thresholds
+
+
+class _Expand(torch.autograd.Function):
+    """y += S Bᵀ in place, with gradients for y, S and B."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, options: Any, *plan: Any) -> Any:
+        num_slots, max_tokens, impl = options
+        torch.ops.lorakernels.multi_lora_expand(s, [lora_B], *plan, num_slots, max_tokens, [y], impl)
+        ctx.mark_dirty(y)
+        ctx.options = options
+        ctx.save_for_backward(s, lora_B, *plan)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("multi_lora_embedding cannot be differentiated twice")
+        num_slots, max_tokens, impl = ctx.options
+        s, lora_B, buffer, scales, pages = ctx.saved_tensors
+        need_y, need_s, need_B, *_ = ctx.needs_input_grad
+        routing = (buffer, torch.ones_like(scales), pages, num_slots, max_tokens)  # the scale is in S
+        by_rank = lora_B if pages is not None else lora_B.transpose(1, 2)
+        ds = dB = None
+        if need_s:
+            ds = torch.ops.lorakernels.multi_lora_shrink(dy, [by_rank], *routing, impl)
+        if need_B:
+            _, _, [dB] = torch.ops.lorakernels.multi_lora_linear_backward(
+                [dy], None, [lora_B], [by_rank], [lora_B], *routing, s, nothing(dy, torch.uint8),
+                False, False, True, impl,
+            )  # fmt: skip
+        return (dy if need_y else None, ds, dB, *[None] * 4)
+
+
+def multi_lora_embedding(
+    ids: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan, impl: str
+) -> torch.Tensor:
+    """[T, N] of checked arguments, ids [T]."""
+    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lora_A, lora_B))
+    tensors = plan.snapshot() if need_grad else plan.tensors
+    layout, T = tensors.layout, ids.shape[0]
+    slots = tensors.part(layout.slots, T)
+    ranks = tensors.part(layout.ranks, plan.num_slots + 1).index_select(0, slots)
+    # What the base's slot finds is put aside by its rank, 0.
+    real = slots.long().clamp(max=plan.num_slots - 1)
+    if tensors.pages is None:
+        columns = lora_A[real, :, ids]
+    else:
+        columns = lora_A[tensors.pages.index_select(0, real).long(), ids[:, None]]
+    # In the weight's dtype, as `multi_lora_linear` casts A to x's.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    within = torch.arange(columns.shape[1], device=ids.device) < ranks[:, None]
+    scale = tensors.scales.index_select(0, slots)[:, None]
+    s = torch.where(within, columns.to(weight.dtype).to(dtype) * scale, 0.0)[None]
+    y = torch.nn.functional.embedding(ids, weight)
+    if need_grad:
+        options = (tensors.num_slots, tensors.max_tokens, impl)
+        return _Expand.apply(y, s, lora_B, options, tensors.buffer, tensors.scales, tensors.pages)
+    torch.ops.lorakernels.multi_lora_expand(s, [lora_B], *tensors, [y], impl)
+    return y

@@ -1,0 +1,296 @@
+"""Which token of a batch uses which adapter, as tensors on the device: what the multi-adapter kernels are routed by.
+
+Everything lies in one int32 buffer of a fixed address, so that a launch takes one pointer and a CUDA graph that was
+captured with a plan follows its updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+TILE_HEIGHTS = (16, 64)
+BASE = -1
+# Parts of the buffer start at multiples of 64 bytes.
+_ALIGNMENT = 16
+
+
+class PlanError(ValueError):
+    """A batch that does not fit its plan: an unknown slot, too many tokens, a rank over the limit."""
+
+
+class PlanLayout(NamedTuple):
+    """Where the parts of a plan's buffer begin, in elements. Slot `num_slots` stands for the base model, of rank 0."""
+
+    ranks: int  # [num_slots + 1]
+    starts: int  # [num_slots + 2]: the sorted tokens of slot s are starts[s] … starts[s + 1] - 1
+    slots: int  # [max_tokens]: the slot of each token, num_slots for the base
+    order: int  # [max_tokens]: tokens sorted by slot, in their own order within a slot
+    tiles: tuple[int, ...]  # by TILE_HEIGHTS: [tiles, 3] of slot, first and end in `order`; first = end where unused
+    size: int
+
+
+@lru_cache(maxsize=256)
+def plan_layout(num_slots: int, max_tokens: int) -> PlanLayout:
+    sizes = [num_slots + 1, num_slots + 2, max_tokens, max_tokens]
+    sizes += [3 * num_tiles(max_tokens, num_slots, height) for height in TILE_HEIGHTS]
+    begins = [0]
+    for size in sizes:
+        begins.append(begins[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
+    ranks, starts, slots, order, *tiles, end = begins
+    return PlanLayout(ranks, starts, slots, order, tuple(tiles), end)
+
+
+def num_tiles(num_tokens: int, num_slots: int, height: int) -> int:
+    """The most tiles of `height` tokens of one slot that so many tokens can fall into, however they are spread.
+
+    A slot of n ≥ 1 tokens has 1 + (n - 1) // height of them, and at most min(num_slots + 1, num_tokens) have any.
+    """
+    segments = min(num_slots + 1, num_tokens)
+    return segments + (num_tokens - segments) // height
+
+
+class PlanTensors(NamedTuple):
+    """A plan as operators take it."""
+
+    buffer: torch.Tensor  # int32, see PlanLayout
+    scales: torch.Tensor  # [num_slots + 1] float32
+    pages: torch.Tensor | None  # [num_slots, max_rank] int32
+    num_slots: int
+    max_tokens: int
+
+    @property
+    def layout(self) -> PlanLayout:
+        return plan_layout(self.num_slots, self.max_tokens)
+
+    def part(self, begin: int, length: int) -> torch.Tensor:
+        return self.buffer[begin : begin + length]
+
+
+class BatchPlan:
+    """Routes each token of a batch to its own adapter; made once, updated for every batch.
+
+    `update` writes in place and never makes the host wait for the device, so that it may run between replays of a
+    CUDA graph, or be captured in one. Launches are sized by the number of tokens and slots, never by what is in them.
+
+    Args:
+        num_slots: how many adapters can be told apart; slots are 0 … num_slots - 1.
+        max_tokens: the largest batch.
+        max_rank: the largest rank of a slot; stacks of adapters must hold as many.
+        num_pages: makes a plan for paged adapters, whose rank rows are pages 0 … num_pages - 1 of a pool.
+        device: where; torch's default device if None.
+
+    Raises:
+        ValueError: a size is not a positive integer.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        max_tokens: int,
+        *,
+        max_rank: int = 64,
+        num_pages: int | None = None,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        sizes = {"num_slots": num_slots, "max_tokens": max_tokens, "max_rank": max_rank}
+        if num_pages is not None:
+            sizes["num_pages"] = num_pages
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 30:
+                raise ValueError(f"{name} is {size!r}; expected a positive integer below 2³⁰")
+        self.num_slots, self.max_tokens, self.max_rank, self.num_pages = num_slots, max_tokens, max_rank, num_pages
+        self.layout = plan_layout(num_slots, max_tokens)
+        self._buffer = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
+        self.device = self._buffer.device
+        self._scales = torch.zeros(num_slots + 1, dtype=torch.float32, device=self.device)
+        self._pages = None
+        if num_pages is not None:
+            self._pages = torch.zeros(num_slots, max_rank, dtype=torch.int32, device=self.device)
+        tiles = num_tiles(max_tokens, num_slots, TILE_HEIGHTS[0])
+        most = max(num_slots + 2, max_tokens, max_rank, tiles)
+        self._iota = torch.arange(most, device=self.device)
+        # What was masked where the host does not look: unknown tokens, refused slots.
+        self._masked = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._host_checks = self.device.type == "cpu"
+        self.num_tokens = 0
+        self.version = 0
+        self._snapshot: PlanTensors | None = None
+
+    def __repr__(self) -> str:
+        pages = "" if self.num_pages is None else f", num_pages={self.num_pages}"
+        return (
+            f"BatchPlan({self.num_slots}, {self.max_tokens}, max_rank={self.max_rank}{pages}, "
+            f"device={str(self.device)!r}): {self.num_tokens} tokens, version {self.version}"
+        )
+
+    @property
+    def tensors(self) -> PlanTensors:
+        """The plan as it is now and will be after every update: the same memory."""
+        return PlanTensors(self._buffer, self._scales, self._pages, self.num_slots, self.max_tokens)
+
+    def snapshot(self) -> PlanTensors:
+        """The plan of this version, which no update changes: for a backward that may come later. One copy a version."""
+        if torch.compiler.is_compiling() or self._is_capturing():
+            return self._copied()  # a graph that is replayed must copy what it then finds
+        if self._snapshot is None or self._snapshot.buffer.is_inference():
+            self._snapshot = self._copied()
+        return self._snapshot
+
+    @torch.no_grad()
+    def update(
+        self,
+        token_slots: torch.Tensor | Sequence[int],
+        slot_ranks: torch.Tensor | Sequence[int],
+        slot_scalings: torch.Tensor | Sequence[float],
+        page_table: torch.Tensor | None = None,
+    ) -> None:
+        """Route a new batch.
+
+        On a CPU everything is checked before anything changes. Elsewhere the host does not wait to see the numbers:
+        a token of an unknown slot, and every token of a slot whose rank, scaling or pages are out of range, is given
+        the base model, and counted for `check`.
+
+        Args:
+            token_slots: [T] int32 or int64, T ≤ max_tokens: the slot of each token, -1 for the base model alone.
+            slot_ranks: [num_slots] integers in 0 … max_rank; 0 is an empty slot, whose tokens are the base model's.
+            slot_scalings: [num_slots] numbers. 0 switches a slot off, as rank 0 does.
+            page_table: [num_slots, max_rank] int32, of a plan with num_pages: the page of each rank row. What is past
+                a slot's rank is not looked at.
+
+        Raises:
+            PlanError: a shape does not fit; on a CPU, a slot, rank, scaling or page is out of range.
+            TypeError: a dtype is wrong.
+        """
+        token_slots = self._tensor("token_slots", token_slots, torch.int32)
+        slot_ranks = self._tensor("slot_ranks", slot_ranks, torch.int32)
+        slot_scalings = self._tensor("slot_scalings", slot_scalings, torch.float32)
+        self._check_shapes(token_slots, slot_ranks, slot_scalings, page_table)
+        unknown = (token_slots < BASE) | (token_slots >= self.num_slots)
+        refused = (slot_ranks < 0) | (slot_ranks > self.max_rank) | ~slot_scalings.isfinite()
+        if page_table is not None and self.num_pages is not None:
+            in_use = self._iota[: self.max_rank] < slot_ranks[:, None]
+            refused |= (in_use & ((page_table < 0) | (page_table >= self.num_pages))).any(1)
+        if self._host_checks:
+            self._refuse(token_slots, unknown, slot_ranks, slot_scalings, refused)
+        self._route(token_slots, unknown, slot_ranks, slot_scalings, refused)
+        if page_table is not None and self._pages is not None:
+            self._pages.copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
+        self._masked += torch.stack([unknown.sum(), refused.sum()])
+        self.num_tokens = token_slots.shape[0]
+        self.version += 1
+        self._snapshot = None
+
+    def check(self) -> None:
+        """Raise PlanError if an update since the last check masked a token or a slot. Makes the host wait."""
+        tokens, slots = self._masked.tolist()
+        self._masked.zero_()
+        if tokens or slots:
+            raise PlanError(
+                f"updates since the last check gave the base model to {tokens} tokens of unknown slots (expected -1 or "
+                f"0 … {self.num_slots - 1}) and to {slots} slots with a rank over {self.max_rank} or below 0, a "
+                "scaling that is not finite, or a page outside the pool"
+            )
+
+    def _route(
+        self,
+        token_slots: torch.Tensor,
+        unknown: torch.Tensor,
+        slot_ranks: torch.Tensor,
+        slot_scalings: torch.Tensor,
+        refused: torch.Tensor,
+    ) -> None:
+        layout, S, T = self.layout, self.num_slots, token_slots.shape[0]
+        off = refused | (slot_scalings == 0)
+        self._buffer[layout.ranks : layout.ranks + S].copy_(slot_ranks.masked_fill(off, 0))
+        self._scales[:S].copy_(slot_scalings.masked_fill(off, 0))
+        ranks = self._buffer[layout.ranks : layout.ranks + S + 1]
+        slots = token_slots.masked_fill(unknown | (token_slots < 0), S)
+        slots = slots.masked_fill(ranks.index_select(0, slots) == 0, S)
+        # Sorting numbers that hold slot and token at once is stable and gives both back.
+        in_order = torch.sort(slots.long() * self.max_tokens + self._iota_of(T)).values
+        order = in_order % self.max_tokens
+        starts = torch.searchsorted(in_order, self._iota_of(S + 2) * self.max_tokens)
+        self._buffer[layout.slots : layout.slots + T].copy_(slots)
+        self._buffer[layout.order : layout.order + T].copy_(order)
+        self._buffer[layout.starts : layout.starts + S + 2].copy_(starts)
+        for height, begin in zip(TILE_HEIGHTS, layout.tiles, strict=True):
+            count = num_tiles(T, S, height)
+            tiles_of_slot = (starts[1:] - starts[:-1] + (height - 1)) // height
+            ends = tiles_of_slot.cumsum(0)
+            tile = self._iota_of(count)
+            slot = torch.searchsorted(ends, tile, right=True).clamp_(max=S)
+            first = starts[slot] + (tile - (ends - tiles_of_slot)[slot]) * height
+            end = torch.minimum(first + height, starts[slot + 1])
+            self._buffer[begin : begin + 3 * count].copy_(
+                torch.stack([slot, torch.minimum(first, end), end], 1).view(-1)
+            )
+
+    def _iota_of(self, length: int) -> torch.Tensor:
+        return self._iota[:length]
+
+    def _tensor(self, name: str, values: torch.Tensor | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+        if not isinstance(values, torch.Tensor):
+            return torch.tensor(values, dtype=dtype, device=self.device)
+        if values.device != self.device:
+            raise PlanError(f"{name} is on {values.device} and the plan on {self.device}: move it there first")
+        if values.is_floating_point() != dtype.is_floating_point or values.dtype is torch.bool:
+            raise TypeError(f"{name} is {values.dtype}; expected {dtype}")
+        return values
+
+    def _check_shapes(
+        self,
+        token_slots: torch.Tensor,
+        slot_ranks: torch.Tensor,
+        slot_scalings: torch.Tensor,
+        pages: torch.Tensor | None,
+    ) -> None:
+        if token_slots.dim() != 1 or token_slots.shape[0] > self.max_tokens:
+            raise PlanError(
+                f"token_slots is {list(token_slots.shape)}; expected [T] with T ≤ {self.max_tokens}: split the batch, "
+                "or make a plan with a larger max_tokens"
+            )
+        for name, tensor in (("slot_ranks", slot_ranks), ("slot_scalings", slot_scalings)):
+            if tuple(tensor.shape) != (self.num_slots,):
+                raise PlanError(f"{name} is {list(tensor.shape)}; expected [{self.num_slots}], a number a slot")
+        if (pages is None) != (self.num_pages is None):
+            raise PlanError("page_table is for plans with num_pages, which need it in every update")
+        if pages is not None:
+            if tuple(pages.shape) != (self.num_slots, self.max_rank):
+                raise PlanError(f"page_table is {list(pages.shape)}; expected {[self.num_slots, self.max_rank]}")
+            if pages.dtype not in (torch.int32, torch.int64) or pages.device != self.device:
+                raise TypeError(f"page_table is {pages.dtype} on {pages.device}; expected int32 on {self.device}")
+
+    def _refuse(
+        self,
+        token_slots: torch.Tensor,
+        unknown: torch.Tensor,
+        slot_ranks: torch.Tensor,
+        slot_scalings: torch.Tensor,
+        refused: torch.Tensor,
+    ) -> None:
+        if unknown.any():
+            token = int(unknown.to(torch.uint8).argmax())
+            raise PlanError(
+                f"token {token} has slot {int(token_slots[token])}; expected -1 (the base model) or "
+                f"0 … {self.num_slots - 1}"
+            )
+        if refused.any():
+            slot = int(refused.to(torch.uint8).argmax())
+            rank, scaling = int(slot_ranks[slot]), float(slot_scalings[slot])
+            if not 0 <= rank <= self.max_rank:
+                raise PlanError(f"slot {slot} has rank {rank}; expected 0 … {self.max_rank}, the plan's max_rank")
+            if not math.isfinite(scaling):
+                raise PlanError(f"slot {slot} has scaling {scaling}; expected a finite number, such as lora_alpha / r")
+            raise PlanError(f"slot {slot} has a page outside 0 … {(self.num_pages or 0) - 1}, the pool's pages")
+
+    def _copied(self) -> PlanTensors:
+        pages = None if self._pages is None else self._pages.clone()
+        return PlanTensors(self._buffer.clone(), self._scales.clone(), pages, self.num_slots, self.max_tokens)
+
+    def _is_capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
