@@ -63,8 +63,13 @@ class LoRAConfig:
         check_dropout(self.lora_dropout)
         if self.bias not in BIASES:
             raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(map(repr, BIASES))}")
+        check_flag(self.use_rslora, "use_rslora")
         check_init(self.init_lora_weights)
         check_variant(self.use_dora, self.lora_bias, self.init_lora_weights)
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise TypeError(f"{name} is {patterns!r}; expected a mapping of names or patterns to numbers")
         for pattern, rank in self.rank_pattern.items():
             check_rank(rank, f"rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
@@ -92,17 +97,22 @@ def check_dropout(p: Any, name: str = "lora_dropout") -> None:
         raise ValueError(f"{name} is {p}; expected a number in [0, 1)")
 
 
+def check_flag(flag: Any, name: str) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} is {flag!r} ({type(flag).__name__}); expected True or False")
+
+
 def check_init(init: Any) -> None:
-    if init not in INITS and not (isinstance(init, str) and _PISSA_STEPS.fullmatch(init)):
+    steps = isinstance(init, str) and _PISSA_STEPS.fullmatch(init)
+    if not steps and not (isinstance(init, (bool, str)) and init in INITS):
         names = ", ".join(map(repr, INITS))
         raise ValueError(f"init_lora_weights is {init!r}; expected one of {names}, 'pissa_niter_<n>'")
 
 
 def check_variant(use_dora: Any, lora_bias: Any, init: Any) -> None:
     """PEFT's rules: with DoRA its norm would take the bias for a part of the weight."""
-    for name, flag in (("use_dora", use_dora), ("lora_bias", lora_bias)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} is {flag!r} ({type(flag).__name__}); expected True or False")
+    check_flag(use_dora, "use_dora")
+    check_flag(lora_bias, "lora_bias")
     if lora_bias and use_dora:
         raise ValueError("lora_bias=True and use_dora=True exclude each other; expected one of them")
     if lora_bias and init not in (True, False, "kaiming"):

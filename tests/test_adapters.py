@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakernels as lk
+from lorakernels.adapters import targets
 from lorakernels.adapters.targets import pattern_value
 
 
@@ -280,14 +281,36 @@ def test_a_broken_pattern_leaves_the_model_alone() -> None:
     assert not adapted_names(model)
 
 
-def test_loading_beside_a_training_adapter_leaves_its_biases_training(tmp_path: Path) -> None:
-    _, folder = saved(tmp_path)
-    model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"], bias="all"))
-    biases = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
-    lk.load_adapter(model, folder, "other")
-    assert biases <= {
-        name.replace("head.base_layer", "head") for name, p in model.named_parameters() if p.requires_grad
-    }
+@pytest.mark.parametrize(("first", "second"), [("all", "none"), ("none", "lora_only"), ("all", "all")])
+def test_an_adapter_that_trains_biases_is_alone(first: str, second: str, tmp_path: Path) -> None:
+    _, folder = saved(tmp_path, bias=second)
+    model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"], bias=first))
+    before = {name: (p.clone(), p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(lk.AdapterFileError, match="trains biases"):
+        lk.load_adapter(model, folder, "other")
+    with pytest.raises(ValueError, match=r"trains biases, .* the model has"):
+        lk.inject(model, lk.LoRAConfig(target_modules=["head"], bias=second), "other")
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(
+        torch.equal(after[name], p) and after[name].requires_grad == needed for name, (p, needed) in before.items()
+    )
+    again = lk.load_adapter(net(), folder)
+    lk.load_adapter(again, folder)  # the same one once more
+
+
+@pytest.mark.parametrize("active", [["default"], []])
+def test_a_second_adapter_changes_neither_the_output_nor_what_trains(active: list[str]) -> None:
+    model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"], init_lora_weights=False))
+    lk.set_adapter(model, active)
+    output, trains = model(X), set(map(id, lk.trainable_parameters(model)))
+    config = lk.LoRAConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["head"], init_lora_weights=False)
+    lk.inject(model, config, "other")
+    assert torch.equal(model(X), output) and set(map(id, lk.trainable_parameters(model))) == trains
+    assert model.layers[0].q_proj.active_adapters == active and model.layers[0].v_proj.active_adapters == []
+    assert model.head.active_adapter is None
+    lk.set_adapter(model, "other")
+    assert not torch.equal(model(X), output) and model.head.active_adapter == "other"
 
 
 def test_merging_is_all_or_nothing() -> None:
@@ -298,6 +321,18 @@ def test_merging_is_all_or_nothing() -> None:
         lk.merge(model)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert not any(model.get_submodule(name).merged for name in adapted_names(model))
+
+
+def test_a_merge_that_fails_leaves_the_earlier_adapter_active() -> None:
+    model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"]))
+    lk.inject(model, lk.LoRAConfig(target_modules=["q_proj"], use_dora=True), "two")
+    trains = set(map(id, lk.trainable_parameters(model)))
+    nn.init.zeros_(model.layers[2].q_proj.adapter_tensors("two")["lora_magnitude_vector"])
+    with pytest.raises(ValueError, match="a magnitude is zero"):
+        lk.merge(model, "two")
+    layers = [model.get_submodule(name) for name in adapted_names(model)]
+    assert not any(layer.merged for layer in layers) and all(layer.active_adapters == ["default"] for layer in layers)
+    assert set(map(id, lk.trainable_parameters(model))) == trains
 
 
 def test_files_are_pefts_both_ways(tmp_path: Path) -> None:
@@ -434,6 +469,16 @@ def test_faults_in_files_are_refused_and_change_nothing(fault: str, tmp_path: Pa
         lk.load_adapter(model, folder)
     assert not adapted_names(model) and torch.equal(model(X), answer)
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_patterns_of_a_file_have_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder = saved(tmp_path, rank_pattern={"head": 3, "nothing": 2})
+    lk.load_adapter(net(), folder)
+    monkeypatch.setattr(targets, "MAX_MATCHES", 7)
+    with pytest.raises(lk.AdapterFileError, match="2 patterns for 4 modules; expected at most 7 pairs"):
+        lk.load_adapter(net(), folder)
+    with pytest.raises(lk.AdapterFileError, match="no module"):  # which comes first
+        lk.load_adapter(nn.Sequential(nn.Linear(2, 2)), folder)
 
 
 def test_a_pattern_that_never_ends_is_given_up() -> None:

@@ -442,3 +442,100 @@ def test_the_hub_is_asked_only_when_it_is_wanted(tmp_path: Path, monkeypatch: py
 def test_fields_that_are_not_there_are_pefts_defaults() -> None:
     config = config_from_fields({"peft_type": "LORA", "target_modules": ["q_proj"]}, "a file")
     assert (config.r, config.lora_alpha) == (peft.LoraConfig().r, peft.LoraConfig().lora_alpha) == (8, 8)
+
+
+@pytest.mark.parametrize("field", ["use_rslora", "use_dora", "lora_bias"])
+def test_flags_and_patterns_have_their_types(field: str) -> None:
+    with pytest.raises(TypeError, match=f"{field} is 'false'"):
+        lk.LoRAConfig(**{field: "false"})
+    with pytest.raises(lk.AdapterFileError, match=f"{field} is 'false'"):
+        config_from_fields({field: "false"}, "a file")
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(TypeError, match=f"{pattern} is .*; expected a mapping"):
+            lk.LoRAConfig(**{pattern: [1]})
+
+
+def test_a_null_start_is_the_default() -> None:
+    assert config_from_fields({"init_lora_weights": None}, "a file").init_lora_weights is True
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(alpha_pattern={"v_proj": 8, "0.v_proj": 64}),
+        dict(rank_pattern={"v_proj": 8, "0.v_proj": 2}),
+        dict(alpha_pattern={"q_proj": 3, r".*q_proj": 64}, init_lora_weights="pissa"),
+        dict(alpha_pattern={".*q_proj": 64}, init_lora_weights="pissa"),
+    ],
+    ids=str,
+)
+def test_the_first_pattern_that_matches_counts_in_a_file_too(fields: dict[str, Any], tmp_path: Path) -> None:
+    def two() -> nn.Module:
+        torch.manual_seed(1)
+        blocks = [nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)}) for _ in range(2)]
+        return nn.Sequential(*blocks).double()
+
+    model = lk.inject(two(), lk.LoRAConfig(r=4, target_modules=["q_proj", "v_proj"], **fields))
+    shake(model)
+    again = lk.load_adapter(two(), lk.save_adapter(model, tmp_path))
+    for one, other in zip(model, again, strict=True):
+        for name in ("q_proj", "v_proj"):
+            x = torch.eye(8, dtype=torch.float64)
+            assert torch.allclose(one[name](x), other[name](x), atol=1e-12)
+    written = json.loads((tmp_path / CONFIG).read_text())
+    pattern = next(iter(fields))
+    assert list(written[pattern])[-len(fields[pattern]) :] == list(fields[pattern])
+
+
+def test_a_loaded_adapter_is_no_view_of_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lk.inject(net().float(), lk.LoRAConfig(target_modules=["q_proj"]))
+    folder = lk.save_adapter(model, tmp_path)
+    held = {key: tensor.half() for key, tensor in load_file(folder / WEIGHTS).items()}
+    monkeypatch.setattr("lorakernels.adapters.tensors._read_tensors", lambda path: dict(held))
+    layer = lk.load_adapter(net().float(), folder).q_proj
+    places = {parameter.data_ptr() for parameter in layer.adapter_tensors().values()}
+    assert not places & {tensor.data_ptr() for tensor in held.values()}
+
+
+def test_nothing_partial_stays_where_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"]))
+    monkeypatch.setattr("lorakernels.adapters.files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        lk.save_adapter(model, tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_a_saved_leaf_beside_all_biases_of_peft(name: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all", modules_to_save=["head.2"])
+    theirs = shake(peft.get_peft_model(net(), config, adapter_name=name)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = lk.load_adapter(net(), tmp_path if name == "default" else tmp_path / name)
+    assert torch.allclose(ours(IDS), theirs(IDS), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("to_save", [["head"], ["dec.head"]])
+def test_a_shared_module_to_save_goes_by_any_of_its_names(to_save: list[str], tmp_path: Path) -> None:
+    def shared() -> nn.Module:
+        torch.manual_seed(2)
+        one = nn.Linear(4, 4)
+        parts = {"enc": nn.ModuleDict({"head": one}), "dec": nn.ModuleDict({"head": one}), "q": nn.Linear(4, 4)}
+        return nn.ModuleDict(parts)
+
+    model = shake(lk.inject(shared(), lk.LoRAConfig(r=2, target_modules=["q"], modules_to_save=to_save)))
+    lk.save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for first, second in (("enc", "enc"), ("enc", "dec")):
+        renamed = {key.replace(f".{first}.", f".{second}."): tensor for key, tensor in tensors.items()}
+        save_file(renamed, tmp_path / WEIGHTS)
+        again: Any = lk.load_adapter(shared(), tmp_path)
+        assert torch.equal(again["dec"]["head"].weight, model["dec"]["head"].weight)  # type: ignore[index,union-attr]
+        assert again["enc"]["head"] is again["dec"]["head"]
+    other = {key.replace(".enc.", ".dec."): tensor + 1 for key, tensor in tensors.items() if ".enc." in key}
+    save_file(tensors | other, tmp_path / WEIGHTS)
+    with pytest.raises(lk.AdapterFileError, match="are one module"):
+        lk.load_adapter(shared(), tmp_path)

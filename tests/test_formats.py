@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakernels as lk
-from lorakernels.adapters import formats
+from lorakernels.adapters import targets
 from lorakernels.adapters.convert import convert
-from lorakernels.adapters.formats import PREFIX, read_adapter
+from lorakernels.adapters.formats import read_adapter
+from lorakernels.adapters.tensors import PREFIX
 
 Tensors = dict[str, torch.Tensor]
 NAN = float("nan")
@@ -344,7 +345,7 @@ def peft_folder(tmp_path: Path) -> Path:
     return tmp_path / "peft"
 
 
-Edit = Callable[[dict[str, Any], Tensors], None]
+Edit = Callable[[dict[str, Any], Tensors], object]
 P = f"{PREFIX}down_blocks.0.to_q"
 PEFT_FAULTS: dict[str, tuple[Edit, str]] = {
     "no B": (lambda c, t: t.__delitem__(f"{P}.lora_B.weight"), "no lora_B; expected both"),
@@ -362,6 +363,21 @@ PEFT_FAULTS: dict[str, tuple[Edit, str]] = {
     "bad pattern": (lambda c, t: c.update(alpha_pattern={"(": 2}), "alpha_pattern"),
     "endless pattern": (lambda c, t: c.update(alpha_pattern={"(a|aa)+!": 2}), "takes too long"),
     "loha": (lambda c, t: c.update(peft_type="LOHA"), "expected 'LORA'"),
+    "modules_to_save": (
+        lambda c, t: [c.update(modules_to_save=5), t.update({f"{PREFIX}score.weight": randn(2, 6)})],
+        "modules_to_save is 5; expected a list of module names",
+    ),
+    "groups that do not divide": (
+        lambda c, t: t.update({f"{P}.lora_A.weight": randn(2, 6, 3), f"{P}.lora_B.weight": randn(7, 1, 1)}),
+        r"lora_B \[7, 1, 1\]; expected",
+    ),
+    "NaN beside an integer": (
+        lambda c, t: [
+            c.update(modules_to_save=["norm"]),
+            t.update({f"{PREFIX}norm.count": torch.tensor(3), f"{PREFIX}norm.weight": torch.tensor([NAN])}),
+        ],
+        r"norm\.weight holds NaN or Inf",
+    ),
 }
 
 
@@ -442,6 +458,6 @@ def test_too_many_patterns(peft_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     config["rank_pattern"] = {"to_q": 2, "to_k": 2}
     (peft_folder / "adapter_config.json").write_text(json.dumps(config))
     read_adapter(peft_folder)
-    monkeypatch.setattr(formats, "MAX_MATCHES", 3)
+    monkeypatch.setattr(targets, "MAX_MATCHES", 3)
     with pytest.raises(lk.AdapterFileError, match="2 patterns for 2 modules; expected at most 3 pairs"):
         read_adapter(peft_folder)

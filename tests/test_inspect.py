@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+import lorakernels as lk
 from lorakernels.adapters.formats import Update
 from lorakernels.adapters.inspect import (
     effective_rank,
@@ -52,6 +53,20 @@ def test_singular_values_are_those_of_the_product(r: int, K: int, N: int, kernel
     assert abs(values.norm() - delta.norm()) < 1e-10
     p = expected[expected > 1e-12] / expected.sum()
     assert abs(effective_rank(values) - (-(p * p.log()).sum()).exp()) < 1e-10
+
+
+def test_singular_values_with_groups(tmp_path: Path) -> None:
+    """The product's, from the layer's own two convolutions: one of A on all channels, one of B by group."""
+    torch.manual_seed(4)
+    model = torch.nn.Sequential(torch.nn.Conv1d(8, 6, 1, groups=2, bias=False)).double()
+    config = lk.LoRAConfig(r=4, lora_alpha=4, target_modules=["0"], init_lora_weights=False)
+    lk.save_adapter(lk.inject(model, config), tmp_path / "adapter")
+    with torch.no_grad():
+        model[0].base_layer.weight.zero_()
+        delta = model(torch.eye(8, dtype=torch.float64)[..., None]).squeeze(-1).T
+    (row,) = inspect_adapter(tmp_path / "adapter").updates
+    values = torch.tensor(row.singular_values, dtype=torch.float64)
+    assert row.shape == (6, 8, 1) and (values - torch.linalg.svdvals(delta)[:4]).abs().max() < 1e-10
 
 
 def test_effective_rank_at_its_ends() -> None:

@@ -229,3 +229,38 @@ def test_adapters_are_float32_on_a_16_bit_base() -> None:
 def test_repr_tells_the_adapters() -> None:
     text = repr(lk.LoRALinear(24, 16, r=4, lora_dropout=0.1))
     assert "in_features=24" in text and "default: r=4, lora_alpha=16, scaling=4, dropout=0.1" in text
+
+
+@pytest.mark.parametrize("name", ["training", "_modules", "_parameters"])
+def test_names_of_a_containers_own_attributes_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is an attribute of"):
+        lk.LoRALinear(4, 4, adapter_name=name)
+
+
+def test_a_merged_weight_or_bias_that_float16_cannot_hold_is_refused() -> None:
+    for what in ("weight", "bias"):
+        layer = lk.LoRALinear(4, 4, r=1, lora_alpha=1, lora_bias=True, dtype=torch.float16)
+        with torch.no_grad():
+            getattr(layer, what).fill_(60000)
+            if what == "weight":
+                layer.lora_A["default"].weight.fill_(100)
+                layer.lora_B["default"].weight.fill_(100)
+            else:
+                layer.lora_B["default"].bias.fill_(10000)
+        before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+        with pytest.raises(ValueError, match=r"float16 weight that is not finite; nothing changed"):
+            layer.merge()
+        assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+        assert not layer.merged
+
+
+def test_a_tensor_scaling_stays_one_and_zero_is_the_base() -> None:
+    layer = trained(lk.LoRALinear(6, 5, r=2, use_dora=True))
+    nn.init.uniform_(layer.lora_magnitude_vector["default"].weight, 2, 3)
+    x = torch.randn(3, 6)
+    scaling = torch.tensor(2.0)
+    layer.scalings["default"] = scaling  # type: ignore[assignment]
+    assert not torch.allclose(layer(x), layer.base_layer(x))
+    layer.scaling = 0.0
+    assert layer.scalings["default"] is scaling and scaling == 0
+    assert torch.allclose(layer(x), layer.base_layer(x), atol=1e-6)

@@ -75,7 +75,8 @@ def config_from_fields(fields: dict[str, Any], source: str) -> LoRAConfig:
         # Off is what a field that we do not know says when it is None, False or empty.
         if name not in known and value not in (None, False, "", [], {}):
             raise AdapterFileError(f"{source}: {name}={value!r} changes what the adapter computes and is not supported")
-    init = fields.get("init_lora_weights", True)
+    init = fields.get("init_lora_weights")
+    init = True if init is None else init
     if init not in KEEP_THE_BASE:
         raise AdapterFileError(
             f"{source}: init_lora_weights={init!r} changes the base weight, and the files do not hold that change; "
@@ -94,7 +95,7 @@ def config_from_fields(fields: dict[str, Any], source: str) -> LoRAConfig:
 
 
 def write_config(path: Path, config: LoRAConfig) -> None:
-    """Write `config` as PEFT would."""
+    """Write `config` as PEFT would, the patterns in their own order: the first that matches counts."""
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
@@ -109,4 +110,4 @@ def write_config(path: Path, config: LoRAConfig) -> None:
         fields[name] = dict(value) if name.endswith("_pattern") else value
     if fields["init_lora_weights"] == "kaiming":
         fields["init_lora_weights"] = True  # PEFT's name for it
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

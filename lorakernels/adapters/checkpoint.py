@@ -105,9 +105,12 @@ class Checkpoint:
 
 
 def _weight_map(path: Path) -> dict[str, str]:
-    weight_map = read_json(path).get("weight_map")
+    index = read_json(path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:
         raise AdapterFileError(f"{path} has no weight_map; expected an object of tensor names and files")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise AdapterFileError(f"{path} has metadata={str(metadata)[:80]}; expected an object, or none")
     for shard in set(weight_map.values()):
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise AdapterFileError(f"{path} names the file {shard!r}; expected a .safetensors file beside it")
@@ -144,7 +147,9 @@ def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool 
     rows = merged.T if transposed else merged.flatten(1)
     rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
     if update.magnitude is not None:
-        rows *= (update.magnitude.to(dtype).flatten() / rows.norm(dim=1))[:, None]
+        norm = rows.norm(dim=1)
+        # A row of zeros stays one, where the formula says 0 / 0.
+        rows *= torch.where(norm == 0, 1, update.magnitude.to(dtype).flatten() / norm)[:, None]
     return merged
 
 
@@ -162,15 +167,19 @@ def merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
 def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to write into that becomes `out` at the end, or disappears with an error: `out` is whole or not there.
 
-    Raises AdapterFileError where `out` is one of `sources`, or exists and is not an empty folder.
+    Raises AdapterFileError where `out` is one of `sources` or the current folder, or exists and is not an empty one.
     """
-    out = Path(out)
-    if any(out.resolve() == source.resolve() for source in sources):
+    out = Path(out).resolve()  # "." and ".." have no name and no parent of their own
+    if any(out == source.resolve() for source in sources):
         raise AdapterFileError(f"{out} is what is read; expected another folder to write to")
+    if out == Path.cwd():
+        raise AdapterFileError(
+            f"{out} is the current folder, which cannot be replaced; expected a new one, by its name"
+        )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise AdapterFileError(f"{out} exists and is not an empty folder; expected a new one, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.resolve().name}.partial-{os.getpid()}"
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
         yield partial

@@ -10,6 +10,7 @@ from torch import nn
 
 from lorakernels.adapters.files import describing
 from lorakernels.adapters.inject import (
+    activity,
     adapted_layers,
     adapter_configs,
     layers_of,
@@ -92,12 +93,11 @@ def add_weighted_adapter(
                 raise ValueError(f"{path}: {error}") from error
     ranks = {path: A.shape[0] for path, (A, _) in pairs.items()}
 
-    needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    restore_activity = activity(model)
     with nothing_on_error(model, adapter_name, {}):
         for path, (A, B) in pairs.items():
             _add(layers[path], adapter_name, ranks[path], A, B)
-        for parameter, needed in needed_grad:
-            parameter.requires_grad_(needed)
+        restore_activity()
     config = LoRAConfig(r=max(ranks.values()), lora_alpha=max(ranks.values()), target_modules=sorted(pairs))
     config = describing(config, ranks, dict(ranks))
     model._lora_configs = {**configs, adapter_name: config}  # type: ignore[assignment]
@@ -113,11 +113,9 @@ def _check_can_be_combined(name: str, config: LoRAConfig) -> None:
 
 
 def _add(layer: LoRALayer, name: str, r: int, A: torch.Tensor, B: torch.Tensor) -> None:
-    active = layer.active_adapters
     layer.add_adapter(name, r, lora_alpha=r)
     for parameter, value in zip(layer.adapter_tensors(name).values(), (A, B), strict=True):
         parameter.data = value.to(parameter.device)
-    layer.set_adapter(active)
 
 
 def _factors(layer: LoRALayer, name: str) -> Pair:

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from lorakernels.adapters.adapter_config import AdapterFileError, write_config
 from lorakernels.adapters.checkpoint import Checkpoint, new_folder
-from lorakernels.adapters.formats import CONFIG_FILE, PEFT_FILE, PREFIX, AdapterFile, Update, most_common, read_adapter
+from lorakernels.adapters.formats import AdapterFile, Update, most_common, read_adapter
+from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorakernels.config import LoRAConfig
 
 # What sd-scripts puts before a module's name, the longer ones first.
@@ -60,7 +61,7 @@ def convert(
         if update.magnitude is not None:
             tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = update.magnitude.flatten()
     with new_folder(to, sources=[Path(source)]) as folder:
-        save_file(tensors, folder / PEFT_FILE, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         write_config(folder / CONFIG_FILE, config)
     return Path(to)
 

@@ -24,6 +24,7 @@ from lorakernels.adapters.inject import (
     layers_of,
     nothing_on_error,
     refuse_changed_base,
+    refuse_shared_biases,
     replace_modules,
 )
 from lorakernels.adapters.rank_slices import smaller
@@ -79,11 +80,16 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 def _write(folder: Path, tensors: Tensors, config: LoRAConfig) -> None:
     """Whole or not at all: a reader never meets half a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{WEIGHTS_FILE}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS_FILE)
-    write_config(folder / f".{CONFIG_FILE}.partial", config)
-    os.replace(folder / f".{CONFIG_FILE}.partial", folder / CONFIG_FILE)
+    weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        write_config(fields, config)
+        os.replace(weights, folder / WEIGHTS_FILE)
+        os.replace(fields, folder / CONFIG_FILE)
+    except BaseException:  # a full disk, an interrupt
+        weights.unlink(missing_ok=True)
+        fields.unlink(missing_ok=True)
+        raise
 
 
 def load_adapter(
@@ -209,7 +215,8 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
     """A name that is taken must mean the same layers, ranks and modules, whose weights are then replaced."""
     try:
         refuse_changed_base(model)
-    except RuntimeError as error:
+        refuse_shared_biases(model, contents.config, adapter_name)
+    except (RuntimeError, ValueError) as error:
         raise AdapterFileError(str(error)) from error
     layers = adapted_layers(model)
     merged = [path for path, layer in layers.items() if layer.merged]
@@ -239,8 +246,8 @@ def _set_weights(layer: LoRALayer, adapter_name: str, tensors: Tensors) -> None:
         if parameter.dtype == tensors[suffix].dtype:
             parameter.copy_(tensors[suffix])
         else:
-            # The parameter itself stays: an optimizer may have it.
-            parameter.data = tensors[suffix].to(parameter.device)
+            # The parameter itself stays: an optimizer may have it. A copy, since the tensor may be a view of the file.
+            parameter.data = tensors[suffix].to(parameter.device, copy=True)
 
 
 @torch.no_grad()

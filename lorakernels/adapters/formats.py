@@ -6,24 +6,21 @@ import json
 import math
 import os
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import regex
 import torch
 from safetensors import SafetensorError, safe_open
 
 from lorakernels.adapters.adapter_config import MAX_BYTES, AdapterFileError, config_from_fields
+from lorakernels.adapters.targets import by_pattern
+from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorakernels.config import scaling_of
 
-CONFIG_FILE = "adapter_config.json"
-PEFT_FILE = "adapter_model.safetensors"
 MLX_FILE = "adapters.safetensors"
-PREFIX = "base_model.model."
 
 # These change the maths and are understood here, so that they do not reach the check of unknown fields.
 _OWN_FIELDS = ("fan_in_fan_out", "init_lora_weights", "lora_bias", "modules_to_save", "use_dora")
@@ -46,10 +43,6 @@ _OTHER_KINDS = {
 }
 _EMBEDDINGS = ("embed_tokens", "embeddings", "embedding", "wte", "wpe", "word_embeddings", "tok_embeddings")
 _SAVED_WITH_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT saves these whole where the vocabulary has grown
-# Patterns times modules; a million take 2 s, and a real adapter has under a tenth of that.
-MAX_MATCHES = 4_000_000
-SECONDS_A_MATCH = 1.0
-SECONDS_FOR_ALL = 30.0
 T = TypeVar("T", int, float)
 
 
@@ -57,8 +50,8 @@ T = TypeVar("T", int, float)
 class Update:
     """The update of one module's weight: scaling · B A.
 
-    A is [r, K] and B [N, r] (linear), [r, K, *kernel] and [N, r, 1, ...] (convolution), or [r, vocabulary] and
-    [width, r] (`embedding`, whose weight [vocabulary, width] gets the transpose). `magnitude` is DoRA's length of
+    A is [r, K] and B [N, r] (linear), [r, K, *kernel] and [N, r / groups, 1, ...] (convolution), or [r, vocabulary]
+    and [width, r] (`embedding`, whose weight [vocabulary, width] gets the transpose). `magnitude` is DoRA's length of
     every row, `lora_bias` PEFT's bias beside lora_B.
     """
 
@@ -73,6 +66,11 @@ class Update:
     @property
     def r(self) -> int:
         return self.A.shape[0]
+
+    @property
+    def groups(self) -> int:
+        """Of a convolution: A reads all channels, and each group of B's rows a part of A's outputs."""
+        return self.A.shape[0] // self.B.shape[1]
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -111,18 +109,18 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
             f"{path} is no .safetensors file; a pickle (.bin, .pt, .ckpt) can run any code and is not read: "
             "convert it with safetensors.torch.save_file where you trust it"
         )
-    if path.name in (PEFT_FILE, MLX_FILE) and (path.parent / CONFIG_FILE).is_file():
+    if path.name in (WEIGHTS_FILE, MLX_FILE) and (path.parent / CONFIG_FILE).is_file():
         return _read_folder(path.parent)
     return _read_kohya(path)
 
 
 def _read_folder(folder: Path) -> AdapterFile:
     here = sorted(os.listdir(folder))
-    if PEFT_FILE in here or MLX_FILE in here:
+    if WEIGHTS_FILE in here or MLX_FILE in here:
         fields = read_json(folder / CONFIG_FILE)
-        if PEFT_FILE in here and MLX_FILE in here:
-            raise AdapterFileError(f"{folder} has {PEFT_FILE} (PEFT) and {MLX_FILE} (mlx-lm); expected one of them")
-        return _read_peft(folder, fields) if PEFT_FILE in here else _read_mlx(folder, fields)
+        if WEIGHTS_FILE in here and MLX_FILE in here:
+            raise AdapterFileError(f"{folder} has {WEIGHTS_FILE} (PEFT) and {MLX_FILE} (mlx-lm); expected one of them")
+        return _read_peft(folder, fields) if WEIGHTS_FILE in here else _read_mlx(folder, fields)
     single = [name for name in here if name.endswith(".safetensors")]
     if len(single) == 1 and CONFIG_FILE not in here:
         return _read_kohya(folder / single[0])
@@ -131,7 +129,7 @@ def _read_folder(folder: Path) -> AdapterFile:
     if pickles:
         mend = f"; {', '.join(pickles[:3])} is not read, convert it to safetensors where you trust it"
     raise AdapterFileError(
-        f"{folder} holds no adapter; expected {CONFIG_FILE} with {PEFT_FILE} (PEFT) or {MLX_FILE} (mlx-lm), "
+        f"{folder} holds no adapter; expected {CONFIG_FILE} with {WEIGHTS_FILE} (PEFT) or {MLX_FILE} (mlx-lm), "
         f"or one .safetensors file (kohya). It has: {', '.join(here[:10]) or 'nothing'}{mend}"
     )
 
@@ -143,27 +141,29 @@ def _read_peft(folder: Path, fields: dict[str, Any]) -> AdapterFile:
     source = folder / CONFIG_FILE
     plain = {name: value for name, value in fields.items() if name not in _OWN_FIELDS}
     config = config_from_fields(plain, str(source))
-    tensors = read_tensors(folder / PEFT_FILE)[0]
+    saved = _saved_names(fields, source)
+    tensors = read_tensors(folder / WEIGHTS_FILE)[0]
     parts: dict[str, dict[str, torch.Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         match = _PEFT_KEY.fullmatch(name)
-        if not key.startswith(PREFIX) or (match is None and not _is_declared(name, fields)):
-            raise _unknown(folder / PEFT_FILE, key, f"{PREFIX}<module>.lora_A.weight or .lora_B.weight")
+        if not key.startswith(PREFIX) or (match is None and not _is_declared(name, fields, saved)):
+            raise _unknown(folder / WEIGHTS_FILE, key, f"{PREFIX}<module>.lora_A.weight or .lora_B.weight")
         if match is None:
-            others[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            if not _is_repeated(key, tensors):
+                others[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
             continue
         factor = match["linear"] or match["embedding"] or "magnitude"
         part = f"lora_{'embedding_' if match['embedding'] else ''}{factor}" if factor != "magnitude" else factor
         parts.setdefault(match["path"], {})["bias" if match["what"] == "bias" else part] = tensor
-    ranks = _by_pattern(parts, config.rank_pattern, config.r, source)
-    alphas = _by_pattern(parts, config.alpha_pattern, config.lora_alpha, source)
+    ranks = by_pattern(parts, config.rank_pattern, config.r, source)
+    alphas = by_pattern(parts, config.alpha_pattern, config.lora_alpha, source)
     updates = {}
     for path, found in parts.items():
         embedding = any(part.startswith("lora_embedding_") for part in found)
         names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-        A, B = _pair(path, found, names)
+        A, B = _pair(path, found, names, grouped=True)
         if A.shape[0] != ranks[path]:
             raise AdapterFileError(
                 f"{path}: the tensors have rank {A.shape[0]} and {CONFIG_FILE} says {ranks[path]}; expected one rank"
@@ -180,38 +180,33 @@ def _read_peft(folder: Path, fields: dict[str, Any]) -> AdapterFile:
     return _checked(AdapterFile("peft", folder, fields, updates, others))
 
 
-def _is_declared(name: str, fields: Mapping[str, Any]) -> bool:
+def _saved_names(fields: Mapping[str, Any], source: Path) -> list[str]:
+    saved = fields.get("modules_to_save") or []
+    names = [saved] if isinstance(saved, str) else saved
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise AdapterFileError(f"{source}: modules_to_save is {saved!r}; expected a list of module names, or null")
+    return names
+
+
+def _is_repeated(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a key is one of those that bias="all" adds for the biases inside modules_to_save.
+
+    They are the untrained original's, and the trained ones again, under the wrapper's names for them.
+    """
+    if ".original_module." in key:
+        return True
+    module, inside, name = key.partition(".modules_to_save.")
+    plain = (f"{module}.{name}", f"{module}.{name.partition('.')[2]}")  # the second: after the adapter's name
+    return bool(inside) and any(other in tensors and torch.equal(tensors[other], tensors[key]) for other in plain)
+
+
+def _is_declared(name: str, fields: Mapping[str, Any], saved: Iterable[str]) -> bool:
     """Whether a tensor that is no adapter's was trained beside it, as the configuration says."""
     if fields.get("bias", "none") != "none" and name.endswith(".bias"):
         return True
-    saved = fields.get("modules_to_save") or ()
-    names = [str(n) for n in ([saved] if isinstance(saved, str) else saved)]
-    if any(part and f"{part}." in name for part in names):  # PEFT means every module whose name ends so
+    if any(part and f"{part}." in name for part in saved):  # PEFT means every module whose name ends so
         return True
     return name.endswith(".weight") and name.split(".")[-2] in _SAVED_WITH_EMBEDDINGS
-
-
-def _by_pattern(paths: Iterable[str], patterns: Mapping[str, T], otherwise: T, source: Path) -> dict[str, T]:
-    """PEFT's rule for rank_pattern and alpha_pattern, each pattern compiled once: a converted file has one a module."""
-    paths = list(paths)
-    if len(paths) * len(patterns) > MAX_MATCHES:
-        raise AdapterFileError(
-            f"{source}: {len(patterns):,} patterns for {len(paths):,} modules; expected at most {MAX_MATCHES:,} pairs"
-        )
-    values = {}
-    try:
-        compiled = [(regex.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in patterns.items()]
-        end = time.monotonic() + SECONDS_FOR_ALL
-        for path in paths:
-            found = (value for one, value in compiled if one.fullmatch(path, timeout=SECONDS_A_MATCH))
-            values[path] = next(found, otherwise)
-            if time.monotonic() > end:
-                raise TimeoutError
-    except regex.error as error:
-        raise AdapterFileError(f"{source}: rank_pattern or alpha_pattern: {error}") from error
-    except TimeoutError as error:
-        raise AdapterFileError(f"{source}: rank_pattern or alpha_pattern takes too long; simplify it") from error
-    return values
 
 
 # ------------------------------------------------------------------------------------------- kohya
@@ -328,9 +323,13 @@ def _unknown(file: Path, key: str, expected: str) -> AdapterFileError:
 
 
 def _pair(
-    path: str, found: Mapping[str, torch.Tensor], names: tuple[str, str], transposed: bool = False
+    path: str,
+    found: Mapping[str, torch.Tensor],
+    names: tuple[str, str],
+    transposed: bool = False,
+    grouped: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors of a module. `transposed`: [K, r] and [r, N]."""
+    """Both factors of a module. `transposed`: [K, r] and [r, N]. `grouped`: a convolution may have groups."""
     missing = [name for name in names if name not in found]
     if missing:
         raise AdapterFileError(f"module {path!r} has no {missing[0]}; expected both {names[0]} and {names[1]}")
@@ -343,7 +342,10 @@ def _pair(
             f"{path}: {names[0]} is {list(A.shape)} and {names[1]} {list(B.shape)}; expected {forms}"
         )
     ranks = (A.shape[1], B.shape[0]) if transposed else (A.shape[0], B.shape[1])
-    if ranks[0] != ranks[1] or 0 in (*A.shape, *B.shape):
+    empty = 0 in (*A.shape, *B.shape)
+    if conv and grouped and not empty and ranks[0] % ranks[1] == 0 and B.shape[0] % (ranks[0] // ranks[1]) == 0:
+        return A, B
+    if ranks[0] != ranks[1] or empty:
         raise AdapterFileError(
             f"{path}: {names[0]} is {list(A.shape)} and {names[1]} {list(B.shape)}; expected "
             f"{'[K, r] and [r, N]' if transposed else '[r, K] and [N, r]'} with one r of at least 1 (transposed?)"
@@ -362,7 +364,8 @@ def _checked(adapter: AdapterFile) -> AdapterFile:
             if vector is not None and vector.numel() != length:
                 raise AdapterFileError(f"{path}: the {name} is {list(vector.shape)}; expected {length} numbers")
     for name, tensor in adapter.others.items():
-        _check_numbers(name, tensor)
+        if tensor.is_floating_point():  # BatchNorm counts its batches in int64
+            _check_numbers(name, tensor)
     return adapter
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -18,7 +18,7 @@ from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
 def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) -> nn.Module:
     """Give the target layers of `model` an adapter, in place, and freeze everything else.
 
-    Layers that have an adapter already get another one beside it, not active until `set_adapter`.
+    In a model that has adapters already the new one is not active until `set_adapter`, and what trains stays the same.
     Nothing changes when an error is raised.
 
     Args:
@@ -31,13 +31,14 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
 
     Raises:
         ValueError: nothing matches (with near names), or the name is taken or malformed, or a layer cannot have
-            such an adapter.
+            such an adapter; one of several adapters trains biases.
         TypeError: a target is not a layer that can be adapted.
         RuntimeError: adapters are merged, or one in the model has changed the base weights (PiSSA, OLoRA).
     """
     check_adapter_name(adapter_name)
     if adapter_name in adapter_configs(model):
         raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(adapter_configs(model))}")
+    refuse_shared_biases(model, config, adapter_name)
     targets = find_targets(model, config)
     whole = find_modules_to_save(model, config.modules_to_save)
     missing = [ending for ending in config.modules_to_save or () if not any(name.endswith(ending) for name in whole)]
@@ -55,6 +56,7 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
         )
 
     made: dict[nn.Module, nn.Module] = {}
+    restore_activity = activity(model)
     with nothing_on_error(model, adapter_name, made):
         given: set[nn.Module] = set()
         for name, module in targets.items():
@@ -65,11 +67,12 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
                 given.add(module)
         made |= give_copies(whole.values(), adapter_name)
         replace_modules(model, made)
-        if any(adapter_name in layer.active_adapters for layer in adapted_layers(model).values()):
+        if adapter_configs(model):
+            restore_activity()
+        else:
             for wrapper in saved_modules(model).values():
-                if wrapper.active_adapter is None:
-                    wrapper.set_adapter([adapter_name])
-        freeze_all_but_adapters(model, config.bias)
+                wrapper.set_adapter([adapter_name])
+            freeze_all_but_adapters(model, config.bias)
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return model
 
@@ -139,6 +142,35 @@ def nothing_on_error(model: nn.Module, adapter_name: str, made: Mapping[nn.Modul
         for parameter, needed in needed_grad:
             parameter.requires_grad_(needed)
         raise
+
+
+def activity(model: nn.Module) -> Callable[[], None]:
+    """What brings back the adapters that are active now and what trains; in layers made since then none is active."""
+    layers = {layer: layer.active_adapters for layer in adapted_layers(model).values()}
+    wrappers = {wrapper: wrapper.active_adapter for wrapper in saved_modules(model).values()}
+    needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for layer in adapted_layers(model).values():
+            layer.set_adapter(layers.get(layer, []))
+        for wrapper in saved_modules(model).values():
+            active = wrappers.get(wrapper)
+            wrapper.set_adapter([] if active is None else [active])
+        for parameter, needed in needed_grad:
+            parameter.requires_grad_(needed)
+
+    return restore
+
+
+def refuse_shared_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> None:
+    """Raise ValueError where two adapters would meet in the base model's biases (PEFT's rule)."""
+    others = {name: other for name, other in adapter_configs(model).items() if name != adapter_name}
+    with_bias = [name for name, one in {**others, adapter_name: config}.items() if one.bias != "none"]
+    if others and with_bias:
+        raise ValueError(
+            f"adapter {with_bias[0]!r} trains biases, which are the base model's own, so it can only be alone; the "
+            f'model has {list(others)}. Set bias="none" for all of several adapters'
+        )
 
 
 def refuse_changed_base(model: nn.Module, but_by: str | None = None) -> None:

@@ -54,9 +54,11 @@ class AdapterReport:
 def singular_values(update: Update) -> torch.Tensor:
     """The singular values of scaling · B A in float64, largest first, without forming B A.
 
-    With B = Q_B R_B and Aᵀ = Q_A R_A, B A = Q_B (R_B R_Aᵀ) Q_Aᵀ has those of the [r, r] matrix in the middle.
+    With B = Q_B R_B and Aᵀ = Q_A R_A, B A = Q_B (R_B R_Aᵀ) Q_Aᵀ has those of the [r, r] matrix in the middle. The B of
+    a convolution with groups is block-diagonal here.
     """
-    R_B = torch.linalg.qr(update.B.double().flatten(1), mode="r").R
+    B = torch.block_diag(*update.B.double().flatten(1).chunk(update.groups))
+    R_B = torch.linalg.qr(B, mode="r").R
     R_A = torch.linalg.qr(update.A.double().flatten(1).T, mode="r").R
     return torch.linalg.svdvals(R_B @ R_A.T) * abs(update.scaling)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorakernels.adapters.inject import adapted_layers
+from lorakernels.adapters.inject import activity, adapted_layers
 from lorakernels.adapters.switch import set_adapter
 from lorakernels.nn.layer import LoRALayer
 
@@ -13,14 +13,21 @@ def merge(model: nn.Module, names: str | list[str] | None = None, *, keep_base: 
     """Merge the active adapters, or `names` after making them active, into the base weights.
 
     With `keep_base` every weight is copied first, so that `unmerge` brings it back to the bit. Raises ValueError, and
-    changes nothing, when a merged weight would not be finite.
+    changes nothing, when a merged weight would not be finite in its dtype, when DoRA's magnitude of a row is zero and
+    the weight not kept, and when a layer cannot be merged.
     """
+    restore_activity = activity(model)
     if names is not None:
         set_adapter(model, names)
     layers = [layer for layer in adapted_layers(model).values() if layer.active_adapters and not layer.merged]
-    _refuse_tied(model, layers)
-    for layer in layers:
-        layer.merged_weight()  # all or none: raises before the first layer changes
+    try:
+        _refuse_tied(model, layers)
+        for layer in layers:
+            layer.check_merge(keep_base)  # all or none: raises before the first layer changes
+    except Exception:
+        if names is not None:
+            restore_activity()
+        raise
     for layer in layers:
         layer.merge(keep_base=keep_base)
 

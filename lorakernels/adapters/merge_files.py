@@ -11,12 +11,19 @@ from typing import Any
 import torch
 
 from lorakernels.adapters.adapter_config import AdapterFileError, config_from_fields
-from lorakernels.adapters.checkpoint import Checkpoint, merged_bias, merged_weight, new_folder, write_changed
-from lorakernels.adapters.formats import CONFIG_FILE, AdapterFile, Update, read_adapter
+from lorakernels.adapters.checkpoint import DTYPES, Checkpoint, merged_bias, merged_weight, new_folder, write_changed
+from lorakernels.adapters.formats import AdapterFile, Update, read_adapter
+from lorakernels.adapters.tensors import CONFIG_FILE
 
 # Their linear layers are transformers' Conv1D, whose weight is [in, out].
 CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 _HEADS = ("lm_head", "embed_out", "output_projection")
+_WORD_EMBEDDINGS = (
+    *("embed_tokens", "embed_in", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding"),
+    *("tokens_embed", "w", "word_embedding", "word_embeddings", "wte"),
+)
+_POSITIONS = ("embed_positions", "position_embeddings", "positions_embed", "wpe")
+_ENDS_IN_WORDS = ("ConditionalGeneration", "DoubleHeads", "LM", "PreTraining")
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -91,6 +98,8 @@ def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
         reason = checkpoint.quantised(target.rpartition(".")[0])
         if reason:
             raise AdapterFileError(f"{target} is quantised ({reason}); expected a checkpoint of floats")
+        if value.is_floating_point() != (info.dtype in DTYPES):
+            raise AdapterFileError(f"the adapter's {name} is {value.dtype}, and {checkpoint.folder} has {info.dtype}")
         if target in changes and not target.endswith(".bias"):
             raise AdapterFileError(f"the adapter both replaces and updates {name}; expected one of them")
         changes[target] = partial(_replaced, value=value, then=changes.get(target))
@@ -98,6 +107,7 @@ def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
 
 
 def _replaced(old: torch.Tensor, value: torch.Tensor, then: Change | None) -> torch.Tensor:
+    value = value if value.is_floating_point() else value.to(old.dtype)  # the writer rounds floats only
     return value if then is None else then(value)
 
 
@@ -159,6 +169,11 @@ def _check_weight(
         )
     if fan_in_fan_out and (update.embedding or _is_head(module)):
         raise AdapterFileError(f"{module} is not [in, out] as fan_in_fan_out=True says; merge this one with PEFT")
+    if update.groups > 1:
+        raise AdapterFileError(
+            f"{module} is a convolution with {update.groups} groups, whose adapter reads the channels of all of them: "
+            "no weight of the layer does that; keep the adapter unmerged"
+        )
     shape = torch.Size((update.B.shape[0], *update.A.shape[1:]))
     if update.embedding or fan_in_fan_out:
         shape = torch.Size(reversed(shape))
@@ -178,23 +193,37 @@ def _check_tied(
     rename: Callable[[str], str],
 ) -> None:
     """Refuse to change one end of an embedding and head that are one tensor: the other end would change too."""
-    embeddings = {f"{rename(path)}.weight" for path, update in adapter.updates.items() if update.embedding}
-    ends = {name for name in (*changes, *map(rename, adapter.others)) if _is_head(name.removesuffix(".weight"))}
-    ends |= embeddings | {name for name in map(rename, adapter.others) if name.endswith("embed_tokens.weight")}
     inner = config.get("text_config")
-    flag = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
-    for name in sorted(ends):
+    both = {**(inner if isinstance(inner, dict) else {}), **config}
+    flag, vocabulary = both.get("tie_word_embeddings"), both.get("vocab_size")
+    embeddings = {f"{rename(path)}.weight" for path, update in adapter.updates.items() if update.embedding}
+    replaced = {rename(name) for name in adapter.others}
+    for name in sorted({*changes, *replaced}):
         info = checkpoint.tensors.get(name)
-        twins = [other for other, has in checkpoint.tensors.items() if info is not None and has.shape == info.shape]
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        if info is None or len(info.shape) != 2 or leaf in _POSITIONS:
+            continue
+        whole = name in replaced and (leaf in _WORD_EMBEDDINGS or info.shape[0] == vocabulary)
+        if not (leaf in _HEADS or name in embeddings or whole):
+            continue
         # Configurations leave the flag out where it is their class's default; then a head of its own tells.
-        if flag or (flag is None and len(twins) < 2 and _has_head(config)):
+        twins = [
+            other
+            for other, has in checkpoint.tensors.items()
+            if other != name and has.shape == info.shape and (leaf in _HEADS or not _is_embedding(other))
+        ]
+        if flag or (flag is None and not twins and _has_head(config)):
             raise AdapterFileError(
                 f"the adapter changes {name}, which is tied (tie_word_embeddings): embedding and head are one tensor, "
                 "and merged both would change; untie them in the model first, or keep the adapter unmerged"
             )
 
 
+def _is_embedding(name: str) -> bool:
+    return name.removesuffix(".weight").rpartition(".")[2] in (*_WORD_EMBEDDINGS, *_POSITIONS)
+
+
 def _has_head(config: dict[str, Any]) -> bool:
     """Whether the model ends in words: only there can an embedding be tied."""
     names = config.get("architectures") or ["LM"]
-    return any("LM" in str(name) or "ConditionalGeneration" in str(name) for name in names)
+    return any(part in str(name) for name in names for part in _ENDS_IN_WORDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from lorakernels.adapters.inject import adapted_layers, adapter_configs, replace_modules
@@ -47,11 +46,7 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
 
 def set_scaling(layer: LoRALayer, name: str, scaling: float) -> None:
     """Set what an adapter is scaled with; in a slot for hot swaps the tensor stays, and gets the value."""
-    old = layer.scalings[name]
-    if isinstance(old, torch.Tensor):
-        old.fill_(scaling)
-    else:
-        layer.scalings[name] = scaling
+    layer._set_scaling(name, scaling)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import regex
 from torch import nn
 
+from lorakernels.adapters.adapter_config import AdapterFileError
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
 from lorakernels.nn.adapt import LAYERS
@@ -16,6 +19,9 @@ from lorakernels.nn.layer import LoRALayer
 
 ALL_LINEAR = "all-linear"
 SECONDS_A_MATCH = 1.0
+SECONDS_FOR_ALL = 30.0
+# Patterns times modules; a million take 2 s, and a real adapter has under a tenth of that.
+MAX_MATCHES = 4_000_000
 WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 T = TypeVar("T")
 
@@ -85,6 +91,34 @@ def pattern_value(name: str, patterns: Mapping[str, T], otherwise: T) -> T:
         if _fullmatch(rf"(.*\.)?({pattern})", name):
             return value
     return otherwise
+
+
+def by_pattern(paths: Iterable[str], patterns: Mapping[str, T], otherwise: T, source: Path | str) -> dict[str, T]:
+    """`pattern_value` of many modules of a file, each pattern compiled once: a converted file has one a module.
+
+    Raises AdapterFileError, naming `source`, where a pattern is none or where all of it takes too long.
+    """
+    paths = list(paths)
+    if len(paths) * len(patterns) > MAX_MATCHES:
+        raise AdapterFileError(
+            f"{source}: {len(patterns):,} patterns for {len(paths):,} modules; expected at most {MAX_MATCHES:,} pairs"
+        )
+    values = {}
+    try:
+        compiled = [(regex.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in patterns.items()]
+        end = time.monotonic() + SECONDS_FOR_ALL
+        for path in paths:
+            found = (value for one, value in compiled if one.fullmatch(path, timeout=SECONDS_A_MATCH))
+            values[path] = next(found, otherwise)
+            if time.monotonic() > end:
+                raise TimeoutError
+    except regex.error as error:
+        raise AdapterFileError(
+            f"{source}: rank_pattern or alpha_pattern: one is not a regular expression ({error})"
+        ) from error
+    except TimeoutError as error:
+        raise AdapterFileError(f"{source}: rank_pattern or alpha_pattern takes too long; simplify it") from error
+    return values
 
 
 def _fullmatch(pattern: str, name: str) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 from lorakernels.adapters.adapter_config import AdapterFileError, read_config
 from lorakernels.adapters.inject import adaptable
 from lorakernels.adapters.saved_modules import SavedModule, state_of
-from lorakernels.adapters.targets import find_modules_to_save, owner_of, pattern_value, plain_modules
+from lorakernels.adapters.targets import by_pattern, find_modules_to_save, owner_of, plain_modules
 from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.nn.adapt import LAYERS
 from lorakernels.nn.layer import MAGNITUDE, LoRALayer
@@ -59,21 +59,19 @@ def read_contents(model: nn.Module, folder: Path) -> Contents:
         whole_modules = find_modules_to_save(model, config.modules_to_save)
     except TypeError as error:
         raise AdapterFileError(str(error)) from error
-    whole = _take_whole(tensors, whole_modules)
+    modules = dict(plain_modules(model))
+    whole = _take_whole(tensors, whole_modules, modules)
     layers = _take_layers(tensors, whole_modules)
     biases = _take_biases(tensors, model, config)
     _refuse_the_rest(tensors, model)
     if not layers:
         raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no tensors of an adapted layer")
-    modules = dict(plain_modules(model))
-    try:
-        ranks = {path: pattern_value(path, config.rank_pattern, config.r) for path in layers}
-        alphas = {path: pattern_value(path, config.alpha_pattern, config.lora_alpha) for path in layers}
-    except ValueError as error:
-        raise AdapterFileError(f"{CONFIG_FILE}: rank_pattern or alpha_pattern: {error}") from error
+    bases = {path: _layer(modules, path) for path in layers}  # first of all: how many there can be is the model's
+    ranks = by_pattern(layers, config.rank_pattern, config.r, CONFIG_FILE)
+    alphas = by_pattern(layers, config.alpha_pattern, config.lora_alpha, CONFIG_FILE)
     for path, own in layers.items():
-        _check_layer(path, _layer(modules, path), own, ranks[path], alphas[path], config)
-    return Contents(config, {**modules, **whole_modules}, layers, ranks, alphas, whole, biases)
+        _check_layer(path, bases[path], own, ranks[path], alphas[path], config)
+    return Contents(config, modules, layers, ranks, alphas, whole, biases)
 
 
 def _existing(folder: Path, name: str) -> Path:
@@ -102,26 +100,38 @@ def _read_tensors(path: Path) -> Tensors:
         raise AdapterFileError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _take_whole(tensors: Tensors, modules: Mapping[str, nn.Module]) -> dict[str, Tensors]:
-    """The tensors of `modules`, out of `tensors`: all that a module's state dict has, and of the same shapes."""
+def _take_whole(
+    tensors: Tensors, to_save: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensors]:
+    """The tensors of the modules `to_save`, out of `tensors`: all that a module's state dict has, of the same shapes.
+
+    One that the model has under several names may be in the file under any of them, and comes back under its first.
+    """
     whole: dict[str, Tensors] = {}
-    for path, module in modules.items():
+    for module in dict.fromkeys(to_save.values()):
+        names = [name for name, other in modules.items() if other is module]
+        path = names[0]
         whole[path] = {}
         for name, own in state_of(module.original_module if isinstance(module, SavedModule) else module).items():
-            value = tensors.pop(f"{PREFIX}{path}.{name}", None)
+            values = [tensors.pop(key) for key in (f"{PREFIX}{one}.{name}" for one in names) if key in tensors]
+            value = values[0] if values else None
             if value is None:
                 raise AdapterFileError(f"module {path!r} has no tensor {name!r} in the file; modules_to_save means all")
             if value.shape != own.shape or value.is_floating_point() != own.is_floating_point():
                 found = f"{list(value.shape)}, {value.dtype}"
                 raise AdapterFileError(f"{path}.{name} is {found}; expected {list(own.shape)}, {own.dtype}")
+            if not all(torch.equal(value, other) for other in values[1:]):
+                raise AdapterFileError(f"{' and '.join(names)} are one module, of which the file has two {name!r}")
             _check_finite(f"{path}.{name}", value)
             whole[path][name] = value
-        # PEFT repeats the biases under the names that they have inside its wrapper where bias="all".
-        inside = re.compile(rf"{re.escape(PREFIX + path)}\.modules_to_save\.[^.]+\.(.+\.)?bias")
-        for key in [key for key in tensors if inside.fullmatch(key)]:
-            own_name = key.removeprefix(f"{PREFIX}{path}.modules_to_save.").partition(".")[2]
-            if own_name in whole[path] and torch.equal(tensors[key], whole[path][own_name]):
-                del tensors[key]
+        # PEFT repeats the biases under the names that they have inside its wrapper where bias="all"; those of a module
+        # without others in it come without the adapter's name.
+        for inside in [f"{PREFIX}{name}.modules_to_save." for name in names]:
+            for key in [key for key in tensors if key.startswith(inside) and key.endswith("bias")]:
+                ending = key.removeprefix(inside)
+                copied = whole[path].get(ending, whole[path].get(ending.partition(".")[2]))
+                if copied is not None and torch.equal(tensors[key], copied):
+                    del tensors[key]
     return whole
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from lorakernels.config import check_alpha, check_dropout, check_init, check_rank, check_variant, scaling_of
+from lorakernels.config import check_alpha, check_dropout, check_flag, check_init, check_rank, check_variant, scaling_of
 from lorakernels.nn import init, merging
 from lorakernels.nn.dora import Magnitude
 
@@ -178,6 +178,7 @@ class LoRALayer(nn.Module):
         check_rank(r)
         check_alpha(lora_alpha)
         check_dropout(lora_dropout)
+        check_flag(use_rslora, "use_rslora")
         check_adapter_name(adapter_name)
         scaling = scaling_of(lora_alpha, r, use_rslora)
         self.check_adapter(self.base_layer, r, scaling, init_lora_weights, use_dora, lora_bias)
@@ -276,7 +277,15 @@ class LoRALayer(nn.Module):
     def scaling(self, value: float) -> None:
         check_alpha(value, "scaling")
         self._refuse_while_merged()
-        self.scalings[self._only_active("scaling")] = float(value)
+        self._set_scaling(self._only_active("scaling"), float(value))
+
+    def _set_scaling(self, name: str, scaling: float) -> None:
+        """In a slot for hot swaps the tensor stays, and gets the value."""
+        old = self.scalings[name]
+        if isinstance(old, torch.Tensor):
+            old.fill_(scaling)
+        else:
+            self.scalings[name] = scaling
 
     def own_scaling(self, adapter_name: str) -> float:
         """The scaling that an adapter was made with."""
@@ -307,10 +316,14 @@ class LoRALayer(nn.Module):
         """
         merging.merge(self, keep_base)
 
+    def check_merge(self, keep_base: bool = False) -> None:
+        """Raise the ValueError that `merge` would raise."""
+        merging.check(self, keep_base)
+
     def merged_weight(self) -> torch.Tensor:
         """The base weight with the active adapters in it, float32 (float64 for a float64 base).
 
-        Raises ValueError when it is not finite, or when the adapters cannot be merged.
+        Raises ValueError when it is not finite in the base's dtype, or when the adapters cannot be merged.
         """
         return merging.merged_weight(self)
 
@@ -330,7 +343,10 @@ class LoRALayer(nn.Module):
             return None
         weight = self.weight if weight is None else weight
         magnitude: Any = self.lora_magnitude_vector[name]
-        return magnitude.row_scale(weight, self._matrix(weight), *self._factors(name), self.scalings[name])
+        scaling: Any = self.scalings[name]
+        scale = magnitude.row_scale(weight, self._matrix(weight), *self._factors(name), scaling)
+        # A tensor of zero is not seen by _is_off, and the layer is its base with it too.
+        return torch.where(scaling == 0, 1.0, scale) if isinstance(scaling, torch.Tensor) else scale
 
     def _sum_of_row_scales(self, names: list[str]) -> tuple[dict[str, torch.Tensor | None], torch.Tensor | None]:
         """Each adapter's factors, and 1 + Σ (factor - 1): what the base product is multiplied by; None without DoRA."""
@@ -373,6 +389,12 @@ class LoRALayer(nn.Module):
                     "call unmerge() first, or eval()"
                 )
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.merged:
+            *_, error_messages = args
+            error_messages.append(f"{prefix[:-1]!r} has adapters merged into its base weight; call unmerge() first")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         adapters = ", ".join(
             f"{name}: r={self.r[name]}, lora_alpha={self.lora_alpha[name]:g}, scaling={self.scalings[name]:g}, "
@@ -388,7 +410,7 @@ def check_adapter_name(name: Any) -> None:
     if not isinstance(name, str) or not name or any(c in name for c in "./\\\0") or name != name.strip():
         raise ValueError(f"adapter name {name!r}: expected text without dots, slashes or spaces around it")
     for container in (nn.ModuleDict, nn.ParameterDict):
-        if hasattr(container, name):
+        if hasattr(container(), name):
             raise ValueError(f"adapter name {name!r} is an attribute of torch.nn.{container.__name__}; use another")
 
 

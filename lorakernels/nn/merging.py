@@ -74,19 +74,34 @@ def merge(layer: LoRALayer, keep_base: bool) -> None:
     if layer.merged:
         warnings.warn(f"adapters {layer.merged_adapters} are merged already: nothing to do", stacklevel=3)
         return
+    records, weight, bias = _prepared(layer, keep_base)
+    if keep_base:
+        kept_bias = None if bias is None or layer.bias is None else layer.bias.clone()
+        layer._kept_base = KeptBase(layer.weight.detach().clone(), kept_bias)
+    layer.weight.copy_(weight)
+    if bias is not None and layer.bias is not None:
+        layer.bias.copy_(bias)
+    layer._merged = records
+
+
+@torch.no_grad()
+def check(layer: LoRALayer, keep_base: bool) -> None:
+    _prepared(layer, keep_base)
+
+
+def _prepared(layer: LoRALayer, keep_base: bool) -> tuple[dict[str, Merged], torch.Tensor, torch.Tensor | None]:
+    """What goes into the layer: the records, the weight, and the bias if it changes. Raises where it cannot."""
     layer._check_mergeable()
     records = _records(layer)
     weight = _put_in(layer, records)
     if not keep_base and (_base_scale(records.values(), wide(layer._matrix(layer.weight))[:, :1]) == 0).any():
         raise ValueError("a magnitude is zero, so merging would lose a row of the base weight; use keep_base=True")
     biases = [record.bias for record in records.values() if record.bias is not None]
-    if keep_base:
-        layer._kept_base = KeptBase(layer.weight.detach().clone(), layer.bias.clone() if biases else None)  # type: ignore
-    layer.weight.copy_(weight)
-    if biases:
-        assert layer.bias is not None
-        layer.bias.copy_(sum(biases, wide(layer.bias)))
-    layer._merged = records
+    if not biases or layer.bias is None:
+        return records, weight, None
+    bias = sum(biases, wide(layer.bias))
+    _check_finite(bias, layer.bias.dtype, records)
+    return records, weight, bias
 
 
 @torch.no_grad()
@@ -139,9 +154,14 @@ def _put_in(layer: LoRALayer, records: dict[str, Merged]) -> torch.Tensor:
     merged = matrix * _base_scale(records.values(), matrix[:, :1])
     for record in records.values():
         merged = merged + record.update().to(merged.dtype)
-    if not torch.isfinite(merged).all():
-        raise ValueError(f"merging {list(records)} would give a weight that is not finite; nothing changed")
+    _check_finite(merged, layer.weight.dtype, records)
     return layer._from_matrix(merged)
+
+
+def _check_finite(merged: torch.Tensor, dtype: torch.dtype, names: Iterable[str]) -> None:
+    """In the dtype that it is kept in: float16 ends at 65504."""
+    if not torch.isfinite(wide(merged.to(dtype))).all():
+        raise ValueError(f"merging {list(names)} would give a {dtype} weight that is not finite; nothing changed")
 
 
 def _base_scale(records: Iterable[Merged], column: torch.Tensor) -> torch.Tensor:
