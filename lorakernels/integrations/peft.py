@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft_report import AccelerationReport, LayerReport
 from lorakernels.nn.dora import NormCache
-from lorakernels.nn.layer import parameter_of, runs_more_than_forward
+from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 
 # Of other types are DTensors, quantised weights (torchao keeps nn.Linear and swaps its weight) and the like.
 _PLAIN = (torch.Tensor, nn.Parameter)

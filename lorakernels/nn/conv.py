@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakernels.nn.dora import scale_product
-from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer, runs_more_than_forward
+from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
+from lorakernels.nn.modules import runs_more_than_forward
 
 
 class _LoRAConv(LoRALayer):

@@ -10,6 +10,7 @@ from torch import nn
 from lorakernels.config import check_alpha, check_dropout, check_flag, check_init, check_rank, check_variant, scaling_of
 from lorakernels.nn import init, merging
 from lorakernels.nn.dora import Magnitude
+from lorakernels.nn.modules import parameter_of
 
 DEFAULT = "default"
 MAGNITUDE = "lora_magnitude_vector"
@@ -412,20 +413,3 @@ def check_adapter_name(name: Any) -> None:
     for container in (nn.ModuleDict, nn.ParameterDict):
         if hasattr(container(), name):
             raise ValueError(f"adapter name {name!r} is an attribute of torch.nn.{container.__name__}; use another")
-
-
-def parameter_of(module: Any, name: str) -> Any:
-    """`module.name` at a tenth of what `nn.Module.__getattr__` takes; FSDP may have put a plain tensor in its place."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
-def runs_more_than_forward(module: Any) -> bool:
-    """Whether a call of `module` does other things than its class's forward: hooks, or a forward of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lorakernels.functional import lora_linear
 from lorakernels.nn.dora import scale_product
-from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer, parameter_of, runs_more_than_forward
+from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
+from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 
 
 class LoRALinear(LoRALayer):
