@@ -15,6 +15,19 @@ from lorakernels.reference.product import cast, linear, scaled_linear, sum_rows
 from lorakernels.reference.weight_norm import project as project
 
 
+def composed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """y [M, N] of x [M, K] and factors of its dtype, by operators whose autograd is torch's own; it keeps x and S."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return torch.addmm(y, torch.nn.functional.linear(x, lora_A), lora_B.t(), alpha=scaling)
+
+
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor,
