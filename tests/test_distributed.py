@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lorakernels as lk
 from lorakernels.dropout import drop_threshold, inverse_keep
-from lorakernels.integrations.tensor_parallel import ColwiseLoRA, RowwiseLoRA
+from lorakernels.integrations.tensor_parallel import OLDEST_TORCH, ColwiseLoRA, RowwiseLoRA
 from lorakernels.reference import formula
 from lorakernels.reference.dropout import draw_mask
 
@@ -274,7 +274,12 @@ def tensor_parallel(rank: int, folder: str) -> None:
     leave()
 
 
-@pytest.mark.parametrize("way", [ddp, fsdp2, operators, tensor_parallel])
+sharded = pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"tensor parallelism needs torch {OLDEST_TORCH}")
+
+
+@pytest.mark.parametrize(
+    "way", [ddp, fsdp2, pytest.param(operators, marks=sharded), pytest.param(tensor_parallel, marks=sharded)]
+)
 def test_gradients_equal_those_of_one_process(way, tmp_path: Path) -> None:
     mp.spawn(way, args=(str(tmp_path),), nprocs=WORLD)
 

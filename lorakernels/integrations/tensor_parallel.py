@@ -18,6 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from lorakernels.nn.linear import LoRALinear
 
+OLDEST_TORCH = "2.13"
+
 
 class ColwiseLoRA(ColwiseParallel):
     """`ColwiseParallel` for LoRALinear too: each rank computes its share of the outputs.
@@ -66,6 +68,11 @@ def _is_A(name: str) -> bool:
 def _distribute(
     layer: LoRALinear, mesh: DeviceMesh, style: Any, wanted_input: Placement, placement_of: Any
 ) -> nn.Module:
+    if torch.__version__ < OLDEST_TORCH:
+        raise RuntimeError(
+            f"tensor parallelism of LoRALinear needs torch {OLDEST_TORCH} or newer, and this is {torch.__version__}, where "
+            "clip_grad_norm_ may leave gradients as they were that are sums over ranks"
+        )
     if layer.merged:
         raise RuntimeError(
             f"adapters {layer.merged_adapters} are merged into the base weight; call unmerge() before "

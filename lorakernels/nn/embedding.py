@@ -77,6 +77,10 @@ class LoRAEmbedding(LoRALayer):
         A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
         return {"lora_embedding_A": A, "lora_embedding_B": B} | self._magnitude(name)
 
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        # Without a look at `r`: torch.compile would make a graph for each rank of it.
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
     @property
     def bias(self) -> None:
         """An embedding has none."""
