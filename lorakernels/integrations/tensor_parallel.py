@@ -70,8 +70,8 @@ def _distribute(
 ) -> nn.Module:
     if torch.__version__ < OLDEST_TORCH:
         raise RuntimeError(
-            f"tensor parallelism of LoRALinear needs torch {OLDEST_TORCH} or newer, and this is {torch.__version__}, where "
-            "clip_grad_norm_ may leave gradients as they were that are sums over ranks"
+            f"tensor parallelism of LoRALinear needs torch {OLDEST_TORCH} or newer, and this is {torch.__version__}, "
+            "where clip_grad_norm_ may leave gradients as they were that are sums over ranks"
         )
     if layer.merged:
         raise RuntimeError(

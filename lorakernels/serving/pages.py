@@ -1,0 +1,174 @@
+"""Where adapters lie on a device: pools of pages, a page one rank row of every module of a class.
+
+Modules with one leaf name and shape (q_proj of every layer) are a class. Page p of its pool [pages, W] holds rank row p
+of all their A and B side by side, so an adapter of rank r takes r pages, in any order, and nothing is padded to the
+largest rank: Sheng et al., "S-LoRA", arXiv 2311.03285, section 5.1. A module's A is the view pool[:, a : a + K].
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakernels.adapters.targets import plain_modules
+
+# Rows of A and B start at multiples of this many bytes.
+_ALIGNMENT = 16
+
+
+class Site:
+    """A module that adapters may reach, and where its A and B lie in the pages of its class."""
+
+    def __init__(self, path: str, module: nn.Module, base: type[nn.Module], owner: object) -> None:
+        weight: Any = module.weight
+        self.path, self.module, self.base, self.owner = path, module, base, owner
+        self.N, self.K = weight.shape if base is nn.Linear else weight.shape[::-1]
+        self.begin_A = self.begin_B = 0
+        self.pages: PageClass
+        # Views of the pool, from its first use on.
+        self.lora_A: torch.Tensor | None = None
+        self.lora_B: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model is nobody's to serve: it gets no site, and runs as the base."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # nor does a pickled one
+
+
+class Writer:
+    """Orders writes to the pools of one device with the kernels that read them, and never makes the host wait.
+
+    On CUDA every write is on one side stream, after all reads of batches that have ended. Elsewhere there is nothing to
+    order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._reads: dict[Any, torch.cuda.Event] = {}  # the last of each stream
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        # Not as inference tensors: a batch outside inference mode could not save them for a backward.
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self.stream):
+            if self.stream is not None:
+                for event in self._reads.values():
+                    self.stream.wait_event(event)
+                self._reads.clear()  # what this stream does from now on comes after them
+            yield
+
+    def written(self) -> torch.cuda.Event | None:
+        """What a reader has to wait for: all writes until now."""
+        return None if self.stream is None else self.stream.record_event()
+
+    def before_reads(self, written: torch.cuda.Event | None) -> None:
+        if written is not None:
+            torch.cuda.current_stream(self.device).wait_event(written)
+
+    def after_reads(self) -> None:
+        if self.stream is not None:
+            stream = torch.cuda.current_stream(self.device)
+            self._reads[stream.cuda_stream] = stream.record_event()
+
+
+class PageClass:
+    """The modules of one leaf name and shape, and their pool, which is made at its first use."""
+
+    def __init__(self, name: str, dtype: torch.dtype, writer: Writer, num_pages: int) -> None:
+        self.name, self.dtype, self.writer, self.num_pages = name, dtype, writer, num_pages
+        self.sites: list[Site] = []
+        self.width = 0
+        self.pool: torch.Tensor | None = None
+        self.free = list(range(num_pages))  # a heap: low pages first, so that pages of one adapter mostly lie together
+
+    def add(self, site: Site) -> None:
+        site.pages = self
+        site.begin_A = self.width
+        site.begin_B = self._aligned(site.begin_A + site.K)
+        self.width = self._aligned(site.begin_B + site.N)
+        self.sites.append(site)
+
+    def _aligned(self, begin: int) -> int:
+        step = max(_ALIGNMENT // self.dtype.itemsize, 1)
+        return -(-begin // step) * step
+
+    @property
+    def page_bytes(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    def host_rows(self, rank: int) -> torch.Tensor:
+        """Zeros [rank, W] in main memory, in pinned pages where the pool is on CUDA."""
+        return torch.zeros(rank, self.width, dtype=self.dtype, pin_memory=self.writer.stream is not None)
+
+    def make_pool(self) -> None:
+        if self.pool is None:
+            with self.writer.writing():
+                pool = torch.zeros(self.num_pages, self.width, dtype=self.dtype, device=self.writer.device)
+            for site in self.sites:
+                site.lora_A = pool[:, site.begin_A : site.begin_A + site.K]
+                site.lora_B = pool[:, site.begin_B : site.begin_B + site.N]
+            self.pool = pool
+
+    def drop_pool(self) -> None:
+        self.pool = None
+        for site in self.sites:
+            site.lora_A = site.lora_B = None
+
+    def take(self, rank: int) -> tuple[int, ...]:
+        """`rank` free pages; there must be as many."""
+        return tuple(heapq.heappop(self.free) for _ in range(rank))
+
+    def write(self, pages: Sequence[int], rows: torch.Tensor) -> None:
+        assert self.pool is not None
+        with self.writer.writing():
+            for begin, end in _runs(pages):
+                first = pages[begin]
+                self.pool[first : first + end - begin].copy_(rows[begin:end], non_blocking=True)
+
+    def give_back(self, pages: Sequence[int]) -> None:
+        """Zeroed: whoever came to read a page that is nobody's would find the base model, not another's adapter."""
+        assert self.pool is not None
+        with self.writer.writing():
+            for begin, end in _runs(pages):
+                self.pool[pages[begin] : pages[begin] + end - begin].zero_()
+        for page in pages:
+            heapq.heappush(self.free, page)
+
+
+def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Stretches of successive pages, as their begins and ends in the list: a copy each."""
+    begin = 0
+    for i in range(1, len(pages) + 1):
+        if i == len(pages) or pages[i] != pages[i - 1] + 1:
+            yield begin, i
+            begin = i
+
+
+def find_sites(
+    model: nn.Module, bases: dict[type[nn.Module], type[nn.Module]], num_pages: int, owner: object
+) -> dict[str, Site]:
+    """Every module whose type is in `bases`, which says what it was by nature, under each of its names."""
+    by_module: dict[nn.Module, Site] = {}
+    classes: dict[tuple[Any, ...], PageClass] = {}
+    writers: dict[torch.device, Writer] = {}
+    sites: dict[str, Site] = {}
+    for path, module in plain_modules(model):
+        base = bases.get(type(module))
+        if base is None:
+            continue
+        if module not in by_module:
+            site = by_module[module] = Site(path, module, base, owner)
+            weight: Any = module.weight
+            key = (path.rpartition(".")[2], base, tuple(weight.shape), weight.dtype, weight.device)
+            if key not in classes:
+                writer = writers.setdefault(weight.device, Writer(weight.device))
+                classes[key] = PageClass(key[0], weight.dtype, writer, num_pages)
+            classes[key].add(site)
+        sites[path] = by_module[module]
+    return sites

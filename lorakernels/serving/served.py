@@ -1,0 +1,163 @@
+"""Modules that ask, at each call, whether a batch of several adapters is running, and which token is whose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakernels.multi import multi_lora_embedding, multi_lora_linear
+from lorakernels.nn.modules import parameter_of
+from lorakernels.plan import BatchPlan
+from lorakernels.serving.errors import StaleBatchError
+from lorakernels.serving.pages import PageClass, Site
+
+# Shapes of x whose plans a batch keeps: prefill and decode are two; without a cache of keys every step has its own.
+_KEPT_PLANS = 32
+# Plans are made for ranks in powers of two from here on, so that few kernels are compiled.
+_LEAST_RANK = 16
+# Of one adapter: its pages and scaling by class.
+Routing = Mapping[PageClass, tuple[tuple[int, ...], float]]
+
+
+class _Route:
+    """The adapters of a batch in classes where they have the same pages and scalings, and the plans made for them."""
+
+    def __init__(self, device: torch.device, pages: Sequence[Sequence[int]], scalings: Sequence[float]) -> None:
+        self.device, self.pages, self.scalings = device, pages, scalings
+        self.plans: dict[torch.Size, BatchPlan] = {}
+
+    def plan(self, token_slots: torch.Tensor) -> BatchPlan:
+        ranks = [len(pages) for pages in self.pages]
+        width = max(_LEAST_RANK, 1 << (max(ranks) - 1).bit_length())
+        table = torch.zeros(len(ranks), width, dtype=torch.int32)
+        for slot, pages in enumerate(self.pages):
+            table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        num_pages = int(table.max()) + 1
+        plan = BatchPlan(len(ranks), len(token_slots), max_rank=width, num_pages=num_pages, device=self.device)
+        plan.update(token_slots.to(self.device), ranks, list(self.scalings), table.to(self.device))
+        return plan
+
+
+class Batch:
+    """Which row has which adapter, and until its end the plans for every shape of x that has come by."""
+
+    def __init__(self, slots: Sequence[int], adapters: Sequence[Routing], lengths: Sequence[int] | None) -> None:
+        self.closed = False
+        self.slots = torch.tensor(slots, dtype=torch.int32)
+        self.lengths = None if lengths is None else list(lengths)
+        self._routes: dict[PageClass, _Route] = {}
+        shared: dict[Any, _Route] = {}  # one plan for all classes where the adapters have the same pages
+        for pages in dict.fromkeys(pages for adapter in adapters for pages in adapter):
+            found = [adapter.get(pages, ((), 0.0)) for adapter in adapters]
+            key = (pages.writer.device, *found)
+            if key not in shared:
+                shared[key] = _Route(pages.writer.device, [own for own, _ in found], [scaling for _, scaling in found])
+            self._routes[pages] = shared[key]
+
+    def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
+        """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
+        if self.closed:
+            raise StaleBatchError(f"module {site.path!r} was called for a batch that has ended; call it within `with`")
+        route = self._routes.get(site.pages)
+        if route is None:
+            return None
+        plan = route.plans.get(lead)
+        if plan is None and lead.numel():
+            token_slots = self._token_slots(site, lead)
+            same = (plan for plan in route.plans.values() if plan.num_tokens == len(token_slots))
+            plan = next(same, None) or route.plan(token_slots)
+            if len(route.plans) >= _KEPT_PLANS:
+                del route.plans[next(iter(route.plans))]
+            route.plans[lead] = plan
+        return plan
+
+    def _token_slots(self, site: Site, lead: torch.Size) -> torch.Tensor:
+        tokens, rows = lead.numel(), len(self.slots)
+        if self.lengths is not None:
+            if tokens != sum(self.lengths):
+                raise ValueError(
+                    f"module {site.path!r} got {tokens} tokens ({list(lead)}); expected {sum(self.lengths)}, "
+                    "the sum of the batch's lengths"
+                )
+            return self.slots.repeat_interleave(torch.tensor(self.lengths))
+        first = lead[0] if lead else 1
+        if first % rows:
+            raise ValueError(
+                f"module {site.path!r} got x of leading shape {list(lead)} for a batch of {rows} names; expected a "
+                "multiple of them first: give a name, or None, for each row (lengths= for packed sequences)"
+            )
+        return self.slots.repeat_interleave(tokens // rows)
+
+
+_Batches = Mapping[object, Batch]
+# Of each thread and task its own, by store: a draft model and its target have one each.
+_batches: ContextVar[_Batches] = ContextVar("lorakernels_batches", default=MappingProxyType({}))
+
+
+@contextmanager
+def running(owner: object, batch: Batch) -> Iterator[None]:
+    token = _batches.set({**_batches.get(), owner: batch})
+    try:
+        yield
+    finally:
+        batch.closed = True
+        _batches.reset(token)
+
+
+def _plan(site: Site | None, lead: torch.Size) -> BatchPlan | None:
+    batch = None if site is None else _batches.get().get(site.owner)
+    return None if batch is None or site is None else batch.plan(site, lead)
+
+
+class ServedLinear(nn.Linear):
+    """A `torch.nn.Linear` that a store has switched: within a batch each token has its own adapter's update."""
+
+    _lora_site: Site | None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        site: Any = self.__dict__.get("_lora_site")
+        plan = _plan(site, x.shape[:-1])
+        if plan is None:
+            return super().forward(x)
+        weight, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
+        return multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias)
+
+
+class ServedEmbedding(nn.Embedding):
+    """A `torch.nn.Embedding` that a store has switched."""
+
+    _lora_site: Site | None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        site: Any = self.__dict__.get("_lora_site")
+        plan = _plan(site, ids.shape)
+        if plan is None:
+            return super().forward(ids)
+        return multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan)
+
+
+_SERVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ServedLinear, nn.Embedding: ServedEmbedding}
+# What a module was, by what it is.
+BASES = {base: base for base in _SERVED} | {served: base for base, served in _SERVED.items()}
+
+
+def served_by(module: nn.Module) -> Site | None:
+    return module.__dict__.get("_lora_site")
+
+
+def serve(site: Site) -> None:
+    """Switch a module: its parameters, buffers, hooks and names stay."""
+    site.module._lora_site = site  # type: ignore[assignment]
+    site.module.__class__ = _SERVED[site.base]
+
+
+def restore(site: Site) -> None:
+    if served_by(site.module) is site:
+        site.module.__class__ = site.base
+        del site.module._lora_site

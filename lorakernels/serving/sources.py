@@ -1,0 +1,216 @@
+"""Where adapters come from: names, folders under a root, what the files hold, and the same packed into rank rows."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lorakernels.adapters.adapter_config import AdapterFileError, write_config
+from lorakernels.adapters.tensors import CONFIG_FILE, WEIGHTS_FILE, Contents, read_contents
+from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.serving.errors import CapacityError
+from lorakernels.serving.pages import PageClass, Site
+from lorakernels.serving.served import BASES, served_by
+
+_FACTORS = {nn.Linear: ("lora_A.weight", "lora_B.weight"), nn.Embedding: ("lora_embedding_A", "lora_embedding_B")}
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def check_name(name: Any) -> None:
+    """Raise ValueError unless a name could be a folder's: text, not empty, no separators, not "." or ".."."""
+    bad = not isinstance(name, str) or not name.strip() or name in (".", "..") or any(c in "/\\" for c in name)
+    if bad or any(ord(c) < 32 for c in name):
+        raise ValueError(
+            f"adapter name {name!r}: expected text without slashes and control characters, not '.' or '..'"
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, and its files as they were when they were first read: the size and time of each."""
+
+    folder: Path
+    root: Path | None
+    stamps: tuple[tuple[int, int] | None, ...]
+
+
+def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | None) -> Source:
+    """The source that a name and a folder mean; `root`, where there is one, is already resolved.
+
+    Raises AdapterFileError for a folder outside the root, however it gets there.
+    """
+    if folder is None:
+        if root is None:
+            raise ValueError(f"adapter {name!r} has no folder; expected load(name, folder), or a store with root=")
+        folder = name
+    if "\0" in os.fspath(folder):
+        raise AdapterFileError(f"folder {os.fspath(folder)!r} has a NUL in it")
+    path = Path(folder) if root is None else root / folder
+    path = path.resolve()
+    _check_inside(path, root)
+    return Source(path, root, _stamps(path))
+
+
+def read_source(model: nn.Module, source: Source) -> Contents:
+    """What the files hold, checked against `model`; the same at every reading, or AdapterFileError."""
+    _check_inside(source.folder, source.root)
+    contents = read_contents(plain_copy(model, {}), source.folder)
+    if _stamps(source.folder) != source.stamps:
+        raise AdapterFileError(
+            f"the files in {source.folder} have changed since the adapter was loaded; replace(name, folder) takes the "
+            "new ones"
+        )
+    return contents
+
+
+def read_tensors(model: nn.Module, config: LoRAConfig, tensors: Tensors) -> Contents:
+    """An adapter that is in memory, by the keys of PEFT's files: through files, so that all the same is checked."""
+    with tempfile.TemporaryDirectory(prefix="lorakernels-") as folder:
+        write_config(Path(folder) / CONFIG_FILE, config)
+        whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        save_file(whole, Path(folder) / WEIGHTS_FILE)
+        return read_contents(plain_copy(model, {}), Path(folder))
+
+
+def _check_inside(folder: Path, root: Path | None) -> None:
+    for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+        if root is not None and not path.resolve().is_relative_to(root):
+            raise AdapterFileError(f"{path} leads out of the store's root {root}; expected a folder and files in it")
+
+
+def _stamps(folder: Path) -> tuple[tuple[int, int] | None, ...]:
+    stamps: list[tuple[int, int] | None] = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            found = (folder / name).stat()
+            stamps.append((found.st_size, found.st_mtime_ns))
+        except OSError:  # the reader says it better
+            stamps.append(None)
+    return tuple(stamps)
+
+
+def plain_copy(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The tree of modules as it is without a store, around the same parameters: what readers of files know."""
+    if module not in made:
+        kind = BASES.get(type(module), type(module))
+        made[module] = copy = object.__new__(kind)
+        children = {name: child and plain_copy(child, made) for name, child in module._modules.items()}
+        copy.__dict__ = {**module.__dict__, "_modules": children}
+    return made[module]
+
+
+# ------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an adapter is in the modules of one class."""
+
+    rank: int
+    scaling: float
+
+
+Parts = dict[PageClass, Part]
+Rows = dict[PageClass, torch.Tensor]
+
+
+def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], max_rank: int) -> Parts:
+    """What is to be stored; allocates nothing.
+
+    Raises AdapterFileError, naming it, for what a mixed batch cannot compute, and CapacityError for a rank over
+    `max_rank`.
+    """
+    config = contents.config
+    fields = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
+    for field, off in fields.items():
+        if getattr(config, field) not in (off, [], ()):
+            raise AdapterFileError(
+                f"{field}={getattr(config, field)!r} is not served in a mixed batch; expected {off!r}. load_adapter "
+                "runs such an adapter alone"
+            )
+    largest: dict[PageClass, tuple[int, float]] = {}
+    taken: dict[Site, str] = {}
+    for path in contents.layers:
+        site = _served_site(path, model, sites)
+        if site in taken:
+            raise AdapterFileError(f"{taken[site]!r} and {path!r} are one module; expected one of them in the file")
+        taken[site] = path
+        rank, scaling = contents.ranks[path], _scaling(contents, path)
+        if rank > max_rank:
+            raise CapacityError(
+                f"module {path!r} has rank {rank} in the file; the store takes at most max_rank={max_rank}"
+            )
+        if abs(scaling) > _FLOAT32_MAX:
+            raise AdapterFileError(f"module {path!r} has scaling {scaling}; expected one that float32 can hold")
+        most, scale = largest.get(site.pages, (0, 0.0))
+        largest[site.pages] = max(most, rank), max(scale, scaling, key=abs)
+    return {pages: Part(rank, _of_plan(scaling, pages.dtype)) for pages, (rank, scaling) in largest.items()}
+
+
+def _of_plan(scaling: float, dtype: torch.dtype) -> float:
+    """Plans have their scalings in float32, which for float64 is not enough: then the rest of it goes into B's rows."""
+    return torch.tensor(scaling, dtype=torch.float32).item() if dtype is torch.float64 else scaling
+
+
+def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site:
+    module, site = model.get_submodule(path), sites.get(path)
+    if site is None or site.module is not module:
+        raise AdapterFileError(
+            f"module {path!r} is a {type(module).__qualname__}; a store serves what was exactly torch.nn.Linear or "
+            "torch.nn.Embedding in the model when the store was made"
+        )
+    other = served_by(module)
+    if type(module) is not site.base and (other is None or other.owner is not site.owner):
+        raise AdapterFileError(f"module {path!r} is served by another AdapterStore; close() that one first")
+    if "forward" in module.__dict__:
+        raise AdapterFileError(
+            f"module {path!r} has a forward of its own (such as accelerate's hooks), which goes first"
+        )
+    parent = model.get_submodule(path.rpartition(".")[0])
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        raise AdapterFileError(
+            f"module {path!r} is not called by torch's fast path of TransformerEncoderLayer, which would leave the "
+            "adapter out; call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    weight: Any = module.weight
+    if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
+        raise AdapterFileError(f"the weight of {path!r} is a {type(weight).__qualname__}, {weight.dtype}; not served")
+    return site
+
+
+def _scaling(contents: Contents, path: str) -> float:
+    return scaling_of(contents.alphas[path], contents.ranks[path], contents.config.use_rslora)
+
+
+def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
+    """Rank rows [rank, W] by class, zero where the adapter has nothing.
+
+    A class has one scaling, its largest; where modules differ (alpha_pattern, rank_pattern) the ratio goes into B's
+    rows. What does not fit the model's dtype is refused.
+    """
+    rows = {pages: pages.host_rows(part.rank) for pages, part in parts.items()}
+    for path, tensors in contents.layers.items():
+        site = sites[path]
+        A, B = (tensors[name] for name in _FACTORS[site.base])
+        scaling, of_class = _scaling(contents, path), parts[site.pages].scaling
+        if scaling != of_class:
+            B = B.to(torch.promote_types(B.dtype, torch.float32)) * (scaling / of_class)
+        own = rows[site.pages][: contents.ranks[path]]
+        own[:, site.begin_A : site.begin_A + site.K] = A
+        own[:, site.begin_B : site.begin_B + site.N] = B.T
+        if not math.isfinite(own.abs().amax().item()):
+            raise AdapterFileError(
+                f"the adapter of {path!r} has numbers that {own.dtype}, the model's dtype, cannot hold"
+            )
+    return rows

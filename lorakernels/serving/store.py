@@ -1,0 +1,295 @@
+"""AdapterStore: many adapters for one model, on the device and in main memory, and batches that mix them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lorakernels.config import LoRAConfig, check_rank
+from lorakernels.plan import BASE
+from lorakernels.serving.books import Books, Lease
+from lorakernels.serving.pages import find_sites
+from lorakernels.serving.served import BASES, Batch, restore, running, serve
+from lorakernels.serving.sources import (
+    Rows,
+    Source,
+    Tensors,
+    check_name,
+    find_parts,
+    find_source,
+    pack,
+    read_source,
+    read_tensors,
+)
+from lorakernels.serving.stats import StoreStats, collect
+from lorakernels.serving.tiers import DeviceTier, HostTier, Version
+
+# Ranks are 8 or 16 mostly, so that room for this many rows an adapter holds max_adapters of them.
+_PAGES_AN_ADAPTER = 16
+Given = str | os.PathLike[str] | tuple[LoRAConfig, Tensors]
+
+
+class AdapterStore:
+    """Serves many adapters of one model, a batch of several at once.
+
+    The modules that adapters reach change their class and nothing else: parameters, names, hooks and state dict stay,
+    and outside `batch` they compute what they did, to the bit. `close` takes that back.
+
+    All methods may be called from several threads.
+
+    Args:
+        model: on its device and in its dtype by now; A and B are kept in that dtype. Served are modules of exactly
+            `torch.nn.Linear` and `torch.nn.Embedding`.
+        max_adapters: how many adapters lie on the device at once.
+        max_rank: the largest rank of one.
+        num_pages: how many rank rows the adapters on the device have together, of each module; by default 16 for each
+            of `max_adapters`, and never fewer than `max_rank`. A pool of them is made when a module is first reached.
+        host_bytes: how much of main memory keeps adapters that may come to the device again.
+        root: where folders must lie, after every symbolic link; relative ones are meant from there.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is expected.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_adapters: int = 64,
+        max_rank: int = 64,
+        num_pages: int | None = None,
+        host_bytes: int = 4 << 30,
+        root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        check_rank(max_adapters, "max_adapters")
+        check_rank(max_rank, "max_rank")
+        if num_pages is None:
+            num_pages = max(max_rank, _PAGES_AN_ADAPTER * max_adapters)
+        check_rank(num_pages, "num_pages")
+        if num_pages < max_rank:
+            raise ValueError(f"num_pages is {num_pages}; expected at least max_rank={max_rank}")
+        if isinstance(host_bytes, bool) or not isinstance(host_bytes, int) or host_bytes < 0:
+            raise ValueError(f"host_bytes is {host_bytes!r}; expected a number of bytes, 0 for none")
+        self.model: nn.Module = getattr(model, "_orig_mod", model)  # of a compiled model
+        self.max_rank = max_rank
+        self.root = None if root is None else Path(root).resolve(strict=True)
+        self._owner = object()
+        self._sites = find_sites(self.model, BASES, num_pages, self._owner)
+        if not self._sites:
+            raise ValueError(f"{type(model).__name__} has no torch.nn.Linear or torch.nn.Embedding to serve")
+        self._classes = list(dict.fromkeys(site.pages for site in self._sites.values()))
+        self._books = Books(DeviceTier(max_adapters), HostTier(host_bytes), self._read_again)
+        self._numbers = itertools.count()
+        self._worker: ThreadPoolExecutor | None = None
+        self._prefetches: dict[str, Future[None]] = {}
+
+    # -------------------------------------------------------------------------------------- adapters by name
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that a batch may name."""
+        with self._books.lock:
+            return list(self._books.current)
+
+    def load(self, name: str, folder: Given | None = None) -> None:
+        """Read and check an adapter, give it a name, and bring it to the device where others may leave for it.
+
+        All or nothing: when an error is raised, the names and what they mean are as they were. A name that is taken
+        gets a new version; batches and leases under way keep the old one.
+
+        Args:
+            name: text without slashes.
+            folder: with adapter_config.json and adapter_model.safetensors; by default root/name. Or a LoRAConfig and
+                tensors by the keys of PEFT's files, which then stay in main memory until `evict`.
+
+        Raises:
+            AdapterFileError: the files are missing, broken, outside the root, do not fit the model, or hold what a
+                batch of several cannot compute (DoRA, biases, modules_to_save).
+            CapacityError: a rank is over max_rank; there is no room for what must have it: a pinned name, or tensors.
+            ValueError: the name is malformed.
+        """
+        self._put(name, folder, must_exist=False)
+
+    def replace(self, name: str, folder: Given | None = None) -> None:
+        """`load` for a name that there is: its next batch has the new version, those under way keep the old.
+
+        Raises KeyError when there is none, and what `load` raises.
+        """
+        self._put(name, folder, must_exist=True)
+
+    def evict(self, name: str) -> None:
+        """Forget an adapter, pinned or not. What is in use goes with the end of its last batch or lease.
+
+        Raises KeyError when there is none of that name.
+        """
+        with self._books.lock:
+            self._books.forget(name)
+            self._prefetches.pop(name, None)
+
+    def pin(self, name: str) -> None:
+        """Bring an adapter to the device and keep it there, its later versions too, until `unpin`.
+
+        Raises KeyError when there is none of that name, and CapacityError when there is no room.
+        """
+        with self.acquire(name), self._books.lock:
+            self._books.find(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter leave the device again. Raises KeyError when there is none of that name."""
+        with self._books.lock:
+            self._books.find(name).pinned = False
+
+    def prefetch(self, name: str) -> None:
+        """Begin to bring an adapter to the device, and return at once: a hint.
+
+        Files are read by a thread, and copied on a stream of their own, which the next batch waits for on the device.
+        Where it fails, the next use tries again, and raises what it then meets.
+
+        Raises KeyError when there is none of that name.
+        """
+        with self._books.lock:
+            self._books.check_open()
+            self._books.find(name)
+            pending = self._prefetches.get(name)
+            if pending is None or pending.done():
+                if self._worker is None:
+                    self._worker = ThreadPoolExecutor(1, thread_name_prefix="lorakernels-prefetch")
+                self._prefetches[name] = self._worker.submit(self._fetch, name)
+
+    def stats(self) -> StoreStats:
+        """Counts, bytes and times until now."""
+        return collect(self._books, self._classes, self.max_rank)
+
+    # -------------------------------------------------------------------------------------- use
+
+    @contextmanager
+    def batch(self, rows: Sequence[str | Lease | None], *, lengths: Sequence[int] | None = None) -> Iterator[None]:
+        """Within `with`, row i of what the model is called with has the adapter rows[i]: a name, a lease, or None.
+
+        The first dimension of every x that reaches a served module must be a multiple of the rows: each is then as
+        many successive ones, as `generate` repeats them for beams. None is the base model, to the bit; so is a batch
+        of None alone, or of nothing. Of batches in each other the inner one counts. A batch is its thread's own (and
+        its asyncio task's): open it in the thread that calls the model.
+
+        Args:
+            rows: the adapters by row; those that are not on the device are brought there first.
+            lengths: the number of tokens of each row, for rows that lie behind each other in x [1, T, K] or [T, K].
+
+        Raises:
+            KeyError: there is no adapter of a name.
+            CapacityError: they do not fit the device together, or beside what is pinned and in use.
+            AdapterFileError: one was to be read again, and its files are gone, or others.
+            StaleBatchError: a lease was released.
+            TypeError, ValueError: rows or lengths are not what is expected.
+        """
+        _check_rows(rows, lengths)
+        self._await_prefetches([row for row in rows if isinstance(row, str)])
+        held = self._books.hold(rows)
+        versions = [version for version in dict.fromkeys(held) if version is not None]
+        slots = {version: slot for slot, version in enumerate(versions)}
+        try:
+            for version in versions:
+                for writer, written in version.written.items():
+                    writer.before_reads(written)
+            routings = [version.routing() for version in versions]
+            batch = Batch([BASE if version is None else slots[version] for version in held], routings, lengths)
+            with running(self._owner, batch):
+                yield
+        finally:
+            with self._books.lock:
+                for writer in {writer for version in versions for writer in version.written}:
+                    writer.after_reads()
+                self._books.release(versions)
+
+    def acquire(self, name: str) -> Lease:
+        """Hold the version that a name means now, on the device, until the lease is released.
+
+        Raises what `batch` does.
+        """
+        self._await_prefetches([name])
+        [version] = self._books.hold([name])
+        assert version is not None
+        return Lease(self._books, version)
+
+    def close(self) -> None:
+        """Give the model back as it was, and the memory. Raises RuntimeError while a batch or lease is open."""
+        with self._books.lock:
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown()
+        with self._books.lock:
+            in_use = sorted({version.name for version in self._books.in_use})
+            if in_use:
+                raise RuntimeError(f"adapters are in use: {', '.join(in_use)}; end their batches and leases first")
+            self._books.closed = True
+            for site in self._sites.values():
+                restore(site)
+            for writer in {pages.writer for pages in self._classes}:
+                if writer.stream is not None:
+                    torch.cuda.synchronize(writer.device)  # kernels may be reading what is freed now
+            for pages in self._classes:
+                pages.drop_pool()
+            self._books.current.clear()
+            self._books.device.versions.clear()
+            for version in list(self._books.host.versions):
+                self._books.host.drop(version)
+
+    def _put(self, name: str, given: Given | None, *, must_exist: bool) -> None:
+        check_name(name)
+        books = self._books
+        with books.lock:
+            books.check_open()
+            if must_exist:
+                books.find(name)
+        start = time.perf_counter()
+        if isinstance(given, tuple):
+            source, contents = None, read_tensors(self.model, *given)
+        else:
+            source = find_source(name, given, self.root)
+            contents = read_source(self.model, source)
+        parts = find_parts(contents, self.model, self._sites, self.max_rank)
+        rows = pack(contents, parts, self._sites)
+        with books.lock:
+            books.check_open()
+            if must_exist:
+                books.find(name)
+            books.add(Version(name, next(self._numbers), source, parts), rows)
+            for path in contents.layers:
+                serve(self._sites[path])
+            books.count_load(start, reads=source is not None)
+
+    def _read_again(self, source: Source) -> Rows:
+        contents = read_source(self.model, source)
+        return pack(contents, find_parts(contents, self.model, self._sites, self.max_rank), self._sites)
+
+    def _fetch(self, name: str) -> None:
+        held = self._books.hold([name], count=False)
+        self._books.release(version for version in held if version is not None)
+
+    def _await_prefetches(self, names: Sequence[str]) -> None:
+        with self._books.lock:
+            pending = [self._prefetches.pop(name) for name in set(names) if name in self._prefetches]
+        for future in pending:
+            future.exception()  # whatever it was, this use tries again
+
+
+def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | None) -> None:
+    if isinstance(rows, str) or not isinstance(rows, Sequence):
+        raise TypeError(f"rows is {rows!r}; expected a list with a name, a lease or None for each row")
+    for row in rows:
+        if row is not None and not isinstance(row, (str, Lease)):
+            raise TypeError(f"a row is {row!r}; expected an adapter's name, a lease, or None for the base model")
+    if lengths is None:
+        return
+    if len(lengths) != len(rows) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in lengths):
+        raise ValueError(f"lengths is {list(lengths)}; expected {len(rows)} numbers of tokens, one for each row")

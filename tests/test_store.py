@@ -1,0 +1,860 @@
+"""AdapterStore: every row has its own adapter's answer, whatever comes and goes; what is refused changes nothing."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import io
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import lorakernels as lk
+from lorakernels.adapters.adapter_config import write_config
+from lorakernels.config import scaling_of
+from lorakernels.serving.errors import CapacityError, StaleBatchError
+from lorakernels.serving.pages import PageClass
+from lorakernels.serving.served import ServedEmbedding, ServedLinear
+
+VOCABULARY, WIDTH, INNER = 13, 8, 12
+ALL = ("q_proj", "up", "down", "embed")
+Adapter = tuple[lk.LoRAConfig, dict[str, torch.Tensor]]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up = nn.Linear(WIDTH, INNER)
+        self.down = nn.Linear(INNER, WIDTH)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.down(torch.tanh(self.up(self.q_proj(h))))
+
+
+class Net(nn.Module):
+    """Every row [L] of ids on its own, so that a row alone and in a batch are the same numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 1)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        h = self.embed(ids)
+        for layer in self.layers:
+            h = layer(h)
+        return self.head(h)
+
+
+def make_net(dtype: torch.dtype = torch.float64) -> Net:
+    torch.manual_seed(0)
+    return Net().to(dtype).requires_grad_(False).eval()
+
+
+def make_ids(rows: int, length: int = 3) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(rows * 100 + length))
+
+
+def make_adapter(net: nn.Module, seed: int, r: int = 4, targets: tuple[str, ...] = ALL, **fields: Any) -> Adapter:
+    """Random factors for every module that `targets` names, by the keys of PEFT's files."""
+    config = lk.LoRAConfig(r=r, lora_alpha=fields.pop("lora_alpha", 3), target_modules=list(targets), **fields)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for path, module in net.named_modules():
+        leaf = path.rpartition(".")[2]
+        if leaf in targets and isinstance(module, (nn.Linear, nn.Embedding)):
+            rank = config.rank_pattern.get(path, r)
+            of_embedding = isinstance(module, nn.Embedding)
+            A, B = ("lora_embedding_A", "lora_embedding_B") if of_embedding else ("lora_A.weight", "lora_B.weight")
+            N, K = module.weight.shape[::-1] if of_embedding else module.weight.shape
+            options: Any = {"generator": generator, "dtype": module.weight.dtype}
+            tensors[f"base_model.model.{path}.{A}"] = torch.randn(rank, K, **options) / 3
+            tensors[f"base_model.model.{path}.{B}"] = torch.randn(N, rank, **options) / 3
+    return config, tensors
+
+
+def write(folder: Path, adapter: Adapter, **fields: Any) -> Path:
+    config, tensors = adapter
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(folder / "adapter_config.json", config)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    if fields:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return folder
+
+
+def merged(net: nn.Module, adapter: Adapter | None) -> nn.Module:
+    """The oracle: W + scaling · B A in the weights, in float64."""
+    net = copy.deepcopy(net).double()
+    if adapter is None:
+        return net
+    config, tensors = adapter
+    for key, A in tensors.items():
+        path, _, name = key.removeprefix("base_model.model.").partition(".lora_")
+        if name in ("A.weight", "embedding_A"):
+            B = tensors[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
+            scaling = scaling_of(config.alpha_pattern.get(path, config.lora_alpha), len(A), config.use_rslora)
+            update = scaling * B.double() @ A.double()
+            net.get_submodule(path).weight.data += update.T if name == "embedding_A" else update
+    return net
+
+
+def alone(net: nn.Module, adapters: list[Adapter | None], ids: torch.Tensor) -> torch.Tensor:
+    return torch.cat([merged(net, adapter)(row[None]) for adapter, row in zip(adapters, ids, strict=True)])
+
+
+@pytest.fixture
+def net() -> Net:
+    return make_net()
+
+
+@pytest.fixture
+def base(net: Net) -> Net:
+    return copy.deepcopy(net)
+
+
+@pytest.fixture
+def three(net: Net) -> dict[str, Adapter]:
+    """Adapters of several ranks and targets."""
+    return {
+        "alice": make_adapter(net, 1, r=2),
+        "bob": make_adapter(net, 2, r=7, targets=("q_proj", "up")),
+        "carol": make_adapter(net, 3, r=4, targets=("down", "embed"), use_rslora=True),
+    }
+
+
+@pytest.fixture
+def store(net: Net, three: dict[str, Adapter]) -> Iterator[lk.AdapterStore]:
+    store = make_store(net, three)
+    yield store
+    if not store._books.in_use:
+        store.close()
+
+
+def make_store(net: nn.Module, adapters: Mapping[str, Adapter | Path], **options: Any) -> lk.AdapterStore:
+    store = lk.AdapterStore(net, **({"max_adapters": 4, "max_rank": 8} | options))
+    for name, adapter in adapters.items():
+        store.load(name, adapter)
+    return store
+
+
+def books(store: lk.AdapterStore) -> tuple[Any, ...]:
+    """All that a failed call must leave as it was."""
+    stats, current = store.stats(), store._books.current
+    free = [sorted(pages.free) for pages in store._classes]
+    pools = [None if pages.pool is None else pages.pool.clone() for pages in store._classes]
+    kept = (
+        stats.adapters,
+        stats.on_device,
+        stats.in_host,
+        stats.pinned,
+        stats.in_use,
+        stats.used_bytes,
+        stats.host_bytes,
+    )
+    return dict(current), kept, free, [None if pool is None else pool.tolist() for pool in pools]
+
+
+# ------------------------------------------------------------------------------------------- the right answer
+
+ROWS = ["bob", None, "alice", "carol", "alice"]
+
+
+def test_each_row_is_its_adapter_alone(net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore) -> None:
+    ids = make_ids(len(ROWS))
+    expected = alone(base, [three.get(row or "") for row in ROWS], ids)
+    with store.batch(ROWS):
+        y, again = net(ids), net(ids[:, :2])
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(again, expected[:, :2], rtol=0, atol=1e-10)
+    assert torch.equal(y[1], base(ids)[1])
+    assert torch.equal(net(ids), base(ids)), "outside a batch the model is the base"
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("poison", [float("nan"), 1e4])
+def test_an_adapter_touches_no_other_row(impl: str, poison: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKERNELS_IMPL", impl)
+    net = make_net(torch.float32)
+    adapters = {name: make_adapter(net, i, r=i + 2) for i, name in enumerate(("alice", "bob"))}
+    store, ids = make_store(net, adapters), make_ids(3)
+    rows = ["alice", "bob", None]
+    with store.batch(rows):
+        clean = net(ids)
+    torch.testing.assert_close(
+        clean.double(), alone(net, [adapters.get(row or "") for row in rows], ids), atol=1e-4, rtol=0
+    )
+    for pages, own in store._books.current["bob"].pages.items():
+        pages.pool[list(own)] = poison
+    with store.batch(rows):
+        poisoned = net(ids)
+    assert torch.equal(poisoned[[0, 2]], clean[[0, 2]]) and not torch.equal(poisoned[1], clean[1])
+    assert torch.equal(clean[2:], make_net(torch.float32)(ids)[2:])
+
+
+def test_a_file_of_peft(net: Net, base: Net, tmp_path: Path) -> None:
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "down", "embed"], init_lora_weights=False,
+        rank_pattern={"layers.1.q_proj": 2}, alpha_pattern={"layers.0.down": 5}, use_rslora=True,
+    )  # fmt: skip
+    model = peft.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval()
+    model.save_pretrained(tmp_path / "one")
+    store, ids = make_store(net, {"one": tmp_path / "one"}), make_ids(2)
+    with store.batch(["one", None]):
+        torch.testing.assert_close(net(ids)[0], model(ids)[0], rtol=0, atol=1e-10)
+
+
+def test_ranks_and_scalings_that_differ_within_a_class(net: Net, base: Net) -> None:
+    patterns = {"rank_pattern": {"layers.1.up": 6, "layers.0.q_proj": 1}, "alpha_pattern": {"layers.0.up": -9}}
+    adapter = make_adapter(net, 5, r=3, **patterns)
+    store, ids = make_store(net, {"one": adapter}), make_ids(1)
+    with store.batch(["one"]):
+        torch.testing.assert_close(net(ids), alone(base, [adapter], ids), rtol=0, atol=1e-10)
+
+
+def test_rows_that_are_repeated_or_packed(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
+) -> None:
+    ids = make_ids(6)
+    expected = alone(base, [three["bob"]] * 3 + [three["alice"]] * 3, ids)
+    with store.batch(["bob", "alice"]):
+        torch.testing.assert_close(net(ids), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(net(ids.flatten()), expected.flatten(0, 1), rtol=0, atol=1e-10)
+    packed = ids.flatten()[None]
+    with store.batch(["bob", None, "alice"], lengths=[4, 0, 14]):
+        y = net(packed)[0]
+    expected = torch.cat([merged(base, three["bob"])(packed[0, :4]), merged(base, three["alice"])(packed[0, 4:])])
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
+
+
+def test_no_adapter_is_the_base_to_the_bit(net: Net, base: Net, store: lk.AdapterStore) -> None:
+    ids = make_ids(2)
+    for rows in ([None, None], []):
+        with store.batch(rows):
+            assert torch.equal(net(ids), base(ids))
+    with store.batch(["alice", None]):
+        assert net(ids[:0]).shape == (0, 3, 5) and net(ids[:, :0]).shape == (2, 0, 5)
+    lonely = lk.AdapterStore(make_net())
+    with lonely.batch([None]):
+        assert torch.equal(lonely.model(ids), base(ids))
+
+
+def test_batches_in_each_other_and_in_threads(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
+) -> None:
+    ids = make_ids(1)
+    with store.batch(["alice"]):
+        first = net(ids)
+        with store.batch(["bob"]):
+            inner = net(ids)
+        assert torch.equal(net(ids), first)
+    torch.testing.assert_close(inner, alone(base, [three["bob"]], ids), rtol=0, atol=1e-10)
+
+    wrong: list[str] = []
+    start = threading.Barrier(4)
+
+    def serve(name: str | None) -> None:
+        expected = alone(base, [three.get(name or "")], ids)
+        start.wait()
+        for _ in range(20):
+            with store.batch([name]):
+                if not torch.allclose(net(ids), expected, rtol=0, atol=1e-10):
+                    wrong.append(str(name))
+
+    threads = [threading.Thread(target=serve, args=(name,)) for name in ("alice", "bob", "carol", None)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_gradient_of_x(net: Net, base: Net, three: dict[str, Adapter]) -> None:
+    x = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():  # which makes the pools
+        store = make_store(net, three)
+    with store.batch(["bob", None]):
+        with torch.inference_mode():
+            net.layers[0](x.detach())  # makes the plan that the next line uses
+        [dx] = torch.autograd.grad(net.layers[0](x).square().sum(), x)
+    oracle = [merged(base, adapter).layers[0] for adapter in (three["bob"], None)]  # type: ignore[index]
+    [expected] = torch.autograd.grad(sum(one(x[i]).square().sum() for i, one in enumerate(oracle)), x)
+    torch.testing.assert_close(dx, expected, rtol=0, atol=1e-10)
+
+
+def test_generate_mixed_rows(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double().eval()
+    base = copy.deepcopy(model)
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "lm_head")
+    adapters = {name: make_adapter(model, i, r=r, targets=targets) for i, (name, r) in enumerate([("a", 3), ("b", 8)])}
+    store = make_store(model, adapters)
+    ids = torch.randint(1, 40, (4, 5))
+    rows = ["b", None, "a", "b"]
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+
+    def tokens(net: Any, ids: torch.Tensor, **more: Any) -> list[list[int]]:
+        return net.generate(ids, attention_mask=torch.ones_like(ids), **options, **more).tolist()
+
+    each = [tokens(merged(base, adapters.get(row or "")), ids[i : i + 1]) for i, row in enumerate(rows)]
+    with store.batch(rows):
+        assert tokens(model, ids) == [row for [row] in each]
+    assert len({tuple(row[0]) for row in each}) == 4 and tokens(model, ids) == tokens(base, ids)
+    beams: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 2}
+    with store.batch(rows[:3]):
+        found = tokens(model, ids[:3], **beams)
+    expected = [
+        tokens(merged(base, adapters.get(row or "")), ids[i : i + 1], **beams) for i, row in enumerate(rows[:3])
+    ]
+    assert found == [row for pair in expected for row in pair]
+    with store.batch(rows[:1]):
+        assert tokens(model, ids[:1], use_cache=False) == each[0]
+
+
+# ------------------------------------------------------------------------------------------- many come and go
+
+
+def test_a_thousand_adapters_through_a_store_of_sixty_four(net: Net, base: Net, tmp_path: Path) -> None:
+    draw = random.Random(0)
+    choices = [ALL, ("q_proj", "up"), ("down",)]
+    adapters = {
+        f"user-{i}": make_adapter(net, i, r=draw.choice([1, 2, 4, 16, 64]), targets=draw.choice(choices))
+        for i in range(1000)
+    }
+    store = lk.AdapterStore(net, max_adapters=64, max_rank=64, host_bytes=1 << 20, root=tmp_path)
+    for name, adapter in adapters.items():
+        write(tmp_path / name, adapter)
+        store.load(name)
+    names = list(adapters)
+    draw.shuffle(names)
+    for i in range(0, 1000, 10):
+        rows: list[str | None] = [*names[i : i + 10], None]
+        ids = make_ids(len(rows), 2)
+        with store.batch(rows):
+            y = net(ids)
+        torch.testing.assert_close(y, alone(base, [adapters.get(row or "") for row in rows], ids), rtol=0, atol=1e-9)
+    stats = store.stats()
+    assert stats.adapters == 1000 and stats.on_device <= 64 and stats.in_use == stats.pinned == 0
+    assert stats.hits + stats.misses == 1000 and stats.evictions > 900
+    assert 0 < stats.host_bytes <= 1 << 20 and stats.reads > 1500, "main memory is too small for all"
+    assert stats.used_bytes == sum(version.nbytes for version in store._books.device.versions)
+    assert stats.padded_bytes > 2 * stats.used_bytes
+    assert stats.load_seconds > 0 and 1000 < stats.loads <= 1000 + stats.misses
+
+
+def test_pages_neither_leak_nor_fragment(net: Net) -> None:
+    draw = random.Random(1)
+    adapters = {
+        f"user-{i}": make_adapter(net, i, r=draw.choice([1, 3, 8]), targets=draw.choice([ALL, ("up",)]))
+        for i in range(24)
+    }
+    store = make_store(net, adapters, max_adapters=6, num_pages=20)
+    device_bytes, leases = store.stats().device_bytes, []
+    assert device_bytes == sum(20 * pages.page_bytes for pages in store._classes if pages.pool is not None)
+    for i in range(10_000):
+        try:
+            leases.append(store.acquire(draw.choice(store.names)))
+        except CapacityError:
+            assert leases
+        while len(leases) > draw.randrange(4):
+            leases.pop(draw.randrange(len(leases))).release()
+        if i % 20 == 0:
+            name = draw.choice(store.names)
+            if draw.random() < 0.5:
+                store.evict(name)
+            store.load(name, adapters[name])
+        if i % 50 == 0:
+            stats, versions = store.stats(), store._books.device.versions
+            assert stats.used_bytes == sum(version.nbytes for version in versions)
+            assert stats.device_bytes == device_bytes and stats.on_device <= 6
+            assert stats.in_use == len({(lease.name, lease.version) for lease in leases})
+            assert all(
+                sorted([*pages.free, *(page for version in versions for page in version.pages.get(pages, ()))])
+                == list(range(20))
+                for pages in store._classes
+            )
+    for lease in leases:
+        lease.release()
+    assert store.stats().evictions > 3000
+    for name in store.names:
+        store.evict(name)
+    stats = store.stats()
+    assert (stats.used_bytes, stats.host_bytes, stats.on_device, stats.in_host) == (0, 0, 0, 0)
+    assert all(not pages.pool.any() for pages in store._classes if pages.pool is not None), "pages are zeroed"
+
+
+def test_what_is_in_use_is_not_replaced(net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore) -> None:
+    ids, new = make_ids(1), make_adapter(net, 9, r=5)
+    before, after = alone(base, [three["alice"]], ids), alone(base, [new], ids)
+    lease = store.acquire("alice")
+    with store.batch(["alice"]):
+        store.replace("alice", new)
+        torch.testing.assert_close(net(ids), before, rtol=0, atol=1e-10)
+        with store.batch(["alice"]):
+            torch.testing.assert_close(net(ids), after, rtol=0, atol=1e-10)
+        store.load("alice", three["bob"])  # a third version
+        store.evict("alice")
+        assert "alice" not in store.names
+        for i in range(6):  # as many as would take every page, were it free
+            store.load(f"other-{i}", make_adapter(net, 20 + i, r=8))
+        torch.testing.assert_close(net(ids), before, rtol=0, atol=1e-10)
+    with store.batch([lease]):
+        torch.testing.assert_close(net(ids), before, rtol=0, atol=1e-10)
+    held = store.stats().used_bytes
+    lease.release()
+    lease.release()
+    assert store.stats().used_bytes < held and store.stats().in_use == 0
+    with pytest.raises(KeyError, match="no adapter 'alice'"), store.batch(["alice"]):
+        pass
+
+
+def test_a_pool_that_is_full(net: Net, three: dict[str, Adapter]) -> None:
+    store = make_store(net, three, max_adapters=2)
+    store.pin("alice")
+    lease = store.acquire("bob")
+    before = books(store)
+    for use in (lambda: store.acquire("carol"), lambda: store.pin("carol"), lambda: store.batch(["carol"]).__enter__()):
+        with pytest.raises(CapacityError, match=r"1 of 2 slots.*pinned: alice; in use: bob") as caught:
+            use()
+        assert (caught.value.pinned, caught.value.in_use) == (["alice"], ["bob"])
+        assert books(store) == before
+    with pytest.raises(CapacityError, match="1 of 2 slots"), store.batch(["alice", "bob", "carol", "carol"]):
+        pass
+    store.load("dave", make_adapter(net, 4))  # waits in main memory
+    assert store.stats().on_device == 2
+    lease.release()
+    store.acquire("dave").release()
+    store.unpin("alice")
+    with store.batch(["dave", "carol"]):
+        assert store.stats().on_device == 2
+    with pytest.raises(CapacityError, match="1 of 2 slots"), store.batch(["alice", "bob", "carol"]):
+        pass
+
+
+def test_a_pin_holds_for_the_next_version(net: Net, three: dict[str, Adapter]) -> None:
+    store = make_store(net, three, max_adapters=1, num_pages=8)
+    store.pin("alice")
+    store.load("alice", make_adapter(net, 8, r=8))
+    assert store.stats().on_device == store.stats().pinned == 1
+    with pytest.raises(CapacityError, match="pinned: alice"):
+        store.acquire("bob")
+    with store.acquire("alice"):
+        before = books(store)
+        with pytest.raises(CapacityError, match="in use: alice"):
+            store.replace("alice", three["alice"])  # must be on the device, where the old one is in use
+        assert books(store) == before
+
+
+def test_pages_run_out_before_slots(net: Net) -> None:
+    adapters = {"small": make_adapter(net, 9, r=1, targets=("down",))}
+    adapters |= {f"user-{i}": make_adapter(net, i, r=8, targets=("up",)) for i in range(3)}
+    store = make_store(net, adapters, max_adapters=8, num_pages=17)
+    on_device = [version.name for version in store._books.device.versions]
+    assert on_device == ["small", "user-1", "user-2"], "what has no page of that class need not go"
+    store.pin("user-1"), store.pin("user-2")
+    with pytest.raises(CapacityError, match=r"7 of 17 pages for 'up'.*pinned: user-1, user-2"):
+        store.acquire("user-0")
+
+
+def test_the_least_recently_used_leaves(net: Net, three: dict[str, Adapter]) -> None:
+    store = make_store(net, three, max_adapters=3)
+    with store.batch(["bob"]), store.batch(["alice"]):
+        pass
+    for i, left in enumerate([["bob", "alice", "new-0"], ["alice", "new-0", "new-1"]]):
+        store.load(f"new-{i}", three["bob"])
+        assert [version.name for version in store._books.device.versions] == left
+    assert store.stats().evictions == 2
+
+
+def test_mixed_ranks_take_what_they_need(net: Net) -> None:
+    store = make_store(net, {f"user-{r}": make_adapter(net, r, r=r) for r in (4, 64)}, max_rank=64, num_pages=68)
+    stats = store.stats()
+    assert stats.used_bytes * 128 == stats.padded_bytes * 68
+
+
+# ------------------------------------------------------------------------------------------- main memory and files
+
+
+def test_main_memory_has_a_budget(net: Net, base: Net, tmp_path: Path) -> None:
+    adapters = {f"user-{i}": make_adapter(net, i, r=4) for i in range(4)}
+    folders = {name: write(tmp_path / name, adapter) for name, adapter in adapters.items()}
+    one = make_store(make_net(), {"one": adapters["user-0"]}).stats().host_bytes
+    store = make_store(net, folders, max_adapters=1, host_bytes=2 * one + 1)
+    assert store.stats().host_bytes == 2 * one and store.stats().reads == 4
+    ids = make_ids(1)
+    for name in ("user-3", "user-2", "user-0"):
+        with store.batch([name]):
+            torch.testing.assert_close(net(ids), alone(base, [adapters[name]], ids), rtol=0, atol=1e-10)
+    stats = store.stats()
+    assert (stats.hits, stats.misses, stats.reads, stats.host_bytes) == (1, 2, 5, 2 * one)
+
+    none = make_store(make_net(), folders, host_bytes=0)
+    assert none.stats().host_bytes == 0 and none.stats().on_device == 4
+    before = books(store)
+    store.load("tensors", adapters["user-1"]), store.load("more", adapters["user-2"])
+    with pytest.raises(CapacityError, match="no folder to be read"):
+        store.load("most", adapters["user-3"])
+    store.acquire("user-1").release()
+    store.acquire("tensors").release()
+    store.evict("tensors"), store.evict("more")
+    assert store.stats().host_bytes == 0 and before[0] == store._books.current
+
+
+@pytest.mark.parametrize("change", ["rewrite", "remove"])
+def test_files_that_change_are_not_another_adapter(net: Net, tmp_path: Path, change: str) -> None:
+    folders = {name: write(tmp_path / name, make_adapter(net, i)) for i, name in enumerate(("one", "two"))}
+    store = make_store(net, folders, max_adapters=1, host_bytes=0)
+    if change == "rewrite":
+        time.sleep(0.01)
+        write(folders["one"], make_adapter(net, 7))
+    else:
+        (folders["one"] / "adapter_model.safetensors").unlink()
+    before = books(store)
+    store.prefetch("one")
+    for _ in range(2):
+        with pytest.raises(
+            lk.AdapterFileError, match="have changed" if change == "rewrite" else "has no adapter_model"
+        ):
+            store.acquire("one")
+        assert books(store) == before
+    write(folders["one"], make_adapter(net, 7))
+    store.replace("one", folders["one"])
+    store.acquire("one").release()
+
+
+def test_prefetch_brings_what_the_next_batch_needs(net: Net, three: dict[str, Adapter], tmp_path: Path) -> None:
+    store = make_store(net, {n: write(tmp_path / n, a) for n, a in three.items()}, max_adapters=1, host_bytes=0)
+    reads = store.stats().reads
+    store.prefetch("alice")
+    store.prefetch("alice")
+    with store.batch(["alice"]):
+        pass
+    stats = store.stats()
+    assert (stats.hits, stats.misses, stats.reads) == (1, 0, reads + 1)
+    with pytest.raises(KeyError):
+        store.prefetch("nobody")
+    with store.batch(["alice"]):
+        store.prefetch("bob")  # no room now: a hint that comes to nothing
+        store._prefetches["bob"].exception()
+    with store.batch(["bob"]):
+        pass
+    store.prefetch("carol")
+    store.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        store.prefetch("alice")
+
+
+FAILURES: list[tuple[str, type, str]] = [
+    ("copy", PageClass, "write"),
+    ("memory", PageClass, "make_pool"),
+    ("pinned memory", PageClass, "host_rows"),
+]
+
+
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize(("what", "owner", "method"), FAILURES, ids=[failure[0] for failure in FAILURES])
+def test_a_failure_in_the_middle_of_a_load(
+    net: Net,
+    base: Net,
+    three: dict[str, Adapter],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    owner: type,
+    method: str,
+    call: int,
+) -> None:
+    store = make_store(net, {"bob": three["bob"]})
+    before, calls, real = books(store), [0], getattr(owner, method)
+
+    def failing(self: Any, *args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] >= call:
+            if method == "write":
+                real(self, *args)  # bytes are there already
+            raise torch.OutOfMemoryError(what)
+        return real(self, *args)
+
+    for action in (lambda: store.load("alice", three["alice"]), lambda: store.replace("bob", three["alice"])):
+        monkeypatch.setattr(owner, method, failing)
+        calls[0] = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            action()
+        monkeypatch.undo()
+        after = books(store)
+        assert after[:3] == before[:3]
+        assert all(not any(map(any, new or [])) for new, old in zip(after[3], before[3], strict=True) if old is None)
+        assert all(new == old for new, old in zip(after[3], before[3], strict=True) if old is not None)
+    ids = make_ids(1)
+    with store.batch(["bob"]):
+        torch.testing.assert_close(net(ids), alone(base, [three["bob"]], ids), rtol=0, atol=1e-10)
+    store.load("alice", three["alice"])
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", "a/b", "../a", "/etc", "a\\b", "a\0b", "a\nb", None, 3])
+def test_bad_names(store: lk.AdapterStore, three: dict[str, Adapter], name: Any) -> None:
+    before = books(store)
+    with pytest.raises(ValueError, match="adapter name"):
+        store.load(name, three["alice"])
+    assert books(store) == before
+
+
+def test_folders_stay_under_the_root(net: Net, three: dict[str, Adapter], tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", write(tmp_path / "outside", three["alice"])
+    inside = write(root / "inside", three["alice"])
+    (root / "link").symlink_to(outside)
+    (root / "good").symlink_to(inside)
+    (root / "halves").mkdir()
+    for file in outside.iterdir():
+        (root / "halves" / file.name).symlink_to(file)
+    store = lk.AdapterStore(net, root=root)
+    for folder in ("../outside", str(outside), "link", "halves", "inside/../../outside", "a\0b", "nothing", "."):
+        with pytest.raises(lk.AdapterFileError):
+            store.load("one", folder)
+    assert not store.names and all(type(module) is not ServedLinear for module in net.modules())
+    for i, folder in enumerate(("inside", str(inside), "good", "./inside/.", None)):
+        store.load(f"name-{i}" if folder else "inside", folder)
+    assert len(store.names) == 5
+    with pytest.raises(ValueError, match="has no folder"):
+        lk.AdapterStore(make_net()).load("one")
+    # A link that is turned after loading is looked at again.
+    small = lk.AdapterStore(make_net(), root=root, max_adapters=1, host_bytes=0)
+    small.load("one", write(root / "turned", three["alice"]))
+    small.load("two", "inside")
+    (root / "turned").rename(root / "moved")
+    (root / "turned").symlink_to(outside)
+    with pytest.raises(lk.AdapterFileError, match="leads out of"):
+        small.acquire("one")
+
+
+def _without(adapter: Adapter, ending: str) -> Adapter:
+    return adapter[0], {key: tensor for key, tensor in adapter[1].items() if not key.endswith(ending)}
+
+
+def _changed(adapter: Adapter, change: Callable[[torch.Tensor], torch.Tensor]) -> Adapter:
+    return adapter[0], {key: change(tensor) for key, tensor in adapter[1].items()}
+
+
+def _renamed(adapter: Adapter, old: str, new: str) -> Adapter:
+    return adapter[0], {key.replace(old, new): tensor for key, tensor in adapter[1].items()}
+
+
+CONV = {
+    "base_model.model.conv.lora_A.weight": torch.ones(4, WIDTH, 1),
+    "base_model.model.conv.lora_B.weight": torch.ones(WIDTH, 4, 1),
+}
+BAD_FILES: list[tuple[str, Callable[[Adapter], Adapter], dict[str, Any], type[Exception], str]] = [
+    ("dora", lambda a: a, {"use_dora": True}, lk.AdapterFileError, "lora_magnitude_vector"),
+    ("lora_bias", lambda a: a, {"lora_bias": True}, lk.AdapterFileError, "lora_bias=True"),
+    ("bias", lambda a: a, {"bias": "all"}, lk.AdapterFileError, "bias='all' is not served"),
+    ("trainable_token_indices", lambda a: a, {"trainable_token_indices": [1]}, lk.AdapterFileError, "trainable_token"),
+    ("modules_to_save", lambda a: a, {"modules_to_save": ["head"]}, lk.AdapterFileError, "modules_to_save|no tensor"),
+    ("conv", lambda a: (a[0], a[1] | CONV), {}, lk.AdapterFileError, "'conv' is a Conv1d"),
+    ("rank", lambda a: a, {"r": 9}, lk.AdapterFileError, "expected"),
+    ("r = 0", lambda a: a, {"r": 0}, lk.AdapterFileError, "r is 0"),
+    ("alpha", lambda a: a, {"lora_alpha": 1e300}, lk.AdapterFileError, "scaling"),
+    ("no B", lambda a: _without(a, "q_proj.lora_B.weight"), {}, lk.AdapterFileError, "no lora_B.weight"),
+    ("nan", lambda a: _changed(a, lambda t: t * float("nan")), {}, lk.AdapterFileError, "NaN"),
+    ("integers", lambda a: _changed(a, torch.Tensor.long), {}, lk.AdapterFileError, "float dtype"),
+    ("no module", lambda a: _renamed(a, "layers.1", "layers.2"), {}, lk.AdapterFileError, "no module"),
+    ("strange keys", lambda a: _renamed(a, "lora_", "LORA_"), {}, lk.AdapterFileError, "unknown key"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "error", "message"), [case[1:] for case in BAD_FILES], ids=[case[0] for case in BAD_FILES]
+)
+def test_bad_files(
+    net: Net, store: lk.AdapterStore, tmp_path: Path, change: Any, fields: dict[str, Any], error: Any, message: str
+) -> None:
+    before = books(store)
+    folder = write(tmp_path / "bad", change(make_adapter(net, 1)), **fields)
+    for action in (lambda: store.load("new", folder), lambda: store.load("bob", folder)):
+        with pytest.raises(error, match=message):
+            action()
+        assert books(store) == before
+
+
+def test_whole_files_that_a_mixed_batch_cannot_compute(net: Net, store: lk.AdapterStore, tmp_path: Path) -> None:
+    before = books(store)
+    settings: list[dict[str, Any]] = [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"modules_to_save": ["head"]},
+        {"bias": "all"},
+    ]
+    for i, fields in enumerate(settings):
+        config = lk.LoRAConfig(r=2, target_modules=["up"], **fields)
+        lk.save_adapter(lk.inject(make_net(), config), tmp_path / str(i))
+        with pytest.raises(lk.AdapterFileError, match=f"{next(iter(fields))}=.* is not served"):
+            store.load("new", tmp_path / str(i))
+    assert books(store) == before
+
+
+def test_ranks_and_dtypes_that_do_not_fit(net: Net, store: lk.AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = books(store)
+    monkeypatch.setattr(PageClass, "host_rows", lambda *_: pytest.fail("something was allocated"))
+    with pytest.raises(CapacityError, match=r"rank 9.*max_rank=8"):
+        store.load("new", make_adapter(net, 1, r=9))
+    monkeypatch.undo()
+    assert books(store) == before
+    half = lk.AdapterStore(make_net(torch.float16))
+    with pytest.raises(lk.AdapterFileError, match=r"float16.*cannot hold"):
+        half.load("new", _changed(make_adapter(net, 1), lambda t: t * 1e6))
+    assert not half.names and half.stats().device_bytes == 0
+
+
+def test_modules_that_cannot_be_switched(three: dict[str, Adapter]) -> None:
+    class Special(nn.Linear):
+        pass
+
+    for change, message in (
+        (lambda net: net.layers[0].up.__setattr__("__class__", Special), "Special; expected"),
+        (lambda net: net.layers[0].up.__dict__.update(forward=lambda x: x), "forward of its own"),
+        (lambda net: lk.inject(net, lk.LoRAConfig(target_modules=["up"])), "LoRALinear; a store serves"),
+        (lambda net: make_store(net, {"one": three["bob"]}), "served by another AdapterStore"),
+    ):
+        net = make_net()
+        change(net)  # type: ignore[no-untyped-call]
+        store = lk.AdapterStore(net)
+        with pytest.raises(lk.AdapterFileError, match=message):
+            store.load("bob", three["bob"])
+        assert not store.names and store.stats().device_bytes == 0
+
+
+def test_a_fast_path_that_would_leave_adapters_out() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, INNER, batch_first=True).double().eval()
+    base, adapter = copy.deepcopy(layer), make_adapter(layer, 1, targets=("linear1", "linear2"))
+    store, x = lk.AdapterStore(layer), torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    with pytest.raises(lk.AdapterFileError, match="set_fastpath_enabled"):
+        store.load("one", adapter)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        store.load("one", adapter)
+        with torch.no_grad(), store.batch([None, "one"]):
+            torch.testing.assert_close(layer(x), alone(base, [None, adapter], x), rtol=0, atol=1e-10)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+BAD_BATCHES: list[tuple[Any, Any, type[Exception], str]] = [
+    (["nobody"], None, KeyError, "no adapter 'nobody'"),
+    (["alic"], None, KeyError, "alice"),
+    ("alice", None, TypeError, "expected a list"),
+    ([3], None, TypeError, "a row is 3"),
+    (["alice", "bob"], None, ValueError, r"leading shape \[3, 3\] for a batch of 2"),
+    (["alice"] * 9, None, ValueError, "batch of 9"),
+    (["alice"], [8], ValueError, "9 tokens.*expected 8"),
+    (["alice"], [4, 5], ValueError, "expected 1 numbers"),
+    (["alice"], [-9], ValueError, "expected 1 numbers"),
+]
+
+
+@pytest.mark.parametrize(("rows", "lengths", "error", "message"), BAD_BATCHES, ids=lambda value: str(value)[:30])
+def test_bad_batches(net: Net, store: lk.AdapterStore, rows: Any, lengths: Any, error: Any, message: str) -> None:
+    before = books(store)
+    with pytest.raises(error, match=message), store.batch(rows, lengths=lengths):
+        net(make_ids(3))
+    assert books(store) == before
+    with store.batch(["alice"]):
+        net(make_ids(3))
+
+
+def test_nothing_is_computed_for_what_has_ended(net: Net, store: lk.AdapterStore, three: dict[str, Adapter]) -> None:
+    with store.batch(["alice"]):
+        kept = contextvars.copy_context()
+    with pytest.raises(StaleBatchError, match="has ended"):
+        kept.run(net, make_ids(1))
+    lease = store.acquire("alice")
+    lease.release()
+    with pytest.raises(StaleBatchError, match="released"), store.batch([lease]):
+        pass
+    other = make_store(make_net(), three)
+    with pytest.raises(ValueError, match="another store"), store.batch([other.acquire("alice")]):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_adapters": 0}, ValueError),
+        ({"max_rank": 2.0}, TypeError),
+        ({"num_pages": 7, "max_rank": 8}, ValueError),
+        ({"host_bytes": -1}, ValueError),
+        ({"root": "/no/such/folder"}, OSError),
+    ],
+    ids=str,
+)
+def test_bad_settings(net: Net, options: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        lk.AdapterStore(net, **options)
+    with pytest.raises((TypeError, ValueError)):
+        lk.AdapterStore(nn.ReLU())
+    with pytest.raises(TypeError):
+        lk.AdapterStore("model")  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------- the model
+
+
+def test_the_model_stays_itself(net: Net, base: Net, three: dict[str, Adapter]) -> None:
+    state, parameters = dict(net.state_dict()), dict(net.named_parameters())
+    calls: list[Any] = []
+    net.layers[0].up.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr,operator]
+    store, ids = make_store(net, three), make_ids(1)
+    assert type(net.layers[0].up) is ServedLinear and type(net.embed) is ServedEmbedding  # type: ignore[union-attr]
+    assert type(net.head) is nn.Linear, "no adapter has reached it"
+    assert net.state_dict().keys() == state.keys() and all(net.get_parameter(n) is p for n, p in parameters.items())
+    with store.batch(["alice"]):
+        net(ids)
+        twin = copy.deepcopy(net)
+        assert torch.equal(twin(ids), base(ids)), "a copy is nobody's to serve"
+        file = io.BytesIO()
+        torch.save(net.embed, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(ids), base.embed(ids))
+        with pytest.raises(RuntimeError, match="in use: alice"):
+            store.close()
+    assert len(calls) == 2
+    store.close()
+    assert type(net.layers[0].up) is nn.Linear and net.layers[0].up.__dict__.keys() == base.layers[0].up.__dict__.keys()  # type: ignore[union-attr]
+    assert torch.equal(net(ids), base(ids)) and store.stats().device_bytes == store.stats().host_bytes == 0
+    for use in (
+        lambda: store.load("alice", three["alice"]),
+        lambda: store.acquire("alice"),
+        lambda: store.prefetch("a"),
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            use()
+    make_store(net, three).close()  # the next one has a free model
+
+
+def test_two_models_have_a_batch_each(net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore) -> None:
+    draft = make_net()
+    other, ids = make_store(draft, three), make_ids(2)
+    with store.batch(["alice", "bob"]), other.batch(["bob", None]):
+        torch.testing.assert_close(net(ids), alone(base, [three["alice"], three["bob"]], ids), rtol=0, atol=1e-10)
+        torch.testing.assert_close(draft(ids), alone(base, [three["bob"], None], ids), rtol=0, atol=1e-10)
