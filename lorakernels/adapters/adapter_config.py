@@ -94,8 +94,8 @@ def config_from_fields(fields: dict[str, Any], source: str) -> LoRAConfig:
         raise AdapterFileError(f"{source}: {error}") from error
 
 
-def write_config(path: Path, config: LoRAConfig) -> None:
-    """Write `config` as PEFT would, the patterns in their own order: the first that matches counts."""
+def fields_of(config: LoRAConfig) -> dict[str, Any]:
+    """`config` as PEFT's fields, the patterns in their own order: the first that matches counts."""
     fields: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
@@ -110,4 +110,9 @@ def write_config(path: Path, config: LoRAConfig) -> None:
         fields[name] = dict(value) if name.endswith("_pattern") else value
     if fields["init_lora_weights"] == "kaiming":
         fields["init_lora_weights"] = True  # PEFT's name for it
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    return fields
+
+
+def write_config(path: Path, config: LoRAConfig) -> None:
+    """Write `config` as PEFT would."""
+    path.write_text(json.dumps(fields_of(config), indent=2) + "\n", encoding="utf-8")

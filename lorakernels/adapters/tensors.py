@@ -52,9 +52,14 @@ class Contents:
 def read_contents(model: nn.Module, folder: Path) -> Contents:
     """Read an adapter's files and check them against `model`; raises AdapterFileError, and changes nothing."""
     config = read_config(_existing(folder, CONFIG_FILE))
-    tensors = _read_tensors(_existing(folder, WEIGHTS_FILE))
+    path = _existing(folder, WEIGHTS_FILE)
+    return check_contents(model, config, _read_tensors(path), str(path))
+
+
+def check_contents(model: nn.Module, config: LoRAConfig, tensors: Tensors, source: str) -> Contents:
+    """Tensors by the keys of PEFT's files, checked against `model`; takes them out of `tensors`. Raises as above."""
     if not tensors:
-        raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no tensors")
+        raise AdapterFileError(f"{source} holds no tensors")
     try:
         whole_modules = find_modules_to_save(model, config.modules_to_save)
     except TypeError as error:
@@ -65,7 +70,7 @@ def read_contents(model: nn.Module, folder: Path) -> Contents:
     biases = _take_biases(tensors, model, config)
     _refuse_the_rest(tensors, model)
     if not layers:
-        raise AdapterFileError(f"{folder / WEIGHTS_FILE} holds no tensors of an adapted layer")
+        raise AdapterFileError(f"{source} holds no tensors of an adapted layer")
     bases = {path: _layer(modules, path) for path in layers}  # first of all: how many there can be is the model's
     ranks = by_pattern(layers, config.rank_pattern, config.r, CONFIG_FILE)
     alphas = by_pattern(layers, config.alpha_pattern, config.lora_alpha, CONFIG_FILE)

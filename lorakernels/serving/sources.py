@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError, write_config
-from lorakernels.adapters.tensors import CONFIG_FILE, WEIGHTS_FILE, Contents, read_contents
+from lorakernels.adapters.adapter_config import AdapterFileError, config_from_fields, fields_of
+from lorakernels.adapters.tensors import CONFIG_FILE, WEIGHTS_FILE, Contents, check_contents, read_contents
 from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.serving.errors import CapacityError
 from lorakernels.serving.pages import PageClass, Site
@@ -75,12 +73,10 @@ def read_source(model: nn.Module, source: Source) -> Contents:
 
 
 def read_tensors(model: nn.Module, config: LoRAConfig, tensors: Tensors) -> Contents:
-    """An adapter that is in memory, by the keys of PEFT's files: through files, so that all the same is checked."""
-    with tempfile.TemporaryDirectory(prefix="lorakernels-") as folder:
-        write_config(Path(folder) / CONFIG_FILE, config)
-        whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-        save_file(whole, Path(folder) / WEIGHTS_FILE)
-        return read_contents(plain_copy(model, {}), Path(folder))
+    """An adapter that is in memory, by the keys of PEFT's files, checked as they are."""
+    config = config_from_fields(fields_of(config), "the configuration")
+    given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    return check_contents(plain_copy(model, {}), config, given, "the adapter")
 
 
 def _check_inside(folder: Path, root: Path | None) -> None:
