@@ -858,3 +858,29 @@ def test_two_models_have_a_batch_each(net: Net, base: Net, three: dict[str, Adap
     with store.batch(["alice", "bob"]), other.batch(["bob", None]):
         torch.testing.assert_close(net(ids), alone(base, [three["alice"], three["bob"]], ids), rtol=0, atol=1e-10)
         torch.testing.assert_close(draft(ids), alone(base, [three["bob"], None], ids), rtol=0, atol=1e-10)
+
+
+class Expert(nn.Module):
+    """A projection of all tokens, and one of those that a router has picked."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(WIDTH, WIDTH)
+        self.add_module(name, nn.ModuleList([nn.Linear(WIDTH, WIDTH)]))
+        self.picked = getattr(self, name)[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.picked(self.q_proj(x)[:, 1:].flatten(0, 1))
+
+
+def test_experts_are_refused() -> None:
+    for name, targets in (("experts", ("0",)), ("mixture", ("q_proj", "0"))):
+        net = Expert(name).double()
+        store, adapter = lk.AdapterStore(net), make_adapter(net, 1, targets=targets)
+        if name == "experts":
+            with pytest.raises(lk.AdapterFileError, match="is an expert"):
+                store.load("one", adapter)
+        else:
+            store.load("one", adapter)
+            with store.batch(["one", None]), pytest.raises(ValueError, match="sent some of the tokens"):
+                net(torch.randn(2, 5, WIDTH, dtype=torch.float64))

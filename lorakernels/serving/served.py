@@ -51,6 +51,7 @@ class Batch:
         self.closed = False
         self.slots = torch.tensor(slots, dtype=torch.int32)
         self.lengths = None if lengths is None else list(lengths)
+        self._whole: torch.Size | None = None  # the last leading shape that was not flat
         self._routes: dict[PageClass, _Route] = {}
         shared: dict[Any, _Route] = {}  # one plan for all classes where the adapters have the same pages
         for pages in dict.fromkeys(pages for adapter in adapters for pages in adapter):
@@ -64,6 +65,8 @@ class Batch:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
         if self.closed:
             raise StaleBatchError(f"module {site.path!r} was called for a batch that has ended; call it within `with`")
+        if len(lead) > 1:
+            self._whole = lead
         route = self._routes.get(site.pages)
         if route is None:
             return None
@@ -87,6 +90,11 @@ class Batch:
                 )
             return self.slots.repeat_interleave(torch.tensor(self.lengths))
         first = lead[0] if lead else 1
+        if len(lead) == 1 and self._whole and tokens not in (self._whole.numel(), self._whole[0]):
+            raise ValueError(
+                f"module {site.path!r} got {tokens} tokens where others got {list(self._whole)}: it is sent some "
+                "of the tokens (an expert), and whose they are cannot be known; load adapters that leave it out"
+            )
         if first % rows:
             raise ValueError(
                 f"module {site.path!r} got x of leading shape {list(lead)} for a batch of {rows} names; expected a "

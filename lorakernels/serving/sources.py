@@ -173,6 +173,8 @@ def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
         raise AdapterFileError(
             f"module {path!r} has a forward of its own (such as accelerate's hooks), which goes first"
         )
+    if "experts" in path.split("."):
+        raise AdapterFileError(f"module {path!r} is an expert, which is sent some of the tokens; not served")
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise AdapterFileError(
