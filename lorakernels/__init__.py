@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorakernels.config import LoRAConfig as LoRAConfig
     from lorakernels.functional import explain as explain
     from lorakernels.functional import lora_linear as lora_linear
+    from lorakernels.functional import lora_linear_group as lora_linear_group
     from lorakernels.integrations.peft import accelerate as accelerate
     from lorakernels.integrations.peft import restore as restore
     from lorakernels.multi import lora_expand as lora_expand
@@ -37,11 +38,13 @@ if TYPE_CHECKING:
     from lorakernels.nn.embedding import LoRAEmbedding as LoRAEmbedding
     from lorakernels.nn.linear import LoRALinear as LoRALinear
     from lorakernels.plan import BatchPlan as BatchPlan
+    from lorakernels.serving.store import AdapterStore as AdapterStore
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "lora_linear": "lorakernels.functional",
+    "lora_linear_group": "lorakernels.functional",
     "explain": "lorakernels.functional",
     "BatchPlan": "lorakernels.plan",
     "lora_shrink": "lorakernels.multi",
@@ -65,6 +68,7 @@ _HOMES = {
     "prepare_for_hotswap": "lorakernels.adapters.hotswap",
     "save_adapter": "lorakernels.adapters.files",
     "load_adapter": "lorakernels.adapters.files",
+    "AdapterStore": "lorakernels.serving.store",
     "accelerate": "lorakernels.integrations.peft",
     "restore": "lorakernels.integrations.peft",
     "AdapterFileError": "lorakernels.adapters.adapter_config",

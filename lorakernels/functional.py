@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from lorakernels import ops
 from lorakernels.backend import Explanation, explain_impl
+from lorakernels.plan import BatchPlan
+from lorakernels.tuning.heuristic import Batch
 from lorakernels.tuning.table import choose_with_source, takes_few_tokens_form
 
 
@@ -72,6 +75,99 @@ def lora_linear(
     return ops.lora_linear(x, weight, lora_A, lora_B, bias, row_scale, scaling, dropout_p if training else 0.0, impl)
 
 
+def lora_linear_group(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    lora_As: Sequence[torch.Tensor | None],
+    lora_Bs: Sequence[torch.Tensor | None],
+    *,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    scalings: Sequence[float | torch.Tensor] | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    impl: str = "auto",
+) -> list[torch.Tensor]:
+    """Several LoRA linears of one x (q, k, v; gate, up): y_i = x W_iᵀ + scaling_i · (dropout(x) A_iᵀ) B_iᵀ + bias_i.
+
+    What `lora_linear` gives for each, with one dropout mask for all of them. x is read once for all A's in the
+    forward and once for their gradients, and dx is one product over all outputs. All y's have one backward: for two
+    of them one after the other, the first needs `retain_graph=True`.
+
+    Args:
+        x: [..., K], as for `lora_linear`.
+        weights: [N_i, K] each, of x's dtype; the N_i may differ.
+        lora_As: [r_i, K] each; the r_i may differ. None where a member has no adapter.
+        lora_Bs: [N_i, r_i] each, None likewise.
+        biases: [N_i] each, or None, of x's dtype.
+        scalings: 1 if not given; otherwise one for each member, as for `lora_linear`. A member with 0 gives the base
+            layer's output to the bit.
+        dropout_p, training, impl: as for `lora_linear`.
+
+    Returns:
+        [..., N_i] of each member, of x's dtype.
+
+    Raises:
+        ValueError: the lists differ in length or are empty; else as `lora_linear`, naming the member.
+        TypeError, BackendError: as `lora_linear`.
+    """
+    n = len(weights)
+    biases = [None] * n if biases is None else list(biases)
+    scalings = [1.0] * n if scalings is None else list(scalings)
+    lengths = {"lora_As": len(lora_As), "lora_Bs": len(lora_Bs), "biases": len(biases), "scalings": len(scalings)}
+    if n == 0 or set(lengths.values()) != {n}:
+        given = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"there are {n} weights and of {given}; expected at least one weight, and as many of each")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor; got {type(x).__name__}")
+    device_type = x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = [ops.autocast_arguments(x, W, bias, dtype) for W, bias in zip(weights, biases, strict=True)]
+        x, weights, biases = cast[0][0], [W for _, W, _ in cast], [bias for _, _, bias in cast]
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
+    adapted: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
+    for i in range(n):
+        try:
+            factors = _member(x, weights[i], lora_As[i], lora_Bs[i], biases[i], scalings[i])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"member {i}: {error}") from None
+        if factors is not None:
+            adapted[i] = factors
+    p = dropout_p if training else 0.0
+    ys: list[torch.Tensor | None] = [None] * n
+    if adapted:
+        lora_A, lora_B, scaling = (list(kind) for kind in zip(*adapted.values(), strict=True))
+        own_weights, own_biases = [weights[i] for i in adapted], [biases[i] for i in adapted]
+        outputs = ops.lora_linear_group(x, own_weights, lora_A, lora_B, own_biases, scaling, p, impl)
+        for i, y in zip(adapted, outputs, strict=True):
+            ys[i] = y
+    for i, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
+        if ys[i] is None and A is not None and B is not None:
+            ys[i] = ops.lora_linear(x, weights[i], A, B, biases[i], None, 0.0, 0.0, impl)
+    return [torch.nn.functional.linear(x, weights[i], biases[i]) if y is None else y for i, y in enumerate(ys)]
+
+
+def _member(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scaling: float | torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """A, B and scaling of one member of a group, checked; None where its base layer is alone."""
+    if lora_A is None and lora_B is None:
+        lora_A, lora_B, scaling = weight.new_empty((1, weight.shape[1])), weight.new_empty((weight.shape[0], 1)), 0.0
+    _check(x, weight, lora_A, lora_B, bias)  # type: ignore[arg-type]
+    assert lora_A is not None and lora_B is not None
+    if isinstance(scaling, torch.Tensor):
+        return lora_A, lora_B * _one_element(scaling).to(lora_B), 1.0
+    if not -math.inf < scaling < math.inf:
+        raise ValueError(f"scaling is {scaling}; expected a finite number, such as lora_alpha / r")
+    return (lora_A, lora_B, scaling) if scaling != 0 else None
+
+
 def row_norm(weight: torch.Tensor) -> torch.Tensor:
     """‖W‖ by rows of weight [N, K]: [N] float32 (float64 for a float64 weight), for `lora_weight_norm`."""
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -119,20 +215,31 @@ def lora_weight_norm(
 
 def explain(
     x: torch.Tensor,
-    weight: torch.Tensor | None = None,
-    lora_A: torch.Tensor | None = None,
+    weight: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    lora_A: torch.Tensor | Sequence[torch.Tensor] | None = None,
     *,
+    plan: BatchPlan | None = None,
+    dropout_p: float | torch.Tensor = 0.0,
     impl: str = "auto",
 ) -> Explanation:
     """Which implementation `lora_linear` takes for x, and why; with weight and lora_A, which kernels and configs too.
 
-    A config comes from the user's tuning table, the shipped one, or the heuristic.
+    With a `plan` it is `multi_lora_linear` that is explained, with lists for several projections, and with its
+    `dropout_p`, which needs tiles. A config comes from the user's tuning table, the shipped one, or the heuristic.
 
     Raises what `lora_linear` would raise for this `impl`.
     """
     resolved, why = explain_impl(impl, x.device, x.dtype)
     if resolved == "torch" or weight is None or lora_A is None:
         return Explanation(resolved, why)
+    if plan is not None:
+        weights = [weight] if isinstance(weight, torch.Tensor) else list(weight)
+        first = lora_A if isinstance(lora_A, torch.Tensor) else lora_A[0]
+        width = plan.max_rank if plan.num_pages is not None else first.shape[-2]
+        dropout = isinstance(dropout_p, torch.Tensor) or dropout_p > 0
+        return Explanation(resolved, why, _multi_kernels(x, weights, width, plan, dropout))
+    if not (isinstance(weight, torch.Tensor) and isinstance(lora_A, torch.Tensor)):
+        raise TypeError("weight and lora_A are lists; expected tensors, or plan= as multi_lora_linear has it")
     (N, K), r, M, itemsize = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1]), x.element_size()
     names = ("few_tokens",) if takes_few_tokens_form(M, r, itemsize) else ("shrink", "linear_expand")
     launches = [(name, name, K if name == "shrink" else N, K) for name in names]
@@ -143,6 +250,30 @@ def explain(
         config, source = choose_with_source(operation, M, outputs, summed, r, itemsize, x.device, tma)
         kernels.append(f"{title}: {config} ({source})")
     return Explanation(resolved, why, tuple(kernels))
+
+
+def _multi_kernels(
+    x: torch.Tensor, weights: list[torch.Tensor], width: int, plan: BatchPlan, dropout: bool
+) -> tuple[str, ...]:
+    """The launches of forward and backward for many adapters, as the kernels' launchers ask for their configs."""
+    slices, K, N = len(weights), x.shape[-1], max(weight.shape[0] for weight in weights)
+    T, itemsize = math.prod(x.shape[:-1]), x.element_size()
+    launches = [
+        ("multi_shrink", "S", K, slices, dropout),
+        ("multi_expand", "y", N, slices, False),
+        ("multi_shrink", "backward, G", N, slices, False),
+        ("multi_expand", "backward, dx", K, 1, slices > 1 or dropout),
+        ("multi_outer", "backward, dA", K, slices, False),
+        ("multi_outer", "backward, dB", N, slices, False),
+    ]
+    kernels = []
+    for operation, product, cols, number, tiles in launches:
+        batch = Batch(plan.num_slots, number, tiles)
+        config, source = choose_with_source(operation, T, cols, cols, width, itemsize, x.device, batch=batch)
+        form = "a program a token" if config.BLOCK_M == 1 else f"tiles of {config.BLOCK_M} tokens of one slot"
+        kernels.append(f"{operation} ({product}), {form}: {config} ({source})")
+    base = f"torch's linear for x Wᵀ; {T} tokens of at most {plan.num_slots} adapters"
+    return (base, *kernels)
 
 
 def _check(

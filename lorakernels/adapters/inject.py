@@ -10,12 +10,14 @@ from torch import nn
 from lorakernels.adapters.saved_modules import give_copies, saved_modules
 from lorakernels.adapters.targets import find_modules_to_save, find_targets, pattern_value
 from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, adapt
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
+from lorakernels.nn.linear import LoRALinear
 
 
-def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) -> nn.Module:
+def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT, *, group: bool = True) -> nn.Module:
     """Give the target layers of `model` an adapter, in place, and freeze everything else.
 
     In a model that has adapters already the new one is not active until `set_adapter`, and what trains stays the same.
@@ -25,6 +27,8 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
         model: any module that holds layers that can be adapted: linear, embedding, convolution.
         config: which layers, and what rank and scale.
         adapter_name: the adapter's name, part of its parameters' names.
+        group: whether projections that one module calls with the same x (q, k, v; gate, up) may be computed together,
+            as `lora_linear_group` does, with one dropout mask. It holds for all adapters of these layers.
 
     Returns:
         `model` itself.
@@ -63,7 +67,9 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT) ->
             # A module under two names stays one module, with one adapter.
             if module not in given:
                 init = config.init_lora_weights
-                give_adapter(module, adapter_name, ranks[name], alphas[name], config, init, made)
+                layer = give_adapter(module, adapter_name, ranks[name], alphas[name], config, init, made)
+                if isinstance(layer, LoRALinear):
+                    siblings.switch(layer, group)
                 given.add(module)
         made |= give_copies(whole.values(), adapter_name)
         replace_modules(model, made)
@@ -191,6 +197,12 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    # torch's fast path of evaluation reads the weights itself, and would leave the adapter out.
+                    parent.activation_relu_or_gelu = 0
+    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
+        if any(isinstance(module, LoRALayer) for module in encoder.modules()):
+            encoder.use_nested_tensor = False  # which only the fast path can take
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.launch import input_precision, launch, retried
 from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
@@ -37,6 +37,7 @@ def outer_kernel(
     scale,
     stride_zm,
     stride_zn,
+    stride_tm,
     stride_qn,
     stride_qr,
     stride_on,
@@ -72,7 +73,7 @@ def outer_kernel(
             mask_bytes = load_mask_bytes(mask_ptr, offs_m, byte_cols, M, num_mask_bytes)
             z = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_N), z, 0.0)
         if WITH_OUT:
-            t = load_tile(t_ptr, offs_m, offs_r, M, R, R, 1).to(z.dtype)
+            t = load_tile(t_ptr, offs_m, offs_r, M, R, stride_tm, 1).to(z.dtype)
             out = tl.dot(tl.trans(z), t, out, input_precision=INPUT_PRECISION)
         if WITH_P:
             p = tl.dot(z, q, input_precision=INPUT_PRECISION) * scale
@@ -94,6 +95,7 @@ def outer_kernel(
             tl.store(sums_ptr + pid_m.to(tl.int64) * N + offs_n, sums.to(sums_ptr.dtype.element_ty), mask=inside_n)
 
 
+@retried("outer")
 def dy_pass(
     dy: torch.Tensor,
     lora_B: torch.Tensor,
@@ -106,8 +108,8 @@ def dy_pass(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """G [M, r] = scaling · dy B, dB [N, r] = scaling · dyᵀ S in B's dtype, dbias [N] = Σ dy.
 
-    What is not asked for is None and is not computed. dy is read once, or twice where G would be written to
-    more planes than that costs.
+    The rows of s [M, r] are contiguous. What is not asked for is None and is not computed. dy is read once, or twice
+    where G would be written to more planes than that costs.
     """
     M, N = dy.shape
     R = lora_B.shape[1]
@@ -121,6 +123,7 @@ def dy_pass(
     return g, dB, dbias
 
 
+@retried("outer")
 def grad_A(
     x: torch.Tensor, g: torch.Tensor, mask: torch.Tensor | None, scale: float, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -168,6 +171,7 @@ def _outer(
             "scale": scale,
             "stride_zm": z.stride(0),
             "stride_zn": z.stride(1),
+            "stride_tm": t.stride(0),
             "stride_qn": 0 if q is None else q.stride(0),
             "stride_qr": 0 if q is None else q.stride(1),
             "stride_on": out_strides[0],

@@ -12,6 +12,7 @@ from lorakernels.functional import lora_linear
 from lorakernels.nn.dora import scale_product
 from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
+from lorakernels.nn.siblings import Call, from_group
 
 
 class LoRALinear(LoRALayer):
@@ -34,6 +35,7 @@ class LoRALinear(LoRALayer):
     """
 
     BASE = nn.Linear
+    group_siblings = True  # computed with its siblings of the same x, see `lorakernels.nn.siblings`
 
     def __init__(
         self,
@@ -141,7 +143,13 @@ class LoRALinear(LoRALayer):
             return self._add_low_rank(y, x, scales)
         if not others:
             A, B = self._factors(first)
-            return self._fused(x, A, B, names, self.scalings[first], self.lora_dropout[first], self._row_scale(first))
+            scaling, p = self.scalings[first], self.lora_dropout[first]
+            if not (self.use_dora[first] or self.lora_bias[first]):
+                call = Call(self.weight, self.bias, A, B, scaling, p if self.training else 0.0)
+                grouped = from_group(self, x, call, _plain_call)
+                if grouped is not None:
+                    return grouped
+            return self._fused(x, A, B, names, scaling, p, self._row_scale(first))
         scales, base_scale = self._sum_of_row_scales(names)
         if base_scale is not None:
             y = scale_product(base_scale, lambda x: F.linear(x, self.weight), x)
@@ -201,3 +209,16 @@ class LoRALinear(LoRALayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
+
+
+def _plain_call(layer: LoRALinear, x: torch.Tensor) -> Call | None:
+    """What this layer does with x where that is one LoRA linear and nothing else."""
+    if type(layer) is not LoRALinear or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    base = layer._modules["base_layer"]
+    (name,) = layer.active_adapters
+    if layer.use_dora[name] or layer.lora_bias[name] or runs_more_than_forward(base):
+        return None
+    weight, bias, (A, B) = layer.weight, layer.bias, layer._factors(name)
+    p = layer.lora_dropout[name] if layer.training else 0.0
+    return Call(weight, bias, A, B, layer.scalings[name], p)

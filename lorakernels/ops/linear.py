@@ -324,7 +324,7 @@ def _differentiable_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor |
     return dx.reshape(*dy.shape[:-1], weight.shape[1]), *grads
 
 
-def _is_small(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, impl: str) -> bool:
+def is_small(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, impl: str) -> bool:
     """Whether torch's own operators compute the layer faster than the Function, and nobody would see a difference."""
     return (
         runs_directly(x, weight, lora_A, lora_B)
@@ -377,7 +377,7 @@ def lora_linear(
     impl: str,
 ) -> torch.Tensor:
     """The layer on checked arguments; no autograd.Function when nothing needs a gradient."""
-    if dropout_p == 0 and row_scale is None and scaling != 0 and _is_small(x, weight, lora_A, lora_B, impl):
+    if dropout_p == 0 and row_scale is None and scaling != 0 and is_small(x, weight, lora_A, lora_B, impl):
         if x.dim() == 2:
             return reference_lora_linear.composed(x, weight, lora_A, lora_B, bias, scaling)
         y = reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import LEVELS
-from lorakernels.ops.library import library, nothing, without_autocast
+from lorakernels.ops.library import library, nothing, runs_directly, without_autocast
 from lorakernels.plan import BatchPlan, PlanTensors
 from lorakernels.reference import multi_lora as reference_multi_lora
 from lorakernels.reference.product import sum_rows
@@ -38,6 +39,15 @@ def _implementation(impl: str, x: torch.Tensor) -> ModuleType:
     return kernels_multi_lora
 
 
+def _on_host(plan: BatchPlan, implementation: ModuleType) -> dict[str, Any]:
+    """The plan's route for the torch path, read once a version; elsewhere than on a CPU each call waits for it."""
+    if implementation is not reference_multi_lora or not plan.tensors.buffer.is_cpu:
+        return {}
+    if plan.on_host is None:
+        plan.on_host = reference_multi_lora.route(plan.tensors, plan.num_tokens)
+    return {"where": plan.on_host}
+
+
 def _width(lora_As: Tensors, pages: torch.Tensor | None) -> int:
     return lora_As[0].shape[1] if pages is None else pages.shape[1]
 
@@ -57,10 +67,11 @@ def _forward(
     thresholds: torch.Tensor | None,
     keep_s: bool,
     impl: str,
+    **on_host: Any,
 ) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
     tensors = PlanTensors(plan, scales, pages, num_slots, max_tokens)
     ys, s, mask = _implementation(impl, x).forward(
-        x, weights, biases, lora_As, lora_Bs, tensors, keep_s=keep_s, seed=seed, thresholds=thresholds
+        x, weights, biases, lora_As, lora_Bs, tensors, keep_s=keep_s, seed=seed, thresholds=thresholds, **on_host
     )
     return ys, nothing(x) if s is None else s, nothing(x, torch.uint8) if mask is None else mask
 
@@ -109,6 +120,7 @@ def _backward(
     need_dA: bool,
     need_dB: bool,
     impl: str,
+    **on_host: Any,
 ) -> tuple[torch.Tensor, Tensors, Tensors]:
     dx, dAs, dBs = _implementation(impl, dys[0]).backward(
         dys,
@@ -122,6 +134,7 @@ def _backward(
         need_dx=need_dx,
         need_dA=need_dA,
         need_dB=need_dB,
+        **on_host,
     )
     return nothing(dys[0]) if dx is None else dx, dAs, dBs
 
@@ -214,14 +227,17 @@ class _MultiLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, options: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
-        num_slots, max_tokens, num_slices, impl = options
+        num_slots, max_tokens, num_slices, impl, where = options
         plan, scales, pages, seed, thresholds, *rest = tensors
         weights, biases, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(4))
         need_x, _, *needs = ctx.needs_input_grad
         need_weights, need_biases, need_As, need_Bs = (
             any(needs[5 + i * num_slices : 5 + (i + 1) * num_slices]) for i in range(4)
         )
-        ys, s, mask = torch.ops.lorakernels.multi_lora_linear(
+        call: Any = torch.ops.lorakernels.multi_lora_linear
+        if runs_directly(x, *weights, *lora_As, *lora_Bs):
+            call = partial(_forward, **where)
+        ys, s, mask = call(
             x, weights, biases, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, seed, thresholds,
             need_Bs, impl,
         )  # fmt: skip
@@ -236,11 +252,14 @@ class _MultiLoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("multi_lora_linear cannot be differentiated twice: use lora_linear for one adapter")
-        num_slots, max_tokens, num_slices, impl = ctx.options
+        num_slots, max_tokens, num_slices, impl, where = ctx.options
         x, plan, scales, pages, s, mask, *rest = ctx.saved_tensors
         weights, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(3))
         need_x, need_weights, need_biases, need_As, need_Bs = ctx.needs
-        dx, dAs, dBs = torch.ops.lorakernels.multi_lora_linear_backward(
+        call: Any = torch.ops.lorakernels.multi_lora_linear_backward
+        if runs_directly(*dys):
+            call = partial(_backward, **where)
+        dx, dAs, dBs = call(
             list(dys), x, weights, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, s, mask,
             need_x, need_As, need_Bs, impl,
         )  # fmt: skip
@@ -267,8 +286,10 @@ def multi_lora_linear(
     impl: str,
 ) -> Tensors:
     """The ys [T, N] of checked arguments, x [T, K]; no autograd.Function when nothing needs a gradient."""
-    given = [x, *weights, *biases, *lora_As, *lora_Bs]
-    need_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+    need_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs)
+    )
+    direct = runs_directly(x, *weights, *lora_As, *lora_Bs)
     buffer, scales, pages, num_slots, max_tokens = plan.snapshot() if need_grad else plan.tensors
     seed = thresholds = None
     if isinstance(dropout_p, torch.Tensor) or dropout_p > 0:
@@ -276,9 +297,17 @@ def multi_lora_linear(
         scales = scales * (LEVELS / (LEVELS - thresholds))
         seed = torch.randint(-(2**62), 2**62, (1,), dtype=torch.int64, device=x.device)
     if need_grad:
-        options = (num_slots, max_tokens, len(weights), impl)
+        # Dropout changes the scales, which are part of the route.
+        where = _on_host(plan, _implementation(impl, x)) if direct and seed is None else {}
+        options = (num_slots, max_tokens, len(weights), impl, where)
         tensors = (buffer, scales, pages, seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
         return list(_MultiLoRALinear.apply(x, options, *tensors))
+    if direct and seed is None:
+        body = _implementation(impl, x)
+        return body.forward(
+            x, weights, biases, lora_As, lora_Bs, plan.tensors, keep_s=False, seed=None, thresholds=None,
+            **_on_host(plan, body),
+        )[0]  # fmt: skip
     return torch.ops.lorakernels.multi_lora_linear(
         x, weights, biases, lora_As, lora_Bs, buffer, scales, pages, num_slots, max_tokens, seed, thresholds,
         False, impl,
@@ -286,10 +315,17 @@ def multi_lora_linear(
 
 
 def multi_lora_shrink(x: torch.Tensor, lora_As: Tensors, plan: BatchPlan, impl: str) -> torch.Tensor:
+    if runs_directly(x, *lora_As):
+        body = _implementation(impl, x)
+        return body.shrink(x, lora_As, plan.tensors, **_on_host(plan, body))
     return torch.ops.lorakernels.multi_lora_shrink(x, lora_As, *plan.tensors, impl)
 
 
 def multi_lora_expand(s: torch.Tensor, lora_Bs: Tensors, plan: BatchPlan, outs: Tensors, impl: str) -> None:
+    body = _implementation(impl, outs[0])
+    # Kernels write without the dispatcher's knowing, which then has to count the version of each out.
+    if body is reference_multi_lora and runs_directly(s, *lora_Bs, *outs):
+        return reference_multi_lora.expand(s, lora_Bs, plan.tensors, outs, **_on_host(plan, body))
     torch.ops.lorakernels.multi_lora_expand(s, lora_Bs, *plan.tensors, outs, impl)
 
 

@@ -30,6 +30,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def add_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """y + x Wᵀ, in y's memory where torch has such a product as fast as `linear`; y is given up."""
+    if x.is_cpu:
+        if x.dtype is torch.float16 and not weight.is_contiguous():
+            weight = weight.contiguous()
+        elif x.dtype is torch.float32 and _prefers_onednn() and x.numel() * weight.shape[0] >= _ONEDNN_FROM:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, None, "add")
+    return y.addmm_(x, weight.t())
+
+
 def sum_rows(y: torch.Tensor) -> torch.Tensor:
     """Σ over the rows of y [M, N], in float32 where y is 16-bit."""
     return y.sum(0, dtype=torch.float32 if y.dtype.itemsize < 4 else None)

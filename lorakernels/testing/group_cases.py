@@ -1,0 +1,138 @@
+"""The table of cases of several LoRA linears of one x."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from lorakernels.reference import formula
+from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
+
+Results = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class GroupCase:
+    """One call of `lora_linear_group`: the members' sizes, and as for one linear what differs from the plain case."""
+
+    name: str
+    tokens: tuple[int, ...] = (20,)
+    K: int = 40
+    Ns: tuple[int, ...] = (24, 16, 16)
+    ranks: tuple[int, ...] = (8, 8, 8)
+    scalings: tuple[float, ...] = (0.7, -0.4, 2.0, 0.5, 1.0)
+    bias: bool = True
+    dropout_p: float = 0.0
+    adapter_dtypes: tuple[torch.dtype | None, ...] = (None,) * 5  # None: x's own
+    layout: str = "contiguous"
+    needs: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias")
+    used: tuple[int, ...] = (0, 1, 2, 3, 4)  # members whose output somebody uses
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_FLOAT32 = (torch.float32,) * 5
+GROUP_CASES = (
+    GroupCase("plain"),
+    GroupCase("two", Ns=(40, 40), ranks=(4, 4)),
+    GroupCase("one", Ns=(40,), ranks=(8,)),
+    GroupCase("five", Ns=(24, 8, 16, 16, 8), ranks=(4, 8, 2, 1, 3)),
+    GroupCase("ranks_differ", ranks=(3, 17, 1)),
+    GroupCase("odd_sizes", tokens=(21,), K=37, Ns=(29, 13, 3), ranks=(5, 2, 7)),
+    GroupCase("several_blocks", tokens=(150,), K=136, Ns=(144, 72, 72), ranks=(40, 20, 20)),
+    GroupCase("three_dimensions", tokens=(2, 5, 7)),
+    GroupCase("one_dimension", tokens=()),
+    GroupCase("one_token", tokens=(1,)),
+    GroupCase("zero_tokens", tokens=(3, 0)),
+    GroupCase("zero_tokens_dropout", tokens=(0,), dropout_p=0.1),
+    GroupCase("no_bias", bias=False),
+    GroupCase("one_scaling_zero", scalings=(0.7, 0.0, 2.0)),
+    GroupCase("dropout", tokens=(19,), dropout_p=0.1),
+    GroupCase("dropout_half_odd", tokens=(21,), K=43, Ns=(21, 5), ranks=(3, 4), dropout_p=0.5),
+    GroupCase("adapter_float32", adapter_dtypes=_FLOAT32),
+    GroupCase("adapter_float32_dropout", adapter_dtypes=_FLOAT32, dropout_p=0.2),
+    GroupCase("adapter_dtypes_differ", adapter_dtypes=(torch.float32, torch.float16, None)),
+    GroupCase("transposed", layout="transposed"),
+    GroupCase("every_second", layout="every_second"),
+    GroupCase("expanded", tokens=(6, 5), layout="expanded"),
+    GroupCase("only_x", needs=("x",)),
+    GroupCase("only_A", needs=("lora_A",), dropout_p=0.1),
+    GroupCase("only_B", needs=("lora_B",)),
+    GroupCase("only_bias", needs=("bias",)),
+    GroupCase("weight_too", needs=("x", "weight", "lora_A", "lora_B", "bias")),
+    GroupCase("first_unused", used=(1, 2), dropout_p=0.1),
+    GroupCase("only_the_last_used", ranks=(8, 4, 3), used=(2,)),
+)
+
+
+@dataclass
+class GroupInputs:
+    """The members' tensors, x that of the first, and the gradients that come back to the outputs."""
+
+    x: torch.Tensor
+    members: list[LinearInputs] = field(default_factory=list)
+
+    def tensors(self) -> Results:
+        """By name: x, weight.0, lora_A.0, and so on."""
+        named = {
+            f"{name}.{i}": tensor
+            for i, member in enumerate(self.members)
+            for name, tensor in member.tensors().items()
+            if name != "x"
+        }
+        return {"x": self.x, **named}
+
+
+def make_group_inputs(
+    case: GroupCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> GroupInputs:
+    """Random tensors of the case's layout, in memory that is NaN everywhere else."""
+    members = [
+        make_inputs(
+            LinearCase(
+                case.name, case.tokens, case.K, N, r, case.bias, adapter_dtype=adapter_dtype, layout=case.layout
+            ),
+            dtype,
+            device,
+            seed=8 * seed + i,
+        )
+        for i, (N, r, adapter_dtype) in enumerate(zip(case.Ns, case.ranks, case.adapter_dtypes, strict=False))
+    ]
+    return GroupInputs(members[0].x, members)
+
+
+def needed(case: GroupCase, name: str) -> bool:
+    return name.partition(".")[0] in case.needs
+
+
+def run_group_formula(case: GroupCase, inputs: GroupInputs, keep: torch.Tensor | None, dtype: torch.dtype) -> Results:
+    """The y's and the gradients of one line a member in `dtype`, by torch's autograd, under the mask `keep` [M, K]."""
+    leaves = {name: tensor.detach().to(dtype).clone() for name, tensor in inputs.tensors().items()}
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(needed(case, name))
+    if keep is not None:
+        keep = keep.to(dtype).view(inputs.x.shape)
+    ys = [
+        formula.lora_linear(
+            leaves["x"],
+            leaves[f"weight.{i}"],
+            leaves[f"lora_A.{i}"],
+            leaves[f"lora_B.{i}"],
+            leaves.get(f"bias.{i}"),
+            case.scalings[i],
+            keep,
+        )
+        for i in range(len(case.Ns))
+    ]
+    dys = [member.dy.to(dtype) for member in inputs.members]
+    return collect(case, leaves, ys, dys)
+
+
+def collect(case: GroupCase, leaves: Results, ys: list[torch.Tensor], dys: list[torch.Tensor]) -> Results:
+    """The y's, and the gradients after one backward through those that the case uses."""
+    pairs = [(ys[i], dys[i]) for i in case.used if i < len(ys) and ys[i].requires_grad]
+    torch.autograd.backward([y for y, _ in pairs], [dy for _, dy in pairs])
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return {**{f"y.{i}": y.detach() for i, y in enumerate(ys)}, **grads}
