@@ -147,6 +147,7 @@ def tune_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", default="all", metavar="NAMES", help="without --shapes: sets of `bench` (%(default)s)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of --shapes (bfloat16)")
     parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of --shapes (%(default)s)")
+    parser.add_argument("--slots", type=int, metavar="N", help="the kernels for N adapters in a batch, not for one")
     parser.add_argument("--out", metavar="FILE.json", help="the table to write (the user's table of this GPU)")
     parser.add_argument("--resume", action="store_true", help="skip what the table holds already")
     parser.add_argument("--rounds", type=int, default=20, metavar="N", help="times each is measured (%(default)s)")
@@ -175,7 +176,7 @@ def tune(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         arch = arguments.arch or (None if torch.cuda.is_available() else "sm_90")
         gpu = device_of(tuner.current_gpu()) if arch is None else example_of(arch)
-        tuner.print_shortlists(shapes, gpu, jobs=arguments.jobs)
+        tuner.print_shortlists(shapes, gpu, jobs=arguments.jobs, slots=arguments.slots)
         return 0
     here = tuner.current_gpu()
     out = Path(arguments.out) if arguments.out else user_path(device_of(here))
@@ -185,6 +186,7 @@ def tune(arguments: argparse.Namespace) -> int:
         here,
         lambda steps: interleaved([timer(here, each) for each in steps], arguments.rounds),
         timed_by=f"{arguments.rounds} rounds, interleaved, buffers rotated",
+        slots=arguments.slots,
         resume=arguments.resume,
         jobs=arguments.jobs,
     )

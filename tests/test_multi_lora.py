@@ -311,6 +311,9 @@ def test_embedding(way: str, paged: bool, device: str) -> None:
         assert error(grad, exact[name]) < 1e-6, name
     base = inputs.token_slots < 0
     assert torch.equal(y.view(24, -1)[base], weight[ids.view(-1)[base]])
+    nobody = lk.BatchPlan(inputs.plan.num_slots, 1, max_rank=1, num_pages=8 if paged else None, device=device)
+    with path(way) as impl:
+        assert multi_lora_embedding(ids[:0], weight, A, B, nobody, impl=impl).shape == (0, 6, 16)
 
 
 @pytest.mark.parametrize("way", ["torch", "triton-tiles"])

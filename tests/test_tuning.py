@@ -16,10 +16,11 @@ import torch
 pytest.importorskip("triton")
 
 import lorakernels as lk
+from lorakernels.plan import TILE_HEIGHTS
 from lorakernels.tuning import table, table_file
 from lorakernels.tuning.config import KernelConfig
 from lorakernels.tuning.device import UNKNOWN, Device, assume, device_of, example_of
-from lorakernels.tuning.heuristic import OPERATIONS, heuristic
+from lorakernels.tuning.heuristic import FORMS, MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
 from lorakernels.tuning.table import choose, choose_with_source, clear, forced_configs, load_table, misfit
 from lorakernels.tuning.table_file import Entry, Table, cache_folder, read_table, shipped_path, user_path, write_table
 
@@ -211,10 +212,19 @@ def test_importing_and_an_unknown_device_read_no_file(monkeypatch: pytest.Monkey
     assert device_of(CPU) == UNKNOWN and shrink_choice(CPU).source == "heuristic"
 
 
-def test_a_device_without_a_table_is_no_fault(on_h100: torch.device) -> None:
-    with warnings.catch_warnings():
+def test_a_gpu_that_no_table_knows_is_a_warning_once(on_h100: torch.device) -> None:
+    with pytest.warns(RuntimeWarning) as caught:
+        for M in (1, 2, 4096):
+            assert shrink_choice(on_h100, M).source == "heuristic"
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "no tuning table of NVIDIA H100 80GB HBM3" in message and "see `lorakernels tune`" in message
+
+
+def test_where_there_is_no_gpu_a_missing_table_is_no_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings(), assume("sm_90"):
         warnings.simplefilter("error")
-        assert shrink_choice(on_h100).source == "heuristic"
+        assert shrink_choice(CPU).source == "heuristic"
 
 
 GOOD = {"format": 1, "device": H100.name, "arch": "sm_90", "entries": [SHRINK.to_fields()]}
@@ -324,6 +334,49 @@ FEW = KernelConfig(16, 64, 64, 16)
 TMA = KernelConfig(128, 128, 64, 16, num_warps=8, num_stages=3, tma=True)
 
 
+def test_the_file_knows_a_program_a_token() -> None:
+    assert KernelConfig.from_fields({"BLOCK_M": 1}).BLOCK_M == 1
+    assert (1, *TILE_HEIGHTS) == FORMS  # two units that may not import each other
+    for wrong in ({"BLOCK_M": 2}, {"BLOCK_N": 1}, {"BLOCK_R": 1}):
+        with pytest.raises(ValueError, match="from 16"):
+            KernelConfig.from_fields(wrong)
+
+
+MULTI = {
+    "multi_shrink": KernelConfig(1, BLOCK_K=64, BLOCK_R=16, SPLIT=4),
+    "multi_expand": KernelConfig(64, 128, BLOCK_R=16, num_warps=8),
+    "multi_outer": KernelConfig(32, 64, BLOCK_R=16, SPLIT=2),
+}
+
+
+@pytest.mark.parametrize("operation", MULTI_OPERATIONS)
+def test_many_adapters_take_the_nearest_tokens_and_slots(operation: str, on_h100: torch.device) -> None:
+    def entry(T: int, slots: int, group: int) -> Entry:
+        return Entry(operation, T, 512, 512, 16, 2, dataclasses.replace(MULTI[operation], GROUP_M=group), {}, slots)
+
+    read, problems = read_table(written(user_path(H100), entry(64, 64, 1), entry(64, 2, 2), entry(4096, 64, 3)))
+    assert [e.slots for e in read.entries] == [64, 2, 64] and not problems
+    for T, slots, group in ((60, 50, 1), (100, 3, 2), (8192, 64, 3), (8192, 8, 3)):
+        config, source = choose_with_source(operation, T, 512, 512, 9, 2, on_h100, batch=Batch(slots, 3))
+        assert group == config.GROUP_M and source.startswith("user table") and " slots=" in source
+    assert choose_with_source(operation, 64, 768, 768, 9, 2, on_h100, batch=Batch(64)).source == "heuristic"
+
+
+def test_dropout_passes_over_a_program_a_token(on_h100: torch.device) -> None:
+    """Not a warning: another call takes it."""
+    tiles = KernelConfig(16, BLOCK_K=64, BLOCK_R=16)
+    first = Entry("multi_shrink", 64, 512, 512, 16, 2, MULTI["multi_shrink"], {}, 64)
+    written(user_path(H100), first)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("multi_shrink", 64, 512, 512, 16, 2, on_h100, batch=Batch(64)).BLOCK_M == 1
+        chosen = choose_with_source("multi_shrink", 64, 512, 512, 16, 2, on_h100, batch=Batch(64, tiles=True))
+        assert chosen.source == "heuristic" and chosen.config.BLOCK_M == 16
+        written(user_path(H100), first, dataclasses.replace(first, M=4096, config=tiles))
+        clear()
+        assert choose("multi_shrink", 64, 512, 512, 16, 2, on_h100, batch=Batch(64, tiles=True)) == tiles
+
+
 @pytest.mark.parametrize(
     ("operation", "config", "r", "tma", "arch", "fits"),
     [
@@ -341,6 +394,15 @@ TMA = KernelConfig(128, 128, 64, 16, num_warps=8, num_stages=3, tma=True)
         ("outer", KernelConfig(side_stream=True), 16, False, "sm_90", True),
         ("shrink", KernelConfig(128, 64, 128, 16, num_stages=4), 16, False, "gfx942", False),
         ("shrink", KernelConfig(128, 64, 128, 16, num_stages=3), 16, False, "sm_86", True),
+        ("shrink", KernelConfig(1), 16, False, "sm_90", False),
+        ("multi_outer", KernelConfig(1), 16, False, "sm_90", False),
+        ("multi_outer", KernelConfig(128), 16, False, "sm_90", True),
+        ("multi_shrink", KernelConfig(1, SPLIT=4), 16, False, "sm_90", True),
+        ("multi_shrink", KernelConfig(32), 16, False, "sm_90", False),  # a plan has no such tiles
+        ("multi_shrink", KernelConfig(64, BLOCK_K=512, num_stages=8), 16, False, "sm_90", False),
+        ("multi_expand", KernelConfig(16), 64, False, "sm_90", True),
+        ("multi_expand", KernelConfig(16, SPLIT=2), 16, False, "sm_90", False),
+        ("multi_expand", KernelConfig(16, tma=True), 16, True, "sm_90", False),
     ],
 )
 def test_what_fits(operation: str, config: KernelConfig, r: int, tma: bool, arch: str, fits: bool) -> None:
@@ -363,6 +425,10 @@ def test_every_heuristic_fits() -> None:
                     continue
                 config = heuristic(operation, M, 4096, 4096, r, itemsize, arch, True)
                 assert misfit(operation, config, r, itemsize, True, arch) is None
+        for operation in MULTI_OPERATIONS:
+            for T, slots, r, itemsize, tiles in ((1, 1, 8, 2, False), (64, 64, 64, 2, True), (8192, 8, 256, 4, True)):
+                config = heuristic(operation, T, 97, 97, r, itemsize, arch, False, Batch(slots, 3, tiles))
+                assert misfit(operation, config, r, itemsize, False, arch, tiles) is None
 
 
 def test_explain_names_the_source(monkeypatch: pytest.MonkeyPatch) -> None:

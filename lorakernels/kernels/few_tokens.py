@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.dropout import inverse_keep
-from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.launch import input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import draw_mask_bytes, load_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.tuning.table import choose
@@ -102,6 +102,7 @@ def few_tokens_kernel(
     store_tile(y_ptr + pid_k.to(tl.int64) * M * N, y_acc, offs_m, offs_n, M, N, N)
 
 
+@retried("few_tokens")
 def few_tokens(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.table import strike_out
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,41 @@ def launch(
     # Triton starts kernels on the current device, which need not be the tensors'.
     elsewhere = device is not None and device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        kernel[grid](**args, **constexprs, **compile_options(config))
+        try:
+            kernel[grid](**args, **constexprs, **compile_options(config))
+        except (OutOfResources, PTXASError) as error:  # before anything has run
+            raise _DoesNotFit(config, device or torch.device("cpu")) from error
+
+
+class _DoesNotFit(Exception):
+    """A kernel needs more of a block, with this config, than the device has."""
+
+    def __init__(self, config: KernelConfig, device: torch.device) -> None:
+        super().__init__(f"{config} does not fit {device}")
+        self.config, self.device = config, device
+
+
+def retried(operation: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """For what chooses a config of `operation` and launches its kernel: a tuned config that does not fit is no error.
+
+    What a table is refused for is estimated, and only a launch knows. It is then made again from its beginning, for
+    grids and buffers follow from the config, which the table is asked for anew.
+    """
+
+    def decorate(launcher: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(launcher)
+        def retrying(*args: P.args, **kwargs: P.kwargs) -> T:
+            while True:
+                try:
+                    return launcher(*args, **kwargs)
+                except _DoesNotFit as misfit:
+                    assert misfit.__cause__ is not None
+                    if not strike_out(operation, misfit.config, misfit.device, str(misfit.__cause__)):
+                        raise misfit.__cause__ from None
+
+        return retrying
+
+    return decorate
 
 
 @contextmanager

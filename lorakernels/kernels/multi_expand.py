@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.adapters import Factor, factor_args, pick_slice, plan_args, rank_mask, rank_offsets, route_args
-from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.launch import input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, unpack_mask
 from lorakernels.plan import PlanTensors, num_tiles
@@ -224,6 +224,7 @@ def multi_expand_token_kernel(
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=offs_n < N)
 
 
+@retried("multi_expand")
 def multi_expand(
     s: torch.Tensor,
     factors: list[Factor],
@@ -239,9 +240,7 @@ def multi_expand(
     y = ys[0]
     summed = len(ys) < num_slices
     cols = max(factor.cols for factor in factors)
-    config = choose_multi(
-        "multi_expand", T, plan.num_slots, cols, R, y.dtype, len(ys), tiles=summed or mask is not None
-    )
+    config = choose_multi("multi_expand", y, plan.num_slots, cols, R, len(ys), tiles=summed or mask is not None)
     args = {
         "s_ptr": s,
         "ys": tuple(ys),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.adapters import Factor, factor_args, pick_slice, plan_args, rank_offsets
-from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.launch import input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, unpack_mask
@@ -88,6 +88,7 @@ def multi_outer_kernel(
     )
 
 
+@retried("multi_outer")
 def multi_outer(
     zs: list[torch.Tensor],
     t: torch.Tensor,
@@ -104,7 +105,7 @@ def multi_outer(
     z = zs[0]
     paged = plan.pages is not None
     cols = max(factor.cols for factor in gradients)
-    config = choose_multi("multi_outer", T, plan.num_slots, cols, R, z.dtype, num_slices)
+    config = choose_multi("multi_outer", z, plan.num_slots, cols, R, num_slices)
     split = 1 if paged else config.SPLIT
     planes = [planes_for(gradient.tensor, split) for gradient in gradients]
     args = {

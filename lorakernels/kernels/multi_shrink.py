@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.adapters import Factor, factor_args, pick_slice, plan_args, rank_mask, rank_offsets, route_args
-from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.launch import input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import draw_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.plan import PlanTensors, num_tiles
@@ -147,6 +147,7 @@ def multi_shrink_token_kernel(
     tl.store(s_row + offs_r, s, mask=offs_r < R)
 
 
+@retried("multi_shrink")
 def multi_shrink(
     xs: list[torch.Tensor],
     factors: list[Factor],
@@ -165,7 +166,7 @@ def multi_shrink(
     T = x.shape[0]
     dropout = thresholds is not None
     config = choose_multi(
-        "multi_shrink", T, plan.num_slots, max(f.cols for f in factors), width, x.dtype, len(xs), tiles=dropout
+        "multi_shrink", x, plan.num_slots, max(f.cols for f in factors), width, len(xs), tiles=dropout
     )
     s = x.new_empty((config.SPLIT, len(xs), T, width), dtype=torch.float32)
     mask = x.new_empty((T, triton.cdiv(x.shape[1], 8)), dtype=torch.uint8) if dropout else None

@@ -6,8 +6,9 @@ import itertools
 
 import torch
 
-from lorakernels.kernels import lora_linear
+from lorakernels.kernels import lora_linear, lora_linear_group, multi_lora
 from lorakernels.kernels.launch import Launch, record_launches
+from lorakernels.plan import BatchPlan
 
 # float16 compiles to the same instructions as bfloat16, with the other operand type.
 DTYPES = (torch.bfloat16, torch.float32)
@@ -16,6 +17,9 @@ TOKENS = (1, 200, 8192)
 # The narrowest and the widest BLOCK_R.
 RANKS = (8, 64)
 ALIGNED, ODD = (4096, 4096), (131, 97)
+# Many adapters: tokens and slots of each form (a program a token, tiles of 16, tiles of 64), and the widths of q, k, v.
+BATCHES = ((64, 64), (256, 32), (2048, 8))
+QKV = (4096, 1024, 1024)
 
 
 def shipped_launches() -> list[Launch]:
@@ -27,6 +31,22 @@ def shipped_launches() -> list[Launch]:
             _step(dtype, torch.float32, M, r, ALIGNED, threshold=0, bias=True, row_scale=True)
         for M in TOKENS:
             _step(torch.bfloat16, torch.bfloat16, M, 5, ODD, threshold=6554, bias=True, row_scale=True)
+        for dtype, M in itertools.product(DTYPES, TOKENS[1:]):
+            _group_step(dtype, M, 16, 4096, QKV, threshold=0)
+            _group_step(dtype, M, 16, 4096, QKV, threshold=6554)
+        _group_step(torch.bfloat16, TOKENS[-1], 5, 97, (131, 33, 33), threshold=6554)
+        for T, num_slots in BATCHES:
+            _multi_step(torch.bfloat16, T, num_slots, 16, 4096, QKV, paged=False, train=False)
+            _multi_step(torch.bfloat16, T, num_slots, 64, 4096, (4096,), paged=True, train=False)
+            _multi_step(torch.float32, T, num_slots, 16, 4096, (4096,), paged=T == 64, train=False)
+        for dtype in DTYPES:
+            _multi_step(dtype, *BATCHES[-1], 16, 4096, (4096,), paged=False, train=True, threshold=6554)
+        _multi_step(torch.bfloat16, *BATCHES[-1], 64, 4096, QKV, paged=False, train=True)
+        for T, num_slots in BATCHES:
+            train = T > 64  # a program a token draws no dropout
+            _multi_step(
+                torch.bfloat16, T, num_slots, 64, 97, (131,), paged=False, train=train, threshold=6554 if train else 0
+            )
     return launches
 
 
@@ -69,3 +89,61 @@ def _step(
         need_dB=True,
         bias_dtype=dtype if bias else None,
     )
+
+
+def _group_step(dtype: torch.dtype, M: int, r: int, K: int, Ns: tuple[int, ...], *, threshold: int) -> None:
+    def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    n = len(Ns)
+    x, dys, weights = meta(M, K), [meta(M, N) for N in Ns], [meta(N, K) for N in Ns]
+    lora_As = [meta(r, K, of=torch.float32) for _ in Ns]
+    lora_Bs = [meta(N, r, of=torch.float32) for N in Ns]
+    seed = meta(1, of=torch.int64) if threshold else None
+    scalings = [0.5] * n
+    _, s, mask = lora_linear_group.forward(x, weights, lora_As, lora_Bs, [None] * n, seed, scalings, threshold)
+    lora_linear_group.backward(
+        dys,
+        x,
+        weights,
+        lora_As,
+        lora_Bs,
+        list(s.split(r, dim=1)),
+        mask,
+        scalings,
+        threshold,
+        need_dx=True,
+        dA_dtype=torch.float32,
+        need_dB=[True] * n,
+        bias_dtypes=[None] * n,
+    )
+
+
+def _multi_step(
+    dtype: torch.dtype,
+    T: int,
+    num_slots: int,
+    R: int,
+    K: int,
+    Ns: tuple[int, ...],
+    *,
+    paged: bool,
+    train: bool,
+    threshold: int = 0,
+) -> None:
+    def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    num_pages = num_slots * R if paged else None
+    plan = BatchPlan(num_slots, T, max_rank=R, num_pages=num_pages, device="meta").tensors
+    x, weights = meta(T, K), [meta(N, K) for N in Ns]
+    lora_As = [meta(num_slots * R, K) if paged else meta(num_slots, R, K) for _ in Ns]
+    lora_Bs = [meta(num_slots * R, N) if paged else meta(num_slots, N, R) for N in Ns]
+    seed = meta(1, of=torch.int64) if threshold else None
+    thresholds = meta(num_slots + 1, of=torch.int32) if threshold else None
+    _, s, mask = multi_lora.forward(
+        x, weights, [None] * len(Ns), lora_As, lora_Bs, plan, keep_s=train, seed=seed, thresholds=thresholds
+    )
+    if train:
+        dys = [meta(T, N) for N in Ns]
+        multi_lora.backward(dys, x, weights, lora_As, lora_Bs, plan, s, mask, need_dx=True, need_dA=True, need_dB=True)

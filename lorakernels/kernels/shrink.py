@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.dropout import inverse_keep
-from lorakernels.kernels.launch import input_precision, launch
+from lorakernels.kernels.launch import input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import draw_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.tuning.table import choose
@@ -60,6 +60,7 @@ def shrink_kernel(
     store_tile(s_plane, acc * scale, offs_m, offs_r, M, R, R)
 
 
+@retried("shrink")
 def shrink(
     x: torch.Tensor,
     lora_A: torch.Tensor,

@@ -11,7 +11,7 @@ from typing import Any
 from lorakernels.tuning.config import KernelConfig
 from lorakernels.tuning.cost import seconds, work
 from lorakernels.tuning.device import Device
-from lorakernels.tuning.heuristic import cdiv, heuristic, next_power_of_two
+from lorakernels.tuning.heuristic import FORMS, cdiv, heuristic, next_power_of_two
 from lorakernels.tuning.problem import Problem
 from lorakernels.tuning.table import misfit
 
@@ -43,14 +43,22 @@ _LOOP = {"num_stages": (3, 2, 4), "num_warps": (8, 4), "SPLIT": (1, 2, 4, 8, 16)
 _SHRINK = {"BLOCK_M": (16, 32, 64, 128), "BLOCK_K": (32, 64, 128), **_LOOP}
 _FEW_TOKENS = {"BLOCK_M": (16, 32, 64, 128), "BLOCK_N": (32, 64, 128), "BLOCK_K": (32, 64, 128), **_LOOP}
 _OUTER = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128, 256), **_LOOP}
+_MULTI_SHRINK = {"BLOCK_M": FORMS, "BLOCK_K": (32, 64, 128, 256), **_LOOP}
+_MULTI_EXPAND = {"BLOCK_M": FORMS, "BLOCK_N": (32, 64, 128, 256), "num_warps": (4, 8, 2)}
+_MULTI_OUTER = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), **_LOOP}
 
 
 def candidates(problem: Problem, device: Device) -> list[KernelConfig]:
     """Every config of the grid that a launch may take; the heuristic's is the first, so that it is always measured."""
     p = problem
-    first = heuristic(p.operation, p.M, p.N, p.K, p.r, p.itemsize, device.arch, p.tma)
+    first = heuristic(p.operation, p.M, p.N, p.K, p.r, p.itemsize, device.arch, p.tma, p.batch)
     found = [first, *(replace(config, BLOCK_R=_rank_block(p)) for config in _GRIDS[p.operation](p))]
-    return [c for c in dict.fromkeys(found) if misfit(p.operation, c, p.r, p.itemsize, p.tma, device.arch) is None]
+    tiles = p.batch is not None and p.batch.tiles
+
+    def fits(config: KernelConfig) -> bool:
+        return misfit(p.operation, config, p.r, p.itemsize, p.tma, device.arch, tiles) is None
+
+    return [config for config in dict.fromkeys(found) if fits(config)]
 
 
 def ranked(
@@ -59,22 +67,23 @@ def ranked(
     """The candidates, the fastest first by the model; all but about `keep` are pruned.
 
     The model does not see warps, stages and the order of tiles, so of configs that differ in nothing else a few are
-    kept, not all. The first of `configs`, the heuristic's, and the best of each form (descriptors, pointers, cuBLAS)
-    are kept whatever the model says. `programs_per_sm` is what the compiler found for a config; where it has not been
-    asked, one.
+    kept, not all. The first of `configs`, the heuristic's, and the best of each form (descriptors, pointers, cuBLAS; a
+    program a token) are kept whatever the model says. `programs_per_sm` is what the compiler found for a config; where
+    it has not been asked, one.
     """
     p = problem
 
     def predicted(config: KernelConfig) -> float:
         resident = config.PROGRAMS_PER_SM if config.tma else programs_per_sm.get(config, 1)
-        return seconds(work(p.operation, p.M, p.N, p.K, p.r, p.itemsize, config), device, p.itemsize, resident)
+        needed = work(p.operation, p.M, p.N, p.K, p.r, p.itemsize, config, p.slots)
+        return seconds(needed, device, p.itemsize, resident)
 
     order = sorted(configs, key=predicted)
     alike: Counter[KernelConfig] = Counter()
-    forms: set[tuple[bool, bool]] = set()
+    forms: set[tuple[bool, bool, bool]] = set()
     rows, kept = [], 0
     for config in order:
-        same, form = replace(config, **_UNSEEN), (config.tma, config.cublas)
+        same, form = replace(config, **_UNSEEN), (config.tma, config.cublas, config.BLOCK_M == 1)
         why = ""
         if config != configs[0] and form in forms:
             if kept >= keep:
@@ -122,4 +131,7 @@ _GRIDS: dict[str, Callable[[Problem], Iterator[KernelConfig]]] = {
     "few_tokens": lambda p: _passes(p, _FEW_TOKENS, p.K, "BLOCK_K"),
     "linear_expand": _linear_expand,
     "outer": lambda p: _passes(p, _OUTER, p.M, "BLOCK_M"),
+    "multi_shrink": lambda p: _passes(p, _MULTI_SHRINK, p.K, "BLOCK_K"),
+    "multi_expand": lambda p: (KernelConfig(**chosen) for chosen in _grid(_MULTI_EXPAND)),
+    "multi_outer": lambda p: _passes(p, _MULTI_OUTER, p.M, "BLOCK_M"),
 }

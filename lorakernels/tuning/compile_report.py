@@ -209,8 +209,9 @@ def _product_faults(launch: Launch, name: str, arch: str, code: Code) -> list[st
 def _aligned(launch: Launch) -> bool:
     """Whether sizes and strides are multiples of 16, so that every row can be loaded 16 bytes at a time."""
     free = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
-    numbers = {name: n for name, n in launch.args.items() if type(n) is int and name not in free}
-    return all(n % 16 == 0 or (n == 1 and name.startswith("stride")) for name, n in numbers.items())
+    given = ((name, n if isinstance(n, tuple) else (n,)) for name, n in launch.args.items() if name not in free)
+    numbers = [(name, n) for name, several in given for n in several if type(n) is int]
+    return all(n % 16 == 0 or (n == 1 and name.startswith("stride")) for name, n in numbers)
 
 
 def _round_up(number: int, granule: int) -> int:
@@ -276,7 +277,7 @@ def table_launches(arch: str, folder: Path = SHIPPED) -> list[Launch]:
             for entry in table.entries if table.arch == arch else ():
                 dtype = torch.float32 if entry.itemsize == 4 else torch.bfloat16
                 for dropout in (0.0, 0.1):
-                    problem = Problem(entry.operation, entry.M, entry.N, entry.K, entry.r, dtype, dropout)
+                    problem = Problem(entry.operation, entry.M, entry.N, entry.K, entry.r, dtype, dropout, entry.slots)
                     run(problem, entry.config, make_inputs(problem, torch.device("meta")))
     return launches
 

@@ -24,7 +24,8 @@ class KernelConfig:
     """The choices one kernel launch makes. Which of them a kernel reads, its launcher says.
 
     BLOCK_M, BLOCK_N, BLOCK_K and BLOCK_R tile tokens, output features, input features and rank;
-    they are powers of two and at least 16, the smallest operand of a matrix instruction.
+    they are powers of two and at least 16, the smallest operand of a matrix instruction;
+    BLOCK_M may be 1 where a kernel has a program for each token, without matrix instructions.
     SPLIT is the number of programs that share one sum: each writes a float32 plane, and the
     planes are added in a fixed order, so that a result is bitwise the same on every run.
     With `tma` tiles are copied through tensor descriptors, and PROGRAMS_PER_SM programs a multiprocessor
@@ -63,6 +64,8 @@ class KernelConfig:
                 raise ValueError(f"config's {name} is {value!r}; expected {kind.__name__}")
             if name in _LIMITS:
                 least, most, power_of_two = _LIMITS[name]
+                if name == "BLOCK_M" and value == 1:
+                    continue
                 if not least <= value <= most or (power_of_two and value & (value - 1)):
                     what = "a power of two" if power_of_two else "a number"
                     raise ValueError(f"config's {name} is {value}; expected {what} from {least} to {most}")

@@ -8,48 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.data_sheet import speed_of
 from lorakernels.tuning.device import Device
 from lorakernels.tuning.heuristic import cdiv
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a device's maker states. Bytes a second, dense operations a second, bytes of shared memory a block."""
-
-    bandwidth: float
-    flops_16: float  # bfloat16 and float16 on the matrix units
-    flops_32: float  # float32, exact
-    shared_per_block: int
-
-
-_A100 = Speed(2.039e12, 312e12, 19.5e12, 163 << 10)
-_H100 = Speed(3.35e12, 989.4e12, 66.9e12, 227 << 10)
-_B200 = Speed(7.7e12, 2250e12, 75e12, 227 << 10)
-_MI300X = Speed(5.3e12, 1307.4e12, 163.4e12, 64 << 10)
-# Of NVIDIA's data sheets: A100 (80 GB, SXM), H100 and H200 (SXM), HGX B200; and AMD's of the MI300X (OAM).
-_BY_NAME = {
-    "A100": _A100,
-    "H200": Speed(4.8e12, 989.4e12, 66.9e12, 227 << 10),
-    "H100": _H100,
-    "B200": _B200,
-    "MI300X": _MI300X,
-}
-_BY_ARCH = {"sm_80": _A100, "sm_90": _H100, "sm_100": _B200, "gfx942": _MI300X}
-# A device that is not listed ranks candidates as an A100 does. Its shared memory is not guessed: a table that was
-# measured there must not be refused.
-_UNKNOWN = Speed(_A100.bandwidth, _A100.flops_16, _A100.flops_32, 227 << 10)
 
 # Three assumptions, which no data sheet states: tiles that are read again come from L2 at twice the memory's bandwidth,
 # a launch that waits for the one before costs two microseconds, and a tenth of what could overlap does not.
 L2_OVER_MEMORY = 2.0
 LAUNCH_SECONDS = 2e-6
 NOT_OVERLAPPED = 0.1
-
-
-def speed_of(arch: str, name: str = "") -> Speed:
-    """By the device's name where that is known, else by its architecture."""
-    named = (speed for part, speed in _BY_NAME.items() if part in name)
-    return next(named, _BY_ARCH.get(arch, _UNKNOWN))
 
 
 @dataclass(frozen=True)
@@ -63,8 +30,10 @@ class Work:
     launches: int = 1
 
 
-def work(operation: str, M: int, N: int, K: int, r: int, itemsize: int, config: KernelConfig) -> Work:
+def work(operation: str, M: int, N: int, K: int, r: int, itemsize: int, config: KernelConfig, slots: int = 1) -> Work:
     """The work of one launch, with the planes that a split sum writes and reads."""
+    if operation.startswith("multi_"):
+        return _multi_work(operation, M, N, r, itemsize, config, slots)
     c = config
     blocks_m, blocks_n, blocks_r = cdiv(M, c.BLOCK_M), cdiv(N, c.BLOCK_N), cdiv(r, c.BLOCK_R)
     depth = cdiv(cdiv(K, c.BLOCK_K), c.SPLIT) * c.BLOCK_K  # of K, a program's part
@@ -101,6 +70,33 @@ def work(operation: str, M: int, N: int, K: int, r: int, itemsize: int, config: 
     raise ValueError(f"there is no operation {operation!r}")
 
 
+def _multi_work(operation: str, T: int, cols: int, r: int, itemsize: int, config: KernelConfig, slots: int) -> Work:
+    """For many adapters, all of rank r, with as many tokens each. What a token's form multiplies is not told apart."""
+    c = config
+    used = min(slots, T)
+    tiles = used + (T - used) // c.BLOCK_M  # a plan's, less the base's
+    blocks_n, blocks_r = cdiv(cols, c.BLOCK_N), cdiv(r, c.BLOCK_R)
+    adapters, sums = used * r * cols * itemsize, 4 * T * r
+    if operation == "multi_shrink":
+        programs = tiles * blocks_r * c.SPLIT
+        depth = cdiv(cdiv(cols, c.BLOCK_K), c.SPLIT) * c.BLOCK_K
+        read = programs * (c.BLOCK_M + c.BLOCK_R) * depth * itemsize
+        memory = T * cols * itemsize + adapters + sums * (1 if c.SPLIT == 1 else 2 * c.SPLIT + 1)
+        return Work(programs, 2 * c.BLOCK_M * c.BLOCK_R * depth, memory, read, 1 if c.SPLIT == 1 else 2)
+    if operation == "multi_expand":
+        programs, depth = tiles * blocks_n, blocks_r * c.BLOCK_R
+        read = programs * (c.BLOCK_M * (c.BLOCK_N * itemsize + 4 * depth) + c.BLOCK_N * depth * itemsize)
+        memory = 2 * T * cols * itemsize + adapters + sums
+        return Work(programs, 2 * c.BLOCK_M * c.BLOCK_N * depth, memory, read)
+    if operation == "multi_outer":
+        programs = blocks_n * blocks_r * used * c.SPLIT
+        rows = cdiv(cdiv(cdiv(T, used), c.BLOCK_M), c.SPLIT) * c.BLOCK_M
+        read = programs * rows * (c.BLOCK_N * itemsize + 4 * c.BLOCK_R)
+        memory = T * cols * itemsize + sums + _sum_bytes(used * r * cols, c.SPLIT, itemsize)
+        return Work(programs, 2 * c.BLOCK_N * c.BLOCK_R * rows, memory, read, 1 if c.SPLIT == 1 else 2)
+    raise ValueError(f"there is no operation {operation!r}")
+
+
 def _sum_bytes(elements: int, planes: int, itemsize: int) -> int:
     """Written, and where there are planes written and read in float32 first."""
     return elements * itemsize + (8 * elements * planes if planes > 1 else 0)
@@ -111,7 +107,7 @@ def seconds(work: Work, device: Device, itemsize: int, programs_per_sm: int = 1)
     speed = speed_of(device.arch, device.name)
     slots = device.processors * programs_per_sm
     # Programs that share a multiprocessor share its speed, so a wave takes as long as all of them one after another.
-    flops_per_sm = (speed.flops_16 if itemsize <= 2 else speed.flops_32) / device.processors
+    flops_per_sm = (speed.half if itemsize <= 2 else speed.single) / device.processors
     multiply = cdiv(work.programs, slots) * programs_per_sm * work.flops / flops_per_sm
     busy = min(1.0, work.programs / device.processors)
     memory = work.bytes / (speed.bandwidth * busy)
@@ -129,5 +125,7 @@ def pipeline_bytes(operation: str, config: KernelConfig, itemsize: int) -> int:
         "linear_expand": 0 if c.cublas else (c.BLOCK_M + c.BLOCK_N) * c.BLOCK_K,
         "few_tokens": (c.BLOCK_M + c.BLOCK_N + c.BLOCK_R) * c.BLOCK_K,
         "outer": (c.BLOCK_N + c.BLOCK_R) * c.BLOCK_M,
+        "multi_shrink": 0 if c.BLOCK_M == 1 else (c.BLOCK_M + c.BLOCK_R) * c.BLOCK_K,
+        "multi_outer": (c.BLOCK_N + c.BLOCK_R) * c.BLOCK_M,
     }
     return tiles.get(operation, 0) * itemsize * (c.num_stages - 1)

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from lorakernels.tuning.config import KernelConfig
 
 OPERATIONS = ("shrink", "linear_expand", "few_tokens", "outer")
+MULTI_OPERATIONS = ("multi_shrink", "multi_expand", "multi_outer")
+# BLOCK_M of multi_shrink and multi_expand: a program a token, or one of the heights of a plan's tiles.
+TOKEN_FORM, *TILE_FORMS = FORMS = (1, 16, 64)
+# Up to this many tokens most adapters of a batch have one token, and a tile would be one row in sixteen.
+_MOST_TOKENS = 64
+# From this many tokens a slot on, tiles of 64 rows are mostly full.
+_FULL_TILES = 32
 # Enough programs to fill an H100 or H200 (132 multiprocessors) about once.
 _PROGRAMS = 128
 # Hopper and Blackwell copy tiles by TMA; elsewhere descriptors become plain loads.
 TMA_ARCHS = ("sm_90", "sm_100")
 
 
-def heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int, arch: str, tma: bool) -> KernelConfig:
-    """The config of `operation` for M tokens, N output and K summed features and rank r."""
+class Batch(NamedTuple):
+    """What a launch for many adapters has besides its sizes; the plan's contents are not known to the host."""
+
+    slots: int
+    slices: int = 1
+    tiles: bool = False  # a program a token will not do: dropout, or slices that are summed
+
+
+def heuristic(
+    operation: str, M: int, N: int, K: int, r: int, itemsize: int, arch: str, tma: bool, batch: Batch | None = None
+) -> KernelConfig:
+    """The config of `operation` for M tokens, N output and K summed features and rank r; `batch` is for multi_…."""
+    if batch is not None:
+        return _multi(operation, M, K, r, itemsize, batch)
     M = next_power_of_two(M)
     # Sixteen-bit tiles are sized for the matrix units. Exact float32 products are made element by element from
     # registers, and rows that start at odd addresses are loaded so: both take smaller tiles, or they spill.
@@ -54,6 +75,40 @@ def heuristic(operation: str, M: int, N: int, K: int, r: int, itemsize: int, arc
         split = _split(cdiv(N, block_n) * cdiv(r, block_r), cdiv(M, 64))
         return KernelConfig(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, SPLIT=split, num_warps=8 if wide else 4)
     raise ValueError(f"there is no operation {operation!r}; operations: {', '.join(OPERATIONS)}")
+
+
+def _multi(operation: str, T: int, cols: int, max_rank: int, itemsize: int, batch: Batch) -> KernelConfig:
+    """Of T tokens; `cols` is the longest summed (multi_shrink) or produced (the others) dimension of the slices."""
+    wide = itemsize <= 2
+    easy = wide and cols % 8 == 0
+    block_r = min(max(next_power_of_two(max_rank), 16), 64 if wide else 32)
+    height = max(_form(T, batch.slots), TILE_FORMS[0] if batch.tiles else TOKEN_FORM)
+    if operation == "multi_shrink":
+        block_k, warps = 128 if easy else 64 if height == 1 else 32, 4
+        if height == 64:
+            # Rows at odd addresses are loaded element by element: 64 of them by 4 warps spill 632 bytes on sm_90.
+            block_k, warps = (64, 4) if easy else (32, 8 if wide else 4)
+        blocks = max(1, T if height == 1 else T // height) * batch.slices
+        split = _split(blocks, cdiv(cols, block_k))
+        return KernelConfig(height, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=warps)
+    if operation == "multi_expand":
+        # Columns that start at odd addresses are loaded element by element, and 128 of them spill.
+        block_n = 128 if height == 1 or easy else 64 if wide else 32
+        # Nor do 32 rank rows of float32 fit: 8 bytes on sm_80, and by triton 3.6 on sm_100.
+        return KernelConfig(height, block_n, BLOCK_R=block_r if wide and height > 1 else 16)
+    if operation == "multi_outer":
+        block_n = 64 if wide else 32
+        blocks = cdiv(cols, block_n) * cdiv(max_rank, block_r) * min(batch.slots, max(T, 1)) * batch.slices
+        split = min(_split(blocks, cdiv(T, 128)), 8)
+        # Four warps spill 8 bytes on sm_80.
+        return KernelConfig(64 if wide else 32, block_n, BLOCK_R=block_r, SPLIT=split, num_warps=8 if wide else 4)
+    raise ValueError(f"there is no operation {operation!r}; operations: {', '.join(MULTI_OPERATIONS)}")
+
+
+def _form(T: int, slots: int) -> int:
+    if _MOST_TOKENS >= T <= 2 * slots:
+        return TOKEN_FORM
+    return TILE_FORMS[1] if _FULL_TILES * slots <= T else TILE_FORMS[0]
 
 
 def _split(blocks: int, most: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
+from lorakernels.tuning.heuristic import MULTI_OPERATIONS, Batch
 from lorakernels.tuning.table import takes_few_tokens_form
 from lorakernels.tuning.table_file import Key, key_of
 
@@ -21,6 +23,14 @@ class Problem(NamedTuple):
     r: int
     dtype: torch.dtype
     dropout: float
+    slots: int = 1  # of multi_…, whose N and K are one number
+
+    @property
+    def batch(self) -> Batch | None:
+        """What else a launch for many adapters gives to `choose`."""
+        if self.operation not in MULTI_OPERATIONS:
+            return None
+        return Batch(self.slots, tiles=self.dropout > 0 and self.operation != "multi_outer")
 
     @property
     def itemsize(self) -> int:
@@ -38,21 +48,31 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         dropout = f" dropout={self.dropout:g}" if self.dropout else ""
-        return f"{self.operation} M={self.M} N={self.N} K={self.K} r={self.r} {dtype}{dropout}"
+        slots = "" if self.slots == 1 else f" slots={self.slots}"
+        return f"{self.operation} M={self.M} N={self.N} K={self.K} r={self.r}{slots} {dtype}{dropout}"
 
 
-def problems_of(shapes: Iterable[tuple[int, int, int, int, torch.dtype, float]]) -> list[Problem]:
+def problems_of(
+    shapes: Iterable[tuple[int, int, int, int, torch.dtype, float]], slots: int | None = None
+) -> list[Problem]:
     """The launches of forward and backward over layers (M, N, K, r, dtype, dropout): N outputs, K inputs, M tokens.
 
     Each once: the table knows no dropout and no direction. Of shapes that differ in dropout only, or in bfloat16 or
-    float16, the first counts.
+    float16, the first counts. With `slots` they are the launches for so many adapters in a batch of M tokens.
 
     Raises:
         ValueError: a size, dtype or probability cannot be.
     """
+    if slots is not None and slots < 1:
+        raise ValueError(f"slots is {slots}; expected at least 1 adapter")
     problems: dict[tuple[Key, int], Problem] = {}
     for M, N, K, r, dtype, dropout in shapes:
         _check(M, N, K, r, dtype, dropout)
+        if slots is not None:
+            for operation, width in itertools.product(MULTI_OPERATIONS, (K, N)):
+                problem = Problem(operation, M, width, width, r, dtype, dropout, slots)
+                problems.setdefault((problem.key, M), problem)
+            continue
         few = takes_few_tokens_form(M, r, dtype.itemsize)
         whole = [("few_tokens" if few else "linear_expand", *sizes) for sizes in ((N, K), (K, N))]
         # x is read for S and dA, dy for G and dB.

@@ -18,9 +18,10 @@ import torch
 
 from lorakernels.tuning import table_file
 from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.cost import pipeline_bytes, speed_of
+from lorakernels.tuning.cost import pipeline_bytes
+from lorakernels.tuning.data_sheet import speed_of
 from lorakernels.tuning.device import UNKNOWN, Device, device_of
-from lorakernels.tuning.heuristic import TMA_ARCHS, heuristic
+from lorakernels.tuning.heuristic import FORMS, TMA_ARCHS, Batch, heuristic
 from lorakernels.tuning.table_file import Table, key_of, read_table
 
 # The few-token form reads A once for every block of output columns, so it stops paying when
@@ -30,6 +31,7 @@ FEW_TOKENS_MAX_RANK = 64
 
 _forced: Mapping[str, KernelConfig] | None = None
 _loaded: dict[str, Table] = {}  # by device name
+_struck_out: dict[tuple[str, KernelConfig, Device], str] = {}  # what a launch has found not to fit, and why
 _warned: set[str] = set()
 
 
@@ -55,25 +57,42 @@ def takes_one_pass(N: int, r: int, itemsize: int, block_n: int) -> bool:
 
 
 def choose(
-    operation: str, M: int, N: int, K: int, r: int, itemsize: int, device: torch.device, tma: bool = False
+    operation: str,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    itemsize: int,
+    device: torch.device,
+    tma: bool = False,
+    batch: Batch | None = None,
 ) -> KernelConfig:
     """The config of `operation` for M tokens, N output and K summed features and rank r.
 
     `itemsize` is that of x in bytes: float32 products run without tensor cores unless TF32 is
-    allowed, and take smaller tiles. `tma` says that the operands fit tensor descriptors.
+    allowed, and take smaller tiles. `tma` says that the operands fit tensor descriptors. The operations for many
+    adapters have a `batch`, in N and K their one number of columns, and in r the widest rank.
     """
     if _forced is not None and operation in _forced:
         return _forced[operation]
-    return _choice(operation, M, N, K, r, itemsize, tma, device_of(device), device.type == "cuda").config
+    return _choice(operation, M, N, K, r, itemsize, tma, batch, device_of(device), device.type == "cuda").config
 
 
 def choose_with_source(
-    operation: str, M: int, N: int, K: int, r: int, itemsize: int, device: torch.device, tma: bool = False
+    operation: str,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    itemsize: int,
+    device: torch.device,
+    tma: bool = False,
+    batch: Batch | None = None,
 ) -> Choice:
     """As `choose`, with the table's entry, or the heuristic, that the config comes from."""
     if _forced is not None and operation in _forced:
         return Choice(_forced[operation], "forced")
-    return _choice(operation, M, N, K, r, itemsize, tma, device_of(device), device.type == "cuda")
+    return _choice(operation, M, N, K, r, itemsize, tma, batch, device_of(device), device.type == "cuda")
 
 
 @contextmanager
@@ -103,12 +122,39 @@ def load_table(path: str | os.PathLike[str]) -> Table:
 def clear() -> None:
     """Forget every table and choice: tables are read again at the next launch."""
     _loaded.clear()
+    _struck_out.clear()
     _warned.clear()
     _forget()
 
 
-def misfit(operation: str, config: KernelConfig, r: int, itemsize: int, tma: bool, arch: str) -> str | None:
-    """Why a launch may not take this config; None when it may."""
+def strike_out(operation: str, config: KernelConfig, device: torch.device, why: str) -> bool:
+    """Take a config, which did not fit when it was launched, out of the tables: the next in line is chosen from now on.
+
+    False if nothing can be done: no table gave the config, or the heuristic, which is last in line, gives it too.
+    """
+    gpu = device_of(device)
+    struck = (operation, config, gpu)
+    tuned = (entry for table in _tables(gpu, device.type == "cuda") for entry in table.entries)
+    forced = _forced is not None and operation in _forced
+    if forced or struck in _struck_out or (operation, config) not in ((e.operation, e.config) for e in tuned):
+        return False
+    _struck_out[struck] = " ".join(why.split())
+    _choice.cache_clear()
+    return True
+
+
+def misfit(
+    operation: str, config: KernelConfig, r: int, itemsize: int, tma: bool, arch: str, tiles: bool = False
+) -> str | None:
+    """Why a launch may not take this config; None when it may. `tiles` is `Batch.tiles`."""
+    if operation in ("multi_shrink", "multi_expand"):
+        if config.BLOCK_M not in FORMS:
+            heights = ", ".join(map(str, FORMS))
+            return f"BLOCK_M is {config.BLOCK_M}; {operation} takes one of {heights}: a token, or a plan's tiles"
+        if tiles and config.BLOCK_M == 1:
+            return "dropout, or a sum of slices, takes tiles, and BLOCK_M is 1, a program a token"
+    elif config.BLOCK_M == 1:
+        return f"BLOCK_M of 1, a program a token, is for multi_shrink and multi_expand, not for {operation}"
     if config.tma and (operation != "linear_expand" or arch not in TMA_ARCHS):
         return f"tma is for linear_expand on {' and '.join(TMA_ARCHS)}, not for {operation} on {arch}"
     if config.tma and (not tma or max(config.BLOCK_M, config.BLOCK_N, config.BLOCK_K) > 256):
@@ -119,8 +165,8 @@ def misfit(operation: str, config: KernelConfig, r: int, itemsize: int, tma: boo
         return f"side_stream is for outer, not for {operation}"
     if operation == "few_tokens" and r > config.BLOCK_R:
         return f"few_tokens holds the whole rank in one block: BLOCK_R is {config.BLOCK_R}, and r is {r}"
-    if operation == "linear_expand" and config.SPLIT != 1:
-        return "linear_expand does not split its sum"
+    if operation in ("linear_expand", "multi_expand") and config.SPLIT != 1:
+        return f"{operation} does not split its sum"
     limit, needed = speed_of(arch).shared_per_block, pipeline_bytes(operation, config, itemsize)
     if needed > limit:
         return f"its pipeline takes {needed} bytes of shared memory, and a block has {limit}"
@@ -134,24 +180,37 @@ def _forget() -> None:
 
 @lru_cache(maxsize=16384)
 def _choice(
-    operation: str, M: int, N: int, K: int, r: int, itemsize: int, tma: bool, device: Device, is_gpu: bool
+    operation: str,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    itemsize: int,
+    tma: bool,
+    batch: Batch | None,
+    device: Device,
+    is_gpu: bool,
 ) -> Choice:
+    slots, tiles = (1, False) if batch is None else (batch.slots, batch.tiles)
     if device != UNKNOWN:
         for table in _tables(device, is_gpu):
-            for entry in table.nearest(key_of(operation, N, K, r, itemsize), M):
-                problem = misfit(operation, entry.config, r, itemsize, tma, device.arch)
+            for entry in table.nearest(key_of(operation, N, K, r, itemsize), M, slots):
+                config = entry.config
+                problem = misfit(operation, config, r, itemsize, tma, device.arch, tiles)
+                problem = problem or _struck_out.get((operation, config, device))
                 if problem is None:
-                    return Choice(entry.config, f"{table.name}, {entry}")
-                if tma or not entry.config.tma:  # rows that no descriptor takes are nobody's mistake
+                    return Choice(config, f"{table.name}, {entry}")
+                # Rows that no descriptor takes, and dropout, are nobody's mistake.
+                if not (config.tma and not tma) and not (config.BLOCK_M == 1 and tiles):
                     _warn(f"{table.name}, {operation}, {entry} is not used: {problem}")
-    return Choice(heuristic(operation, M, N, K, r, itemsize, device.arch, tma), "heuristic")
+    return Choice(heuristic(operation, M, N, K, r, itemsize, device.arch, tma, batch), "heuristic")
 
 
 @lru_cache(maxsize=64)
 def _tables(device: Device, is_gpu: bool) -> tuple[Table, ...]:
     """The tables of a device, the strongest first. A device that is assumed has no user."""
     named: list[tuple[str, Path]] = [(f"shipped table {device.slug}", table_file.shipped_path(device))]
-    tables = []
+    tables, none_found = [], device.name not in _loaded
     if is_gpu:
         named.insert(0, (f"user table {table_file.user_path(device)}", table_file.user_path(device)))
     if device.name in _loaded:
@@ -160,6 +219,7 @@ def _tables(device: Device, is_gpu: bool) -> tuple[Table, ...]:
         try:
             if not path.exists():
                 continue
+            none_found = False
             table, problems = read_table(path, name)
         except (OSError, ValueError) as error:
             _warn(f"the tuning table is not used: {error}")
@@ -170,6 +230,8 @@ def _tables(device: Device, is_gpu: bool) -> tuple[Table, ...]:
         if problems:
             _warn(f"{name}: {len(problems)} of its entries are not used; {problems[0]}")
         tables.append(table)
+    if is_gpu and none_found:
+        _warn(f"there is no tuning table of {device.name}, so launches take the heuristic's configs")
     return tuple(tables)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lorakernels.tuning.config import KernelConfig
 from lorakernels.tuning.device import Device
-from lorakernels.tuning.heuristic import OPERATIONS, next_power_of_two
+from lorakernels.tuning.heuristic import MULTI_OPERATIONS, OPERATIONS, next_power_of_two
 
 FORMAT = 1
 CACHE = "LORAKERNELS_CACHE"
@@ -22,10 +22,11 @@ SHIPPED = Path(__file__).resolve().parent / "tables"
 # A thousand shapes take about one.
 _MAX_MEGABYTES = 16
 _SIZES = ("M", "N", "K", "r", "itemsize")
+_OPERATIONS = (*OPERATIONS, *MULTI_OPERATIONS)
 
 
 class Key(NamedTuple):
-    """What must be the same for an entry to count: all but M, of which the nearest will do."""
+    """What must be the same for an entry to count: all but M and the slots, of which the nearest will do."""
 
     operation: str
     N: int
@@ -41,7 +42,10 @@ def key_of(operation: str, N: int, K: int, r: int, itemsize: int) -> Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tuned launch. `measured` is for people: nothing reads it back but `lorakernels tune --resume`."""
+    """One tuned launch. `measured` is for people: nothing reads it back but `lorakernels tune --resume`.
+
+    `slots` is 1 but where a batch has many adapters.
+    """
 
     operation: str
     M: int
@@ -51,16 +55,18 @@ class Entry:
     itemsize: int
     config: KernelConfig
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    slots: int = 1
 
     @property
     def key(self) -> Key:
         return key_of(self.operation, self.N, self.K, self.r, self.itemsize)
 
     def __str__(self) -> str:
-        return f"entry M={self.M} N={self.N} K={self.K} r={self.r}"
+        slots = "" if self.slots == 1 else f" slots={self.slots}"
+        return f"entry M={self.M} N={self.N} K={self.K} r={self.r}{slots}"
 
     def to_fields(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in _SIZES}
+        sizes = {name: getattr(self, name) for name in (*_SIZES, "slots")}
         return {
             "operation": self.operation,
             **sizes,
@@ -73,11 +79,12 @@ class Entry:
         """Raises ValueError naming what is wrong."""
         if not isinstance(fields, dict):
             raise ValueError(f"an entry is {type(fields).__name__}; expected an object")
-        if unknown := sorted(fields.keys() - {"operation", *_SIZES, "config", "measured"}):
+        if unknown := sorted(fields.keys() - {"operation", *_SIZES, "slots", "config", "measured"}):
             raise ValueError(f"an entry has a field {unknown[0]!r}, which this version does not know")
-        if fields.get("operation") not in OPERATIONS:
-            raise ValueError(f"operation is {fields.get('operation')!r}; expected one of {', '.join(OPERATIONS)}")
-        for name in _SIZES:
+        if fields.get("operation") not in _OPERATIONS:
+            raise ValueError(f"operation is {fields.get('operation')!r}; expected one of {', '.join(_OPERATIONS)}")
+        fields = {"slots": 1} | fields
+        for name in (*_SIZES, "slots"):
             value = fields.get(name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a number of at least 1")
@@ -85,7 +92,7 @@ class Entry:
         if not isinstance(measured, dict):
             raise ValueError(f"measured is {type(measured).__name__}; expected an object")
         config = KernelConfig.from_fields(fields.get("config"))  # type: ignore[arg-type]
-        sizes = {name: fields[name] for name in _SIZES}
+        sizes = {name: fields[name] for name in (*_SIZES, "slots")}
         return cls(operation=fields["operation"], config=config, measured=measured, **sizes)
 
 
@@ -104,14 +111,17 @@ class Table:
         for entry in self.entries:
             self._by_key.setdefault(entry.key, []).append(entry)
 
-    def nearest(self, key: Key, M: int) -> list[Entry]:
-        """The entries of this key, the one with the nearest M first: nearest by ratio."""
-        distance = math.log(max(M, 1))
-        return sorted(self._by_key.get(key, ()), key=lambda entry: abs(math.log(entry.M) - distance))
+    def nearest(self, key: Key, M: int, slots: int = 1) -> list[Entry]:
+        """The entries of this key, the one with the nearest M and slots first: nearest by ratio."""
+
+        def distance(entry: Entry) -> float:
+            return abs(math.log(entry.M / max(M, 1))) + abs(math.log(entry.slots / slots))
+
+        return sorted(self._by_key.get(key, ()), key=distance)
 
     def put(self, entry: Entry) -> None:
         """Add the entry, in place of one for the same launch."""
-        same = [e for e in self._by_key.get(entry.key, ()) if e.M == entry.M]
+        same = [e for e in self._by_key.get(entry.key, ()) if (e.M, e.slots) == (entry.M, entry.slots)]
         self.entries = [e for e in self.entries if e not in same] + [entry]
         self.__post_init__()
 

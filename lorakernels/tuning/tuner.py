@@ -22,7 +22,7 @@ from lorakernels.tuning.device import Device, assume, device_of
 from lorakernels.tuning.problem import Problem, problems_of
 from lorakernels.tuning.table import clear
 from lorakernels.tuning.table_file import Entry, Table, read_table, write_table
-from lorakernels.tuning.trial import Check, Inputs, make_inputs, run
+from lorakernels.tuning.trial import Check, Inputs, MultiInputs, make_inputs, run
 
 KEEP = 12  # candidates that are measured
 # Buffers are rotated, so that no launch finds its operands in L2: they take twice its size together, within reason.
@@ -67,11 +67,14 @@ def tune(
     timer: Timer,
     *,
     timed_by: str,
+    slots: int | None = None,
     resume: bool = False,
     keep: int = KEEP,
     jobs: int = 2,
 ) -> Result:
     """Measure the candidates of every launch of these layers (M, N, K, r, dtype, dropout), and write the table `out`.
+
+    With `slots` the launches are those for many adapters, so many in a batch.
 
     The file is written after each entry. One that is there already keeps its other entries; with `resume` launches
     that it holds are not measured again. `timed_by` says in the table what the timer is.
@@ -80,12 +83,12 @@ def tune(
         ValueError: `out` is not a table, or is another device's; a shape cannot be.
     """
     gpu = device_of(device)
-    problems = problems_of(shapes)
+    problems = problems_of(shapes, slots)
     result = Result(_table_at(out, gpu))
-    done = {(entry.key, entry.M) for entry in result.table.entries} if resume else set()
+    done = {(entry.key, entry.M, entry.slots) for entry in result.table.entries} if resume else set()
     progress = tqdm(problems, desc="tune", unit="launch", disable=None)
     for problem in progress:
-        if (problem.key, problem.M) in done:
+        if (problem.key, problem.M, problem.slots) in done:
             result.skipped += 1
             continue
         progress.set_postfix_str(str(problem))
@@ -189,11 +192,11 @@ def _measure(
         "configs": len(right),
         "slowest_microseconds": round(1e6 * float(medians.max()), 3),
     }
-    _, M, N, K, r, _, _ = problem
-    return Entry(problem.operation, M, N, K, r, problem.itemsize, right[best], measured)
+    p = problem
+    return Entry(p.operation, p.M, p.N, p.K, p.r, p.itemsize, right[best], measured, p.slots)
 
 
-def _rotated(inputs: Inputs, device: torch.device) -> int:
+def _rotated(inputs: Inputs | MultiInputs, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -222,9 +225,9 @@ def print_result(result: Result, out: Path) -> None:
     print(f"{len(result.tuned)} launches tuned, {result.skipped} were in {out} already, {len(result.dropped)} dropped")
 
 
-def print_shortlists(shapes: Shapes, gpu: Device, keep: int = KEEP, jobs: int = 2) -> None:
+def print_shortlists(shapes: Shapes, gpu: Device, keep: int = KEEP, jobs: int = 2, slots: int | None = None) -> None:
     """What `tune` would measure on this device, and how many candidates go for which reason. Times nothing."""
-    for problem in problems_of(shapes):
+    for problem in problems_of(shapes, slots):
         rows = shortlist(problem, gpu, keep, jobs)
         reasons = Counter(row.pruned.partition(" ")[0] for row in rows if row.pruned)
         print(f"{problem} on {gpu.name}: {len(rows)} candidates, {len(rows) - sum(reasons.values())} to be measured")

@@ -1,0 +1,89 @@
+"""What a call for many adapters tells of itself: which kernels it takes, and how many operations it counts for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import lorakernels as lk
+from lorakernels.kernels import multi_lora
+from lorakernels.kernels.launch import record_launches
+from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "Ns", "dropout_p", "forms"),
+    [
+        (48, 64, (24,), 0.0, {1}),
+        (48, 64, (40, 24), 0.3, {1, 16}),  # dropout, and the sum of two slices in dx
+        (100, 8, (40, 24), 0.0, {16}),
+        (512, 8, (24,), 0.3, {64}),
+    ],
+)
+def test_explain_tells_what_is_launched(
+    tokens: int, slots: int, Ns: tuple[int, ...], dropout_p: float, forms: set[int], device: str
+) -> None:
+    plan = lk.BatchPlan(slots, tokens, max_rank=8, device=device)
+    x, dys = torch.empty(tokens, 32, device=device), [torch.empty(tokens, N, device=device) for N in Ns]
+    weights = [torch.empty(N, 32, device=device) for N in Ns]
+    As, Bs = zip(*((torch.empty(slots, 8, 32), torch.empty(slots, N, 8)) for N in Ns), strict=True)
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p else None
+    thresholds = torch.zeros(slots + 1, dtype=torch.int32, device=device) if dropout_p else None
+    with record_launches() as launches:
+        _, s, mask = multi_lora.forward(
+            x, weights, [None] * len(Ns), As, Bs, plan.tensors, keep_s=True, seed=seed, thresholds=thresholds
+        )
+        needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+        multi_lora.backward(dys, x, weights, As, Bs, plan.tensors, s, mask, **needs)
+    launched = [launch for launch in launches if launch.kernel.__name__.startswith("multi_")]
+    given = (x, weights, As) if len(Ns) > 1 else (x, weights[0], As[0])
+    explanation = lk.explain(*given, plan=plan, dropout_p=dropout_p, impl="triton")
+    base, *kernels = explanation.kernels
+    assert explanation.impl == "triton" and f"{tokens} tokens of at most {slots} adapters" in base
+    assert len(kernels) == len(launched) == 6
+    for line, launch in zip(kernels, launched, strict=True):
+        config = launch.config
+        form = "a program a token" if config.BLOCK_M == 1 else f"tiles of {config.BLOCK_M} tokens of one slot"
+        assert f"), {form}: {config} (" in line and line.endswith(")")
+        assert launch.kernel.__name__.startswith(line.partition(" ")[0])
+    assert {launch.config.BLOCK_M for launch in launched if "outer" not in launch.kernel.__name__} == forms
+
+
+def test_explain_of_lists_needs_a_plan(device: str) -> None:
+    x, weight, A = torch.empty(4, 8, device=device), torch.empty(6, 8), torch.empty(3, 8)
+    with pytest.raises(TypeError, match="plan="):
+        lk.explain(x, [weight], [A], impl="triton")
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_flops_are_the_most_that_a_batch_may_take(paged: bool) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = MultiCase("counted", Ns=(24, 20), paged=paged, bias=False)
+    inputs = make_multi_inputs(case, torch.float32)
+    plan, A, B = inputs.plan, inputs.lora_A, inputs.lora_B
+    T, R, K, N = case.T, plan.max_rank if paged else case.R, case.K, sum(case.Ns)
+
+    def counted(call: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        return counter.get_total_flops()
+
+    ys: list[torch.Tensor] = []
+    forward = 2 * T * (N * K + R * (N + 2 * K))
+    for tensor in (inputs.x, *A, *B):
+        tensor.requires_grad_()
+    assert counted(lambda: ys.extend(lk.multi_lora_linear(inputs.x, inputs.weight, A, B, plan))) == forward
+    assert counted(lambda: torch.autograd.backward(ys, inputs.dys)) == 2 * T * (N * K + R * 2 * (N + 2 * K))
+    for tensor in (inputs.x, *A):
+        tensor.requires_grad_(False)
+    ys = list(lk.multi_lora_linear(inputs.x, inputs.weight, A, B, plan))
+    assert counted(lambda: torch.autograd.backward(ys, inputs.dys)) == 2 * T * R * N  # dB alone
+    with torch.no_grad():
+        assert counted(lambda: lk.lora_shrink(inputs.x, A, plan)) == 2 * T * R * 2 * K
+        s, outs = lk.lora_shrink(inputs.x, A, plan), [torch.zeros(T, n) for n in case.Ns]
+        assert counted(lambda: lk.lora_expand(s, B, plan, out=outs)) == 2 * T * R * N
