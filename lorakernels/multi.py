@@ -220,7 +220,9 @@ def multi_lora_embedding(
     _check_plan(plan, ids, ids.shape)
     _check_factors("lora_A", [lora_A], plan, weight, [weight.shape[0]], is_B=False)
     _check_factors("lora_B", [lora_B], plan, weight, [weight.shape[1]], is_B=True)
-    return ops.multi_lora_embedding(ids.reshape(-1), weight, lora_A, lora_B, plan, impl).view(*ids.shape, -1)
+    return ops.multi_lora_embedding(ids.reshape(-1), weight, lora_A, lora_B, plan, impl).view(
+        *ids.shape, weight.shape[1]
+    )
 
 
 def _slices(name: str, given: torch.Tensor | Slices) -> tuple[list[torch.Tensor], bool]:

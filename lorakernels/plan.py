@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -120,6 +120,10 @@ class BatchPlan:
         self.num_tokens = 0
         self.version = 0
         self._snapshot: PlanTensors | None = None
+        self.tensors = PlanTensors(self._buffer, self._scales, self._pages, num_slots, max_tokens)
+        """The plan as it is now and will be after every update: the same memory."""
+        self.on_host: Any = None
+        """What an operator has read of this version on the host; None after an update."""
 
     def __repr__(self) -> str:
         pages = "" if self.num_pages is None else f", num_pages={self.num_pages}"
@@ -127,11 +131,6 @@ class BatchPlan:
             f"BatchPlan({self.num_slots}, {self.max_tokens}, max_rank={self.max_rank}{pages}, "
             f"device={str(self.device)!r}): {self.num_tokens} tokens, version {self.version}"
         )
-
-    @property
-    def tensors(self) -> PlanTensors:
-        """The plan as it is now and will be after every update: the same memory."""
-        return PlanTensors(self._buffer, self._scales, self._pages, self.num_slots, self.max_tokens)
 
     def snapshot(self) -> PlanTensors:
         """The plan of this version, which no update changes: for a backward that may come later. One copy a version."""
@@ -183,7 +182,7 @@ class BatchPlan:
         self._masked += torch.stack([unknown.sum(), refused.sum()])
         self.num_tokens = token_slots.shape[0]
         self.version += 1
-        self._snapshot = None
+        self._snapshot = self.on_host = None
 
     def check(self) -> None:
         """Raise PlanError if an update since the last check masked a token or a slot. Makes the host wait."""

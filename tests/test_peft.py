@@ -574,17 +574,6 @@ def test_variants_run_pefts_forward(
     assert len(fused) == 2
 
 
-def test_mixed_batches_run_pefts_forward(x: torch.Tensor, fused: list[dict[str, Any]]) -> None:
-    plain = peft_model(config(), config(r=7)).eval()
-    model = accelerated_copy(plain)
-    names = ["second", "__base__", "first"]
-    with torch.no_grad():
-        assert torch.equal(model(x, adapter_names=names), plain(x, adapter_names=names))
-        assert not fused
-        assert not torch.equal(model(x), model(x, adapter_names=names))
-    assert len(fused) == 2
-
-
 def test_dtypes_that_do_not_fit_are_left_to_peft(fused: list[dict[str, Any]]) -> None:
     model = accelerated_copy(peft_model(config(), dtype=torch.float32))
     with pytest.raises(RuntimeError, match="dtype"):

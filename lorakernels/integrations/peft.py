@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft_report import AccelerationReport, LayerReport
+from lorakernels.nn import siblings
 from lorakernels.nn.dora import NormCache
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 
@@ -22,7 +24,7 @@ _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_AUTOCAST_DTYPES, torch.float64)
 
 
-class _Term(NamedTuple):
+class Term(NamedTuple):
     """What one active adapter adds: the same for every call until somebody changes the adapter."""
 
     A: torch.Tensor  # [r, K]
@@ -37,7 +39,7 @@ class _Term(NamedTuple):
 _norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
 
 
-def accelerate(model: nn.Module) -> AccelerationReport:
+def accelerate(model: nn.Module, *, group: bool = True) -> AccelerationReport:
     """Give every PEFT LoRA layer of `model` the fused forward, in place.
 
     A layer is taken when its type is exactly `peft.tuners.lora.layer.Linear`; it then is a subclass of that, and all
@@ -47,6 +49,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Args:
         model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
+        group: whether projections that one module calls with the same x (q, k, v; gate, up) may be computed together,
+            as `lora_linear_group` does, with one dropout mask.
 
     Returns:
         Every LoRA layer, whether it is accelerated as the adapters stand now, and why not. Print it.
@@ -63,6 +67,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         if isinstance(module, LoraLayer):
             if type(module) is Linear:
                 module.__class__ = fused
+            if type(module) is fused:
+                siblings.switch(module, group)
             reason = _why_not(module)
             rows.append(LayerReport(name, not reason, reason))
     if not rows:
@@ -84,6 +90,7 @@ def restore(model: nn.Module) -> None:
     fused = _fused_linear()
     for _, module in _named_modules(model):
         if type(module) is fused:
+            siblings.switch(module, True)
             module.__class__ = fused.__base__  # type: ignore[assignment]
 
 
@@ -94,12 +101,19 @@ def _fused_linear() -> type:
         from peft.tuners.lora.layer import Linear
     except ImportError as error:
         raise ImportError(f"accelerate() and restore() need PEFT ({error}): pip install peft") from error
+    from lorakernels.integrations.peft_mixed import mixed_forward  # which imports this module
 
     class FusedLinear(Linear):
         """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
 
+        group_siblings = True
+
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            y = None if args or kwargs else _fused_forward(self, x)
+            y = None
+            if not args and not kwargs:
+                y = _fused_forward(self, x)
+            elif not args and len(kwargs) == 1 and kwargs.get("adapter_names") is not None:
+                y = mixed_forward(self, x, kwargs["adapter_names"])
             return Linear.forward(self, x, *args, **kwargs) if y is None else y
 
     FusedLinear.__name__ = "Linear"  # repr and PEFT's get_layer_status say lora.Linear, as before
@@ -126,20 +140,20 @@ def _why_not(layer: Any) -> str:
         return f"{_type_name(layer)} over {_type_name(base)}: only PEFT's lora.Linear over torch.nn.Linear is fused"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance, so its class has no say"
-    terms = _active_terms(layer)
+    terms = adapter_terms(layer)
     return terms if isinstance(terms, str) else ""
 
 
 def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """x [..., K] to [..., N] by the fused path, or None where PEFT's own forward is to run."""
-    if layer._disable_adapters or layer.merged_adapters or not _is_plain(x) or x.is_nested:
+    if layer._disable_adapters or layer.merged_adapters or not is_plain(x) or x.is_nested:
         return None
-    terms = _active_terms(layer)
+    terms = adapter_terms(layer)
     if isinstance(terms, str) or not terms:
         return None
     base = layer._modules["base_layer"]
     weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
-    if not _takes_dtypes(layer, x, weight, terms):
+    if not takes_dtypes(layer, x, weight, terms):
         return None
 
     first, *others = terms
@@ -151,6 +165,10 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         B = torch.cat([term.B * term.scaling for term in terms], dim=1)
         return lora_linear(x, weight, A, B, bias=_with_lora_biases(bias, terms, x.dtype))
     A, B, _, scaling, p, _ = first
+    if not others and first.lora_bias is None:
+        grouped = siblings.from_group(layer, x, siblings.Call(weight, bias, A, B, scaling, p), _plain_call)
+        if grouped is not None:
+            return grouped
     y = lora_linear(x, weight, A, B, bias=_with_lora_biases(bias, [first], x.dtype), scaling=scaling, dropout_p=p)
     for A, B, lora_bias, scaling, p, _ in others:  # each adapter has a mask of its own
         s = F.linear(F.dropout(x, p), A.to(x.dtype))
@@ -158,7 +176,23 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     return y
 
 
-def _dora(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: _Term) -> torch.Tensor:
+def _plain_call(layer: Any, x: torch.Tensor) -> siblings.Call | None:
+    """What this layer does with x where that is one LoRA linear and nothing else."""
+    fused: Any = _fused_linear()
+    if type(layer) is not fused or layer._disable_adapters or layer.merged_adapters:
+        return None
+    terms = adapter_terms(layer)
+    if isinstance(terms, str) or len(terms) != 1:
+        return None
+    A, B, lora_bias, scaling, p, magnitude = terms[0]
+    base = layer._modules["base_layer"]
+    weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
+    if lora_bias is not None or magnitude is not None or not takes_dtypes(layer, x, weight, terms):
+        return None
+    return siblings.Call(weight, bias, A, B, scaling, p)
+
+
+def _dora(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: Term) -> torch.Tensor:
     """x Wᵀ + bias + (c - 1) ∘ D(x) Wᵀ + c ∘ scaling · (D(x) Aᵀ) Bᵀ with c = magnitude / ‖W + scaling · B A‖.
 
     PEFT's dropout is on the way to both W and A in what DoRA adds, so with it there are two base products, as in PEFT.
@@ -176,7 +210,7 @@ def _dora(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     )
 
 
-def _takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: list[_Term]) -> bool:
+def takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: list[Term]) -> bool:
     """Whether the fused path computes what PEFT computes with these dtypes; where not, PEFT's forward may raise."""
     if x.dtype not in _DTYPES:
         return False
@@ -187,7 +221,7 @@ def _takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: list
     return weight.dtype is x.dtype and (casting or all(term.A.dtype is term.B.dtype is x.dtype for term in terms))
 
 
-def _with_lora_biases(bias: torch.Tensor | None, terms: list[_Term], dtype: torch.dtype) -> torch.Tensor | None:
+def _with_lora_biases(bias: torch.Tensor | None, terms: list[Term], dtype: torch.dtype) -> torch.Tensor | None:
     """The base bias [N] and scaling times the bias of each B (PEFT's `lora_bias`)."""
     total = bias
     for term in terms:
@@ -197,8 +231,8 @@ def _with_lora_biases(bias: torch.Tensor | None, terms: list[_Term], dtype: torc
     return total if total is bias or total is None else total.to(dtype)
 
 
-def _active_terms(layer: Any) -> list[_Term] | str:
-    """What each active adapter adds, or why this layer cannot take the fused path.
+def adapter_terms(layer: Any, names: Sequence[str] | None = None) -> list[Term] | str:
+    """What each of the adapters adds that are named or else active, or why this layer cannot take the fused path.
 
     It runs at every call, since PEFT and the user may change any of it between two: so it goes through
     `_modules` and `_parameters`, where `nn.Module.__getattr__` takes ten times as long.
@@ -210,15 +244,15 @@ def _active_terms(layer: Any) -> list[_Term] | str:
     if runs_more_than_forward(base):
         return "the base layer has hooks or a replaced forward, which run only when it is called"
     weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
-    if not _is_plain(weight):
+    if not is_plain(weight):
         return f"the base weight is a {_type_name(weight)} ({weight.layout}), not a plain tensor"
-    if bias is not None and not (_is_plain(bias) and bias.dtype is weight.dtype):
+    if bias is not None and not (is_plain(bias) and bias.dtype is weight.dtype):
         return "the base bias is not a plain tensor of the weight's dtype"
     if layer.fan_in_fan_out:
         return "fan_in_fan_out is set"
     lora_A, lora_B, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
-    terms: list[_Term] = []
-    for name in layer.active_adapters:
+    terms: list[Term] = []
+    for name in layer.active_adapters if names is None else names:
         if name not in lora_A:
             continue
         magnitude = _magnitude(layer, name) if name in layer.lora_variant else None
@@ -237,11 +271,11 @@ def _active_terms(layer: Any) -> list[_Term] | str:
         if runs_more_than_forward(A) or runs_more_than_forward(B) or runs_more_than_forward(dropout):
             return f"lora_A, lora_B or lora_dropout of adapter {name!r} has hooks or a replaced forward"
         weight_A, weight_B, bias_B = parameter_of(A, "weight"), parameter_of(B, "weight"), parameter_of(B, "bias")
-        if not (_is_plain(weight_A) and _is_plain(weight_B)):
+        if not (is_plain(weight_A) and is_plain(weight_B)):
             return f"a weight of adapter {name!r} is not a plain tensor"
         if isinstance(scaling, torch.Tensor) and scaling.dim() != 0:
             return f"the scaling of adapter {name!r} is a tensor of shape {list(scaling.shape)}, not a number"
-        terms.append(_Term(weight_A, weight_B, bias_B, scaling, p, magnitude))
+        terms.append(Term(weight_A, weight_B, bias_B, scaling, p, magnitude))
     if len(terms) > 1 and any(term.magnitude is not None for term in terms):
         return "an adapter with DoRA is active beside another"
     return terms
@@ -260,14 +294,14 @@ def _magnitude(layer: Any, name: str) -> torch.Tensor | str:
     if type(dora) is not DoraLinearLayer or runs_more_than_forward(dora):
         return f"the magnitude of adapter {name!r} is not as PEFT makes it, or has hooks"
     weight = parameter_of(dora, "weight")
-    if not _is_plain(weight) or weight.device != layer.lora_A[name].weight.device:
+    if not is_plain(weight) or weight.device != layer.lora_A[name].weight.device:
         return f"the magnitude of adapter {name!r} is not a plain tensor beside lora_A"
     if parameter_of(layer.lora_B[name], "bias") is not None:
         return f"adapter {name!r} has DoRA and lora_bias"
     return weight
 
 
-def _is_plain(tensor: Any) -> bool:
+def is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided
 
 

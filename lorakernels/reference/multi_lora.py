@@ -1,72 +1,18 @@
 """Many adapters in one batch in plain torch: an adapter's tokens are one matrix, and no adapter is copied for them.
 
-Same signatures as `kernels.multi_lora`. Which tokens are whose is read on the host: on a CPU at no cost, elsewhere it
-waits for the device.
+Same signatures as `kernels.multi_lora`, and the plan's route where the caller has read it already.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
 from lorakernels.plan import PlanTensors
 from lorakernels.reference.dropout import draw_mask
-from lorakernels.reference.product import linear
+from lorakernels.reference.multi_route import Grid, Route, Segment, route
+from lorakernels.reference.product import cast, linear
 
 Tensors = list[torch.Tensor]
-
-
-class Segment(NamedTuple):
-    """The tokens of one adapter: `rows` of what `Route.take` gives."""
-
-    slot: int
-    rank: int
-    scale: float
-    rows: slice
-
-
-class Route(NamedTuple):
-    """The adapted tokens of a batch, by adapter, and where they are: None if each lot lies together already."""
-
-    segments: list[Segment]
-    tokens: torch.Tensor | None
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.tokens is None else x.index_select(0, self.tokens)
-
-    def put_back(self, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """[slices, rows, R] of what `take` gives as [slices, tokens, R]; zero for the base."""
-        if self.tokens is None:
-            return rows
-        every = rows.new_zeros((rows.shape[0], num_tokens, rows.shape[2]))
-        return every.index_copy_(1, self.tokens, rows)
-
-    def add(self, y: torch.Tensor, rows: torch.Tensor) -> None:
-        """y += rows, where they are y's own and not y itself."""
-        if self.tokens is not None:
-            y.index_add_(0, self.tokens, rows)
-
-
-def route(plan: PlanTensors, num_tokens: int) -> Route:
-    layout, S = plan.layout, plan.num_slots
-    numbers = plan.part(0, layout.starts + S + 2).tolist()
-    ranks, starts = numbers[: S + 1], numbers[layout.starts :]
-    scales = plan.scales.tolist()
-    order = plan.part(layout.order, num_tokens)
-    tokens = order.tolist()
-    spans = [(slot, starts[slot], starts[slot + 1]) for slot in range(S) if starts[slot] < starts[slot + 1]]
-    together = all(tokens[end - 1] - tokens[first] == end - 1 - first for _, first, end in spans)
-    segments = [
-        Segment(
-            slot,
-            ranks[slot],
-            scales[slot],
-            slice(tokens[first], tokens[first] + end - first) if together else slice(first, end),
-        )
-        for slot, first, end in spans
-    ]
-    return Route(segments, None if together else order[: starts[S]].long())
 
 
 def forward(
@@ -80,31 +26,44 @@ def forward(
     keep_s: bool,
     seed: torch.Tensor | None,
     thresholds: torch.Tensor | None,
+    where: Route | None = None,
 ) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     """A y [T, N] for each slice, S [slices, T, R] if it is to be kept, and dropout's mask [T, K] uint8.
 
-    The mask is in the order of `Route.take`.
+    The mask is in the order of `Route.take`. `where` is the plan's route if it has been read already.
     """
     ys = [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    where = route(plan, x.shape[0])
+    where = where or route(plan, x.shape[0])
+    width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
+    if thresholds is None and (grid := _grid(where, x, ys)) is not None:
+        kept = x.new_zeros((len(ys), x.shape[0], width)) if keep_s else None
+        for i, (y, lora_A, lora_B) in enumerate(zip(ys, lora_As, lora_Bs, strict=True)):
+            s = grid.shrink(x, lora_A)
+            if kept is None and isinstance(grid.scale, float):
+                grid.expand(s, lora_B, y, grid.scale)
+                continue
+            s.mul_(_as(grid.scale, s.dtype))
+            grid.expand(s, lora_B, y, 1.0)
+            if kept is not None:
+                _keep(kept[i], grid, s)
+        return ys, kept, None
     rows = where.take(x)
     mask = None
     if thresholds is not None:
         assert seed is not None
         mask = _draw(seed, where, thresholds.tolist(), x)
-    width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
     kept = x.new_zeros((len(ys), rows.shape[0], width)) if keep_s else None
     outs = ys if where.tokens is None else [x.new_empty((rows.shape[0], y.shape[1])) for y in ys]
     for segment in where.segments:
-        adapted = rows[segment.rows]
+        adapted = _cut(rows, segment.rows)
         if mask is not None:
             adapted = adapted * mask[segment.rows]
         for i, (lora_A, lora_B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
-            A = _rank_rows(lora_A, plan, segment, is_B=False).to(x.dtype)
-            B = _rank_rows(lora_B, plan, segment, is_B=True).to(x.dtype)
+            A = cast(_rank_rows(lora_A, plan, segment, is_B=False), x.dtype)
+            B = cast(_rank_rows(lora_B, plan, segment, is_B=True), x.dtype)
             s = linear(adapted, A).mul_(segment.scale)
             if where.tokens is None:
-                outs[i][segment.rows].addmm_(s, B)
+                _cut(outs[i], segment.rows).addmm_(s, B)
             else:
                 torch.mm(s, B, out=outs[i][segment.rows])
             if kept is not None:
@@ -129,9 +88,10 @@ def backward(
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
+    where: Route | None = None,
 ) -> tuple[torch.Tensor | None, Tensors, Tensors]:
     """dx [T, K], and for each slice a dA and a dB, as their parameters are shaped; empty lists where not asked for."""
-    where = route(plan, dys[0].shape[0])
+    where = where or route(plan, dys[0].shape[0])
     rows = None if x is None else where.take(x)
     dy_rows = [where.take(dy) for dy in dys]
     s_rows = None if s is None or not need_dB else [where.take(of_slice) for of_slice in s]
@@ -169,34 +129,71 @@ def backward(
     return dx, dAs, dBs
 
 
-def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors) -> torch.Tensor:
+def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, *, where: Route | None = None) -> torch.Tensor:
     """S [slices, T, R] float32 (float64 for x in it), zero past each slot's rank and in rows of the base."""
-    where = route(plan, x.shape[0])
-    rows = where.take(x)
+    where = where or route(plan, x.shape[0])
     width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if (grid := _grid(where, x, [])) is not None:
+        s = x.new_zeros((len(lora_As), x.shape[0], width), dtype=dtype)
+        for i, lora_A in enumerate(lora_As):
+            _keep(s[i], grid, grid.shrink(x, lora_A).to(dtype).mul_(_as(grid.scale, dtype)))
+        return s
+    rows = where.take(x)
     s = x.new_zeros((len(lora_As), rows.shape[0], width), dtype=dtype)
     for segment in where.segments:
         for i, lora_A in enumerate(lora_As):
-            A = _rank_rows(lora_A, plan, segment, is_B=False).to(x.dtype)
+            A = cast(_rank_rows(lora_A, plan, segment, is_B=False), x.dtype)
             s[i, segment.rows, : segment.rank] = linear(rows[segment.rows], A).to(dtype).mul_(segment.scale)
     return where.put_back(s, x.shape[0])
 
 
-def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:
+def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors, *, where: Route | None = None) -> None:
     """Add S Bᵀ to each y, in place."""
-    where = route(plan, s.shape[1])
+    where = where or route(plan, s.shape[1])
+    grid = _grid(where, s, ys)
+    if grid is not None and all(segment.rank == grid.rank for segment in where.segments):
+        for low_rank, lora_B, y in zip(s, lora_Bs, ys, strict=True):
+            rows = low_rank if grid.take is None else low_rank.index_select(0, grid.take)
+            rows = cast(rows[:, : grid.rank], y.dtype).view(-1, grid.height, grid.rank)
+            grid.expand(rows, lora_B, y, 1.0)
+        return
     for i, (lora_B, y) in enumerate(zip(lora_Bs, ys, strict=True)):
         rows = where.take(s[i])
         out = y if where.tokens is None else y.new_empty((rows.shape[0], y.shape[1]))
         for segment in where.segments:
-            B = _rank_rows(lora_B, plan, segment, is_B=True).to(y.dtype)
-            low_rank = rows[segment.rows, : segment.rank].to(y.dtype)
+            B = cast(_rank_rows(lora_B, plan, segment, is_B=True), y.dtype)
+            low_rank = cast(rows[segment.rows, : segment.rank], y.dtype)
             if where.tokens is None:
                 out[segment.rows].addmm_(low_rank, B)
             else:
                 torch.mm(low_rank, B, out=out[segment.rows])
         where.add(y, out)
+
+
+def _grid(where: Route, x: torch.Tensor, ys: Tensors) -> Grid | None:
+    """How to take all adapters at once, where that is faster. torch's float16 products of a CPU are not."""
+    if not x.is_cpu or x.dtype is torch.float16:
+        return None
+    grid = where.grid
+    return grid if grid is not None and grid.fits(x.shape[1] + sum([y.shape[1] for y in ys])) else None
+
+
+def _keep(kept: torch.Tensor, grid: Grid, s: torch.Tensor) -> None:
+    """s [adapters, height, rank] into its tokens' rows of kept [T, width]."""
+    rows = grid.by_token(s)
+    if grid.tokens is None:
+        kept[:, : grid.rank] = rows
+    else:
+        kept[:, : grid.rank].index_copy_(0, grid.tokens, rows)
+
+
+def _as(scale: float | torch.Tensor, dtype: torch.dtype) -> float | torch.Tensor:
+    return cast(scale, dtype) if isinstance(scale, torch.Tensor) else scale
+
+
+def _cut(rows: torch.Tensor, wanted: slice) -> torch.Tensor:
+    return rows if wanted.stop - wanted.start == rows.shape[0] else rows[wanted]
 
 
 def _rank_rows(adapters: torch.Tensor, plan: PlanTensors, segment: Segment, *, is_B: bool) -> torch.Tensor:

@@ -1,0 +1,221 @@
+"""PEFT's mixed batches (`adapter_names=`, another adapter for each row) as one multi-adapter product a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from operator import is_
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn import functional as F
+
+from lorakernels import ops
+from lorakernels.functional import lora_linear
+from lorakernels.integrations.peft import adapter_terms, is_plain, takes_dtypes
+from lorakernels.nn.modules import parameter_of, runs_more_than_forward
+from lorakernels.plan import BASE, BatchPlan
+
+BASE_NAME = "__base__"  # PEFT's, for rows without an adapter
+
+# By the hook that hands a layer its names. PEFT registers one for each layer and each call of the model, or of
+# `generate`, which is when adapters do not change; with the hook its pack goes.
+_packs: WeakKeyDictionary[Any, _Pack] = WeakKeyDictionary()
+
+
+class _Source:
+    """The adapters of one layer as they were packed, and whether they still are those: 4 µs for eight."""
+
+    def __init__(self, layer: Any, names: list[str], weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        modules = layer._modules
+        self.names = names
+        self.modules = [modules[side]._modules[name] for side in ("lora_A", "lora_B") for name in names]
+        self.parameters = [module._parameters for module in self.modules]
+        self.weights = [A for A, _ in weights] + [B for _, B in weights]
+        self.scalings = [layer.scaling[name] for name in names]
+        self.dropouts = [d for name in names if getattr(d := modules["lora_dropout"]._modules[name], "p", 0)]
+        # A graph is of one call, and a scaling of its own or tensors without a version counter cannot be compared.
+        self.may_be_kept = not (
+            torch.is_grad_enabled()
+            or any(weight.is_inference() for weight in self.weights)
+            or any(isinstance(scaling, torch.Tensor) for scaling in self.scalings)
+        )
+        if self.may_be_kept:
+            self.versions = [weight._version for weight in self.weights]
+            self.pointers = [weight.data_ptr() for weight in self.weights]
+
+    def is_unchanged(self, layer: Any) -> bool:
+        lora_A, lora_B = layer._modules["lora_A"]._modules, layer._modules["lora_B"]._modules
+        names = self.names
+        return (
+            [weight._version for weight in self.weights] == self.versions
+            and [weight.data_ptr() for weight in self.weights] == self.pointers
+            and all(map(is_, [held.get("weight") for held in self.parameters], self.weights))
+            and [lora_A.get(name) for name in names] + [lora_B.get(name) for name in names] == self.modules
+            and [layer.scaling.get(name) for name in names] == self.scalings
+            and not any([dropout.training for dropout in self.dropouts])
+        )
+
+
+@dataclass
+class _Pack:
+    """The adapters of one layer that a list of names asks for, side by side; what follows is as it was then."""
+
+    names: Sequence[str]
+    slots: tuple[int, ...]  # of each row
+    A: torch.Tensor  # [S, R, K], zero past an adapter's rank
+    B: torch.Tensor  # [S, N, R], views of [S, R, N]: a product of S small matrices is a third faster so
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    lora_bias: tuple[torch.Tensor, torch.Tensor] | None  # the adapted rows, and what each adds [rows, N]
+    weight: torch.Tensor
+    weight_dtype: torch.dtype
+    autocast: bool
+    source: _Source
+    plans: dict[int, BatchPlan] = field(default_factory=dict)  # by the tokens of a row
+
+    def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> bool:
+        if self.names != names or weight is not self.weight or weight.dtype is not self.weight_dtype:
+            return False
+        if torch.is_grad_enabled() or self.autocast != torch.is_autocast_enabled(x.device.type):
+            return False
+        dtype = torch.get_autocast_dtype(x.device.type) if self.autocast else x.dtype
+        return self.A.dtype is dtype and self.source.is_unchanged(layer)
+
+    def plan(self, tokens: int) -> BatchPlan:
+        plan = self.plans.get(tokens)
+        if plan is None:
+            ranks = self.ranks
+            if self.A.is_cpu and self._pads_little(tokens):
+                ranks = (max(ranks),) * len(ranks)
+            self.plans[tokens] = plan = _plan(self.slots, tokens, ranks, self.scalings, self.A.device)
+        return plan
+
+    def _pads_little(self, tokens: int) -> bool:
+        """Whether zeros up to the largest rank, with which all adapters are one product, cost less than a loop."""
+        columns, S, R = self.A.shape[2] + self.B.shape[1], len(self.ranks), max(self.ranks)
+        zeros = sum(R - rank for rank in self.ranks) * columns
+        products = sum(R - self.ranks[slot] for slot in self.slots if slot != BASE) * columns * tokens
+        return zeros <= S << 16 and products <= S << 18
+
+
+def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | None:
+    """x [rows, ..., K] to [rows, ..., N], each row by its own adapter; None where PEFT's own forward is to run.
+
+    That is also where PEFT raises: on names that are too many or too few, merged adapters, DoRA.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return None
+    if layer._disable_adapters or layer.merged_adapters or not is_plain(x) or x.is_nested:
+        return None
+    if type(names) not in (list, tuple) or x.dim() < 2 or x.shape[0] != len(names) or not x.numel():
+        return None
+    base = layer._modules["base_layer"]
+    weight = parameter_of(base, "weight")
+    hook = _registration(layer, names)
+    pack = None if hook is None else _packs.get(hook)
+    if pack is None or runs_more_than_forward(base) or not pack.is_for(layer, x, names, weight):
+        made = _packed(layer, x, names, weight)
+        if made is None:
+            return None
+        pack = made
+        if hook is not None and pack.source.may_be_kept and pack.lora_bias is None:
+            _packs[hook] = pack
+    return _run(pack, x, weight, parameter_of(base, "bias"))
+
+
+def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if not pack.ranks:
+        return F.linear(x, weight, bias)
+    if len(pack.ranks) == 1 and BASE not in pack.slots:
+        y = lora_linear(x, weight, pack.A[0], pack.B[0], bias=bias, scaling=pack.scalings[0])
+    else:
+        if pack.autocast:
+            x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(x.device.type))
+        matrix = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        plan = pack.plan(matrix.shape[0] // x.shape[0])
+        [y] = ops.multi_lora_linear(matrix, [weight], [bias], [pack.A], [pack.B], plan, 0.0, "auto")
+        if x.dim() != 2:
+            # Autograd forbids editing a Function's output in place through a view. A view takes 1 µs, the other 5.
+            shape = (*x.shape[:-1], weight.shape[0])
+            y = torch.ops.aten._unsafe_view(y, shape) if y.requires_grad else y.view(shape)
+    if pack.lora_bias is not None:
+        rows, added = pack.lora_bias
+        added = added.view(len(rows), *[1] * (y.dim() - 2), -1).expand(-1, *y.shape[1:])
+        y = y.index_add(0, rows, added)
+    return y
+
+
+def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> _Pack | None:
+    lora_A = layer._modules["lora_A"]._modules
+    if not all(isinstance(name, str) for name in names):
+        return None
+    there = [name for name in dict.fromkeys(names) if name != BASE_NAME and name in lora_A]
+    terms = adapter_terms(layer, there)
+    if isinstance(terms, str) or any(term.p or term.magnitude is not None for term in terms):
+        return None
+    if not takes_dtypes(layer, x, weight, terms):
+        return None
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = x.dtype
+    if autocast and torch.float64 not in (x.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(x.device.type)
+    rank = max((term.A.shape[0] for term in terms), default=0)
+    As, Bs, biases, scalings = [], [], [], []
+    for term in terms:
+        scaling, B = term.scaling, term.B.to(dtype).t()
+        # A plan's scalings are finite numbers in float32; others go into B.
+        if isinstance(scaling, torch.Tensor) or not math.isfinite(scaling) or dtype is torch.float64:
+            scaling, B = 1.0, B * scaling
+        scalings.append(float(scaling))
+        As.append(_padded(term.A.to(dtype), rank))
+        Bs.append(_padded(B, rank))
+        biases.append(None if term.lora_bias is None else (term.lora_bias * term.scaling).to(dtype))
+    slots = tuple(there.index(name) if name in there else BASE for name in names)
+    return _Pack(
+        names[:],
+        slots,
+        torch.stack(As) if As else x.new_empty((0, 0, 0)),
+        torch.stack(Bs).mT if Bs else x.new_empty((0, 0, 0)),
+        tuple(term.A.shape[0] for term in terms),
+        tuple(scalings),
+        _lora_biases(biases, slots),
+        weight,
+        weight.dtype,
+        autocast,
+        _Source(layer, there, [(term.A, term.B) for term in terms]),
+    )
+
+
+def _padded(rows: torch.Tensor, rank: int) -> torch.Tensor:
+    return rows if rows.shape[0] == rank else F.pad(rows, (0, 0, 0, rank - rows.shape[0]))
+
+
+def _lora_biases(biases: list[torch.Tensor | None], slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    found = [(row, bias) for row, slot in enumerate(slots) if slot != BASE and (bias := biases[slot]) is not None]
+    if not found:
+        return None
+    added = torch.stack([bias for _, bias in found])
+    return torch.tensor([row for row, _ in found], device=added.device), added
+
+
+def _registration(layer: Any, names: Sequence[str]) -> Any:
+    """The hook through which PEFT hands this layer these names, if one does: another one for every call."""
+    for hook in layer._forward_pre_hooks.values():
+        if type(hook) is partial and hook.keywords.get("adapter_names") is names:
+            return hook if hook.func.__module__.startswith("peft.") else None
+    return None
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    slots: tuple[int, ...], tokens: int, ranks: tuple[int, ...], scalings: tuple[float, ...], device: torch.device
+) -> BatchPlan:
+    """The plan of rows of so many tokens each. Layers with the same adapters share it; it is never updated again."""
+    with torch.inference_mode(False):
+        plan = BatchPlan(len(ranks), len(slots) * tokens, max_rank=max(ranks), device=device)
+        plan.update([slot for slot in slots for _ in range(tokens)], ranks, scalings)
+    return plan

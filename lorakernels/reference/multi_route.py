@@ -1,0 +1,170 @@
+"""Which tokens are whose, read on the host: on a CPU at little cost, elsewhere it waits for the device."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from lorakernels.plan import PlanTensors
+from lorakernels.reference.product import cast
+
+
+class Segment(NamedTuple):
+    """The tokens of one adapter: `rows` of what `Route.take` gives."""
+
+    slot: int
+    rank: int
+    scale: float
+    rows: slice
+
+
+class Grid(NamedTuple):
+    """The adapters of a batch as one product of [adapters, height, …] matrices, each with tokens of its own alone.
+
+    An adapter of fewer tokens has its first one again, in rows that nobody reads.
+    """
+
+    height: int
+    rank: int
+    padding: int
+    take: torch.Tensor | None  # [adapters * height] tokens; None where they lie so already
+    back: torch.Tensor | None  # where each adapted token's row is in the grid
+    tokens: torch.Tensor | None  # the adapted tokens, ascending; None for all
+    scale: float | torch.Tensor  # [adapters, 1, 1 or rank], 0 past an adapter's rank
+    held: slice | torch.Tensor  # the adapters in their stack; of pages their rank rows, adapters * rank of them
+    is_paged: bool
+
+    def fits(self, columns: int) -> bool:
+        """Whether the padding costs less than the loop over adapters, some 20 µs each."""
+        return self.padding * self.rank * columns <= 1 << 19
+
+    def factors(self, adapters: torch.Tensor, dtype: torch.dtype, *, is_B: bool) -> torch.Tensor:
+        """The rank rows [adapters, rank, columns]: views where the slots or pages lie in order, or else a copy."""
+        if self.is_paged:
+            held = self._select(adapters)
+            return cast(held.view(-1, self.rank, held.shape[1]), dtype)
+        by_rank = adapters.mT if is_B else adapters
+        if by_rank.shape[1] != self.rank:
+            by_rank = by_rank[:, : self.rank]
+        return cast(self._select(by_rank), dtype)
+
+    def shrink(self, x: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
+        """x [T, K] through each token's own A: [adapters, height, rank], unscaled."""
+        rows = x if self.take is None else x.index_select(0, self.take)
+        A = self.factors(lora_A, x.dtype, is_B=False)
+        return torch.bmm(rows.view(-1, self.height, x.shape[1]), A.mT)
+
+    def expand(self, s: torch.Tensor, lora_B: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+        """y [T, N] += scale · s Bᵀ; tokens of the base are left alone."""
+        B = self.factors(lora_B, y.dtype, is_B=True)
+        if self.back is None and y.is_contiguous():
+            y.view(-1, self.height, y.shape[1]).baddbmm_(s, B, alpha=scale)
+            return
+        rows = self.by_token(torch.bmm(s, B))
+        if self.tokens is None:
+            y.add_(rows, alpha=scale)
+        else:
+            y.index_add_(0, self.tokens, rows, alpha=scale)
+
+    def by_token(self, rows: torch.Tensor) -> torch.Tensor:
+        """[adapters, height, columns] as [adapted tokens, columns]."""
+        rows = rows.view(-1, rows.shape[2])
+        return rows if self.back is None else rows.index_select(0, self.back)
+
+    def _select(self, adapters: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self.held, slice):
+            return adapters.index_select(0, self.held)
+        return adapters if self.held == slice(0, adapters.shape[0]) else adapters[self.held]
+
+
+class Route:
+    """The adapted tokens of a batch, by adapter, and where they are: None if each lot lies together already."""
+
+    def __init__(
+        self, segments: list[Segment], tokens: torch.Tensor | None, order: list[int], pages: torch.Tensor | None
+    ) -> None:
+        """`order` has all tokens, those of the segments first; `pages` is the plan's."""
+        self.segments, self.tokens, self._order, self._pages = segments, tokens, order, pages
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.tokens is None else x.index_select(0, self.tokens)
+
+    def put_back(self, rows: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """[slices, rows, R] of what `take` gives as [slices, tokens, R]; zero for the base."""
+        if self.tokens is None:
+            return rows
+        every = rows.new_zeros((rows.shape[0], num_tokens, rows.shape[2]))
+        return every.index_copy_(1, self.tokens, rows)
+
+    def add(self, y: torch.Tensor, rows: torch.Tensor) -> None:
+        """y += rows, where they are y's own and not y itself."""
+        if self.tokens is not None:
+            y.index_add_(0, self.tokens, rows)
+
+    @cached_property
+    def grid(self) -> Grid | None:
+        """None where there are not several adapters, or a stack's are of several ranks: past them it is not read."""
+        segments, T = self.segments, len(self._order)
+        ranks = [segment.rank for segment in segments]
+        lengths = [segment.rows.stop - segment.rows.start for segment in segments]
+        if len(segments) < 2 or (self._pages is None and min(ranks) < max(ranks)):
+            return None
+        rank, height, adapted = max(ranks), max(lengths), sum(lengths)
+        take, back, first = [], [0] * T, 0
+        for i, length in enumerate(lengths):
+            tokens = self._order[first : first + length]
+            take += tokens + tokens[:1] * (height - length)
+            for row, token in enumerate(tokens, i * height):
+                back[token] = row
+            first += length
+        tokens = sorted(self._order[:adapted])
+        return Grid(
+            height,
+            rank,
+            len(take) - adapted,
+            None if take == list(range(T)) else torch.tensor(take),
+            None if take == list(range(T)) else torch.tensor([back[token] for token in tokens]),
+            None if adapted == T else torch.tensor(tokens),
+            self._scale(rank),
+            self._held(rank),
+            self._pages is not None,
+        )
+
+    def _scale(self, rank: int) -> float | torch.Tensor:
+        segments = self.segments
+        if all(s.rank == rank and s.scale == segments[0].scale for s in segments):
+            return segments[0].scale
+        within = [[s.scale if i < s.rank else 0.0 for i in range(rank)] for s in segments]
+        return torch.tensor(within, dtype=torch.float64)[:, None]
+
+    def _held(self, rank: int) -> slice | torch.Tensor:
+        """Past its rank an adapter of pages has its own first page again, which meets a scale of 0."""
+        held = [segment.slot for segment in self.segments]
+        if self._pages is not None:
+            pages = self._pages.tolist()
+            held = [pages[s.slot][i if i < s.rank else 0] for s in self.segments for i in range(rank)]
+        in_order = held == list(range(held[0], held[0] + len(held)))
+        return slice(held[0], held[0] + len(held)) if in_order else torch.tensor(held)
+
+
+def route(plan: PlanTensors, num_tokens: int) -> Route:
+    layout, S = plan.layout, plan.num_slots
+    numbers = plan.part(0, layout.starts + S + 2).tolist()
+    ranks, starts = numbers[: S + 1], numbers[layout.starts :]
+    scales = plan.scales.tolist()
+    order = plan.part(layout.order, num_tokens)
+    tokens = order.tolist()
+    spans = [(slot, starts[slot], starts[slot + 1]) for slot in range(S) if starts[slot] < starts[slot + 1]]
+    together = all(tokens[end - 1] - tokens[first] == end - 1 - first for _, first, end in spans)
+    segments = [
+        Segment(
+            slot,
+            ranks[slot],
+            scales[slot],
+            slice(tokens[first], tokens[first] + end - first) if together else slice(first, end),
+        )
+        for slot, first, end in spans
+    ]
+    return Route(segments, None if together else order[: starts[S]].long(), tokens, plan.pages)

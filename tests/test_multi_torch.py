@@ -1,0 +1,113 @@
+"""The torch path of many adapters: all of them as one product where that is right, the plan read once a version."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+import lorakernels as lk
+from lorakernels.reference import multi_lora as reference
+from lorakernels.testing.budget import error
+from lorakernels.testing.guards import canaries
+from lorakernels.testing.multi_cases import MultiCase, MultiInputs, Results, by_token, make_multi_inputs, run_loop
+
+EQUAL = (6, 6, 6, 6)
+# (case, whether the adapters are one product)
+CASES = (
+    (MultiCase("equal ranks", ranks=EQUAL), True),
+    (MultiCase("of larger stacks", ranks=EQUAL, R=9, T=40), True),
+    (MultiCase("grouped", ranks=EQUAL, batch="grouped"), True),
+    (MultiCase("each its own", ranks=EQUAL, T=4, batch="each_its_own"), True),
+    (MultiCase("an empty slot", ranks=(6, 0, 6), bias=False), True),
+    (MultiCase("one scaling", ranks=EQUAL, scalings=(2.0,) * 4), True),
+    (MultiCase("slices", ranks=EQUAL, Ns=(24, 17, 5), layout="every_second"), True),
+    (MultiCase("transposed", ranks=EQUAL, layout="transposed"), True),
+    (MultiCase("layered", ranks=EQUAL, layout="layered"), True),
+    (MultiCase("pages", paged=True), True),
+    (MultiCase("pages of equal ranks", ranks=EQUAL, paged=True, Ns=(24, 9)), True),
+    (MultiCase("several ranks"), False),
+    (MultiCase("one adapter", ranks=(6,), batch="slot 0"), False),
+    (MultiCase("none", ranks=EQUAL, batch="base"), False),
+)
+
+
+def run(case: MultiCase, inputs: MultiInputs, leaves: Results) -> list[torch.Tensor]:
+    slices = range(len(case.Ns))
+    x, *rest = (leaves["x"], *([leaves[f"{name}.{i}"] for i in slices] for name in ("weight", "lora_A", "lora_B")))
+    bias = [leaves[f"bias.{i}"] for i in slices] if case.bias else None
+    return lk.multi_lora_linear(x, *rest, inputs.plan, bias=bias)
+
+
+@pytest.mark.parametrize(("case", "at_once"), CASES, ids=lambda value: str(value))
+def test_values_and_gradients(case: MultiCase, at_once: bool) -> None:
+    inputs = make_multi_inputs(case, torch.float64)
+    exact = run_loop(case, inputs, None, torch.float64, by_token(inputs))
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors().items()}
+    with canaries():
+        ys = run(case, inputs, leaves)
+        torch.autograd.backward(ys, inputs.dys)
+        with torch.no_grad():
+            plain = run(case, inputs, leaves)
+            s = lk.lora_shrink(inputs.x, inputs.lora_A, inputs.plan)
+            outs = [torch.nn.functional.linear(inputs.x, w) for w in inputs.weight]
+            lk.lora_expand(s, inputs.lora_B, inputs.plan, out=outs)
+    grid = inputs.plan.on_host.grid
+    assert (grid is not None) == at_once
+    for i in range(len(case.Ns)):
+        in_two_steps = outs[i] + (inputs.bias[i] if case.bias else 0.0)
+        for y in (ys[i], plain[i], in_two_steps):
+            assert error(y.detach(), exact[f"y.{i}"]) < 1e-14
+    for name in ("x", *(f"{tensor}.{i}" for tensor in ("lora_A", "lora_B") for i in range(len(case.Ns)))):
+        assert error(leaves[name].grad, exact[name]) < 1e-14, name
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e4])
+@pytest.mark.parametrize("case", [case for case, at_once in CASES if at_once], ids=str)
+def test_an_adapter_touches_no_other_row(case: MultiCase, poison: float) -> None:
+    clean, dirty = make_multi_inputs(case, torch.float32), make_multi_inputs(case, torch.float32)
+    slot = len(case.ranks) - 1
+    for factors in (dirty.lora_A, dirty.lora_B):
+        for factor in factors:
+            if dirty.page_table is None:
+                factor[slot].fill_(poison)
+            else:
+                factor[dirty.page_table[slot, : case.ranks[slot]].long()] = poison
+    others = clean.token_slots != slot
+    base = (clean.token_slots < 0) | (clean.slot_ranks[clean.token_slots.long()] == 0)
+    for i, (y, z) in enumerate(zip(run(case, clean, clean.tensors()), run(case, dirty, dirty.tensors()), strict=True)):
+        assert torch.equal(y[others], z[others]) and not torch.equal(y[~others], z[~others])
+        expected = torch.nn.functional.linear(clean.x, clean.weight[i], clean.bias[i] if case.bias else None)
+        assert torch.equal(y[base], expected[base])
+
+
+def test_long_adapters_beside_short_ones_are_not_padded() -> None:
+    case = MultiCase("skewed", T=4000, ranks=(8, 8, 8), K=64, Ns=(64,))
+    inputs = make_multi_inputs(case, torch.float32)
+    few = torch.zeros(4000, dtype=torch.int32)
+    few[:2] = torch.tensor([1, 2])
+    for slots, fits in ((torch.arange(4000, dtype=torch.int32) % 3, True), (few, False)):
+        inputs.plan.update(slots, inputs.slot_ranks, inputs.slot_scalings)
+        run(case, inputs, inputs.tensors())
+        grid = inputs.plan.on_host.grid
+        assert grid.fits(128) == fits
+
+
+def test_a_plan_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    real = reference.route
+    monkeypatch.setattr(reference, "route", lambda *given: (read.append(given), real(*given))[1])
+    case = MultiCase("layers", ranks=EQUAL)
+    inputs = make_multi_inputs(case, torch.float32)
+    [first], [again] = run(case, inputs, inputs.tensors()), run(case, inputs, inputs.tensors())
+    lk.lora_shrink(inputs.x, inputs.lora_A[0], inputs.plan)
+    assert torch.equal(first, again) and len(read) == 1
+    copied = copy.deepcopy(inputs.plan)
+    for plan in (inputs.plan, copied):
+        plan.update(inputs.token_slots.flip(0), inputs.slot_ranks, inputs.slot_scalings)
+        inputs.plan = plan
+        [turned] = run(case, inputs, inputs.tensors())
+        assert not torch.equal(turned, first)
+    assert len(read) == 3
