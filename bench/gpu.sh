@@ -92,7 +92,7 @@ summary() {
         printf '%-20s %5d s  %s\n' "${names[i]}" "${times[i]}" "${states[i]}"
     done
     printf '\n'
-    grep -h -e 'of frozen' -e 'beyond torch' -e ' wrong: ' -e ' error: ' "$out/headline.log" 2>/dev/null
+    grep -h -e 'of frozen' -e 'beyond torch' -e ' wrong: ' -e ' error: ' "$out/headline.log" "$out/multi.log" 2>/dev/null
     return 0
 }
 
@@ -111,18 +111,19 @@ if ((!dry)); then environment; fi
 if ((cpu)); then
     part tests 150 "$python" -m pytest tests/test_lora_linear.py -q -p no:cacheprovider -k "odd_sizes or rank_17"
     skip sanitizer "it watches a GPU"
-    lk headline-heuristic 60 bench --set small --impl auto,peft --device cpu --rounds 3 --limit 30 \
+    lk headline-heuristic 60 bench --set small-layer --impl auto,peft --device cpu --rounds 3 --limit 30 \
         --out "$out/headline-heuristic.json"
     # In the interpreter nothing is compiled.
     part tune 60 env TRITON_INTERPRET=1 "$python" -m lorakernels tune --shapes 512x256x256x16 --dry-run --arch sm_90
-    lk headline 60 bench --set small --impl auto,peft --device cpu --rounds 3 --limit 30 --out "$out/headline.json"
-    lk others 60 bench --set small --device cpu --rounds 3 --limit 20 --out "$out/others.json"
+    lk headline 60 bench --set small-layer --impl auto,peft --device cpu --rounds 3 --limit 30 --out "$out/headline.json"
+    lk others 60 bench --set small-layer --device cpu --rounds 3 --limit 20 --out "$out/others.json"
+    lk multi 60 bench --set small-multi --device cpu --rounds 3 --limit 20 --out "$out/multi.json"
 else
     # The kernels first: should the time run out, they have been tested.
-    part tests-kernels 110 "$python" -m pytest tests/test_lora_linear.py tests/test_weight_norm.py \
+    part tests-kernels 110 "$python" -m pytest tests/test_lora_linear.py tests/test_multi_lora.py tests/test_weight_norm.py \
         -q -p no:cacheprovider --junitxml "$out/tests-kernels.xml"
-    part tests 50 "$python" -m pytest tests --ignore tests/test_lora_linear.py --ignore tests/test_weight_norm.py \
-        -q -p no:cacheprovider --junitxml "$out/tests.xml"
+    part tests 50 "$python" -m pytest tests --ignore tests/test_lora_linear.py --ignore tests/test_multi_lora.py \
+        --ignore tests/test_weight_norm.py -q -p no:cacheprovider --junitxml "$out/tests.xml"
     if command -v compute-sanitizer >/dev/null; then
         part sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
             compute-sanitizer --tool memcheck --error-exitcode 99 \
@@ -133,9 +134,11 @@ else
     lk headline-heuristic 40 bench --set headline --impl auto,split,fused,peft --limit 25 \
         --out "$out/headline-heuristic.json"
     lk tune 90 tune --set headline --resume
-    lk headline 100 bench --set headline --limit 80 --out "$out/headline.json"
+    lk headline 80 bench --set headline --limit 60 --out "$out/headline.json"
+    # The first of them say most; the time limit leaves out the last.
+    lk multi 60 bench --set multi --impl auto,stacks,loop,bmm,peft,vllm --rounds 15 --limit 45 --out "$out/multi.json"
     lk others 60 bench --set dtypes,tokens,ranks --impl auto,split,fused,peft,unsloth,lorafusion \
-        --limit 45 --out "$out/others.json"
+        --limit 40 --out "$out/others.json"
 fi
 
 lk compare 20 bench compare "$out/headline-heuristic.json" "$out/headline.json"
@@ -148,7 +151,7 @@ if ((!cpu)) && command -v ncu >/dev/null; then
 else
     part profile 45 "$python" -m lorakernels.bench.profile "$out/headline.json"
 fi
-lk pictures 30 bench plot "$out/headline.json" "$out/others.json" --out "$out/pictures"
+lk pictures 30 bench plot "$out/headline.json" "$out/others.json" "$out/multi.json" --out "$out/pictures"
 
 if ((dry)); then exit 0; fi
 summary_json >"$out/summary.json"

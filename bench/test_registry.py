@@ -11,26 +11,28 @@ import numpy as np
 import pytest
 import torch
 
-from lorakernels.bench.formulas import cost
-from lorakernels.bench.peers import PEERS, make_tensors
-from lorakernels.bench.registry import SETS, Case
+from lorakernels.bench.operations import operation_of
+from lorakernels.bench.registry import SETS, AnyCase
 from lorakernels.bench.run import default_device
 from lorakernels.bench.timing import interleaved_seconds, percentiles
-from lorakernels.bench.verify import Exact, verify
 
 ROUNDS = 20
-MEASURED = ("ours-auto", "peft", "eager")
+MEASURED = ("ours-auto", "peft", "eager", "loop")
 
 
-@pytest.mark.parametrize("name", MEASURED)
-@pytest.mark.parametrize("case", SETS["small"], ids=str)
-def test_small_set(benchmark: Any, record_ratio: Any, case: Case, name: str) -> None:
-    device, peer = default_device(), PEERS[name]
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [(case, name) for case in SETS["small"] for name in MEASURED if name in operation_of(case).peers],
+    ids=str,
+)
+def test_small_set(benchmark: Any, record_ratio: Any, case: AnyCase, name: str) -> None:
+    device, operation = default_device(), operation_of(case)
+    peer = operation.peers[name]
     reason = peer.why_not(case, device)
     if reason is not None:
         pytest.skip(reason)
-    tensors = make_tensors(case, device, 0)
-    _, wrong = verify(peer, case, tensors, Exact(case, tensors))
+    tensors = operation.make_tensors(case, device, 0)
+    _, wrong = operation.checker(case, tensors)(peer)
     assert wrong is None, wrong
 
     def synchronised(step: Any) -> Any:
@@ -41,10 +43,9 @@ def test_small_set(benchmark: Any, record_ratio: Any, case: Case, name: str) -> 
 
         return run
 
-    steps = [synchronised(one.make(case, tensors)) for one in (peer, PEERS["frozen"])]
+    steps = [synchronised(one.make(case, tensors)) for one in (peer, operation.peers["frozen"])]
     own, frozen = interleaved_seconds(steps, ROUNDS)
     record_ratio({"case": str(case), "what": peer.label, "of the frozen layer": percentiles(own / frozen)})
     benchmark.extra_info["over_frozen"] = float(np.median(own / frozen))
-    graph = peer.graph(case, device)
-    benchmark.extra_info["extra_bytes"] = None if graph is None else cost(graph, case).extra
+    benchmark.extra_info["extra_bytes"] = operation.facts(case, peer, device).get("extra_bytes")
     benchmark.pedantic(steps[0], rounds=5)

@@ -498,3 +498,24 @@ def test_saving_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="no adapter 'default'; its adapters"):
         lk.save_adapter(net(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_fast_path_of_a_transformer_does_not_leave_adapters_out(padded: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    lk.inject(model, lk.LoRAConfig(r=4, target_modules=["linear1", "linear2"]))
+    for parameter in lk.trainable_parameters(model):
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 5, 16)
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2]) if padded else None
+    with torch.no_grad():
+        fast = model(x, src_key_padding_mask=padding)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            slow = model(x, src_key_padding_mask=padding)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+    real = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(fast[real], slow[real])

@@ -23,13 +23,26 @@ import torch
 
 from lorakernels import cli
 from lorakernels.backend import ENVIRONMENT, interpreter_on
-from lorakernels.bench import cost_model, formulas, peers, plot, profile, registry, run, timing
+from lorakernels.bench import (
+    cost_model,
+    environment,
+    formulas,
+    peers,
+    plot,
+    profile,
+    registry,
+    run,
+    timing,
+)
 from lorakernels.bench.compare import compare
-from lorakernels.bench.devices import data_sheet
+from lorakernels.bench.multi_peers import MULTI_PEERS
+from lorakernels.bench.operations import OPERATIONS, choose_peers
+from lorakernels.bench.peer import Results, Step
 from lorakernels.bench.peers import PEERS, make_tensors
-from lorakernels.bench.registry import Case
+from lorakernels.bench.registry import Case, MultiCase, case_of
 from lorakernels.bench.timing import interleaved
 from lorakernels.bench.verify import Exact, verify
+from lorakernels.tuning.data_sheet import data_sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -37,6 +50,11 @@ TINY = (
     Case(33, 24, 40, 4, 0.0, "float32"),
     Case(33, 24, 40, 8, 0.0, "float32"),
     Case(33, 24, 40, 4, 0.1, "bfloat16"),
+)
+TINY_MULTI = (
+    MultiCase(12, 24, 40, 3, 4, dtype="float32"),
+    MultiCase(12, 24, 40, 6, 4, dtype="float32"),
+    MultiCase(12, 24, 40, 4, 32, True, "float32"),
 )
 CPU = torch.device("cpu")
 TORCH_PEERS = ("frozen", "ours-torch", "eager", "peft", "unsloth-order", "lorafusion-order")
@@ -53,7 +71,11 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    return run.run(TINY, device=CPU, rounds=3)
+    return run.run((*TINY, *TINY_MULTI), device=CPU, rounds=3)
+
+
+def of_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["operation"] == Case.operation]
 
 
 # ------------------------------------------------------------------------------------------- the registry
@@ -63,7 +85,11 @@ def test_every_set_has_cases_once() -> None:
     for name, cases in registry.SETS.items():
         assert cases and len(set(cases)) == len(cases), name
         for case in cases:
-            assert case.torch_dtype.is_floating_point and 0 <= case.dropout < 1
+            assert case.torch_dtype.is_floating_point
+            if isinstance(case, MultiCase):
+                assert case.adapters <= case.M and len(case.slots().unique()) == case.adapters
+            else:
+                assert 0 <= case.dropout < 1
     assert registry.SETS["headline"] == (Case(8192, 4096, 4096), Case(8192, 4096, 4096, dropout=0.1))
     assert {case.M for case in registry.SETS["tokens"]} == set(registry.TOKENS)
     assert registry.cases_of("headline,headline,ranks")[:2] == registry.SETS["headline"]
@@ -82,7 +108,7 @@ def test_models_have_their_layers() -> None:
 
 def test_tuning_shapes() -> None:
     shapes = registry.tuning_shapes()
-    assert len(set(shapes)) == len(shapes) == len(registry.SETS["all"])
+    assert len(set(shapes)) == len(shapes) == sum(isinstance(case, Case) for case in registry.SETS["all"])
     assert (8192, 4096, 4096, 16, "bfloat16", 0.1) in shapes and registry.SETS["small"][0].as_dict() not in shapes
 
 
@@ -90,8 +116,8 @@ def test_tuning_shapes() -> None:
 
 
 def test_run_end_to_end(rows: list[dict[str, Any]], tmp_path: Path) -> None:
-    by_peer = {row["peer"]: row for row in rows if row["operation"] == "lora_linear" and Case(**_sizes(row)) == TINY[0]}
-    assert set(by_peer) == {peer.name for peer in peers.choose_peers(None, CPU)}
+    by_peer = {row["peer"]: row for row in of_layer(rows) if case_of(row) == TINY[0]}
+    assert set(by_peer) == {peer.name for peer in choose_peers(None, OPERATIONS[Case], CPU)}
     for name in TORCH_PEERS:
         row = by_peer[name]
         assert row["status"] == "ok" and row["error_over_budget"] <= 1, row
@@ -105,20 +131,22 @@ def test_run_end_to_end(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     for row in rows:
         assert row["schema"] == run.SCHEMA and row["environment"]["versions"]["torch"] == torch.__version__
         assert row["status"] == "ok" or row["reason"]
-    assert {"host, inference", "host, training"} <= {row["operation"] for row in rows}
+    assert {"host, inference", "host, training", "host, many adapters"} <= {row["operation"] for row in rows}
     assert run.read_rows(run.write_rows(rows, tmp_path / "new" / "rows.json")) == rows
 
 
+def test_the_build_of_torch_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which CUDA a wheel is for is in torch's own version, and not always in the package's."""
+    monkeypatch.setattr(torch, "__version__", "2.14.1+cu130")
+    assert environment.describe(CPU)["versions"]["torch"] == "2.14.1+cu130"
+
+
 def test_what_cannot_run_says_why(rows: list[dict[str, Any]]) -> None:
-    skipped = {row["peer"]: row["reason"] for row in rows if row["status"] == "skipped"}
+    skipped = {row["peer"]: row["reason"] for row in of_layer(rows) if row["status"] == "skipped"}
     assert "not installed" in skipped["lorafusion"] and "dropout" in skipped["unsloth-order"]
     assert "one kernel" in skipped["ours-fused"]
     assert not any("seconds" in row for row in rows if row["status"] == "skipped")
     assert skipped["ours-triton"]  # no GPU, or the interpreter
-
-
-def _sizes(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("M", "N", "K", "r", "dropout", "dtype")}
 
 
 @pytest.mark.parametrize("result", ["y", "x", "lora_A", "lora_B"])
@@ -126,10 +154,10 @@ def _sizes(row: dict[str, Any]) -> dict[str, Any]:
 def test_a_wrong_result_gets_no_time(result: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     eager = PEERS["eager"]
 
-    def make(case: Case, tensors: peers.Tensors) -> peers.Step:
+    def make(case: Case, tensors: peers.Tensors) -> Step:
         step = eager.make(case, tensors)
 
-        def broken() -> peers.Results:
+        def broken() -> Results:
             results = step()
             value = results[result]
             wrong = {"off by a thousandth": value * 1.001, "NaN": value / 0, "transposed": value.t()}
@@ -151,10 +179,10 @@ def test_a_wrong_mask_is_found() -> None:
     exact, eager = Exact(case, tensors), PEERS["eager"]
     assert verify(eager, case, tensors, exact)[1] is None
 
-    def often(_: Case, t: peers.Tensors) -> peers.Step:
+    def often(_: Case, t: peers.Tensors) -> Step:
         return eager.make(dataclasses.replace(case, dropout=0.2), t)
 
-    def two_masks(_: Case, t: peers.Tensors) -> peers.Step:
+    def two_masks(_: Case, t: peers.Tensors) -> Step:
         first, second = (eager.make(case, t) for _ in range(2))
         return lambda: second() | {"y": first()["y"]}
 
@@ -167,7 +195,7 @@ def test_a_wrong_mask_is_found() -> None:
 
 
 def test_a_broken_peer_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(case: Case, tensors: peers.Tensors) -> peers.Step:
+    def make(case: Case, tensors: peers.Tensors) -> Step:
         raise RuntimeError("out\nof order")
 
     monkeypatch.setitem(PEERS, "peft", dataclasses.replace(PEERS["peft"], make=make))
@@ -197,8 +225,8 @@ def test_the_kernels_as_peers(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_time_limit() -> None:
-    found = run.run(TINY[:1], device=CPU, rounds=1, limit_s=0)
-    assert {row["status"] for row in found if row["operation"] == "lora_linear"} == {"skipped"}
+    found = run.run((TINY[0], TINY_MULTI[0]), device=CPU, rounds=1, limit_s=0)
+    assert {row["status"] for row in found if not row["operation"].startswith("host")} == {"skipped"}
     assert "time limit" in found[0]["reason"]
 
 
@@ -277,11 +305,16 @@ def test_pictures(rows: list[dict[str, Any]], tmp_path: Path) -> None:
         if "kept_bytes" in row:
             row["peak_bytes"] = row["kept_bytes"] + 1000
     names = ["ratio_by_tokens.png", "ratio_by_rank.png", "roofline.png", "memory.png"]
+    names += ["ratio_by_adapters.png", "adapter_memory.png"]
     for kind, some in (("cpu", rows), ("gpu", on_a_gpu)):
         paths = plot.plot(some, tmp_path / kind)
         assert [path.name for path in paths] == names
         assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
-    assert set(plot.STYLES) == set(PEERS) and len(set(plot.STYLES.values())) == len(PEERS)
+    assert set(plot.STYLES) == set(PEERS) | set(MULTI_PEERS)
+    for own in (PEERS, MULTI_PEERS):
+        assert len({plot.STYLES[name] for name in own}) == len(own)
+    only_layers = [path.name for path in plot.plot(of_layer(rows), tmp_path / "layers")]
+    assert only_layers == names[:4]
     with pytest.raises(ValueError, match="2 devices"):
         plot.plot([*rows, *on_a_gpu], tmp_path)
     with pytest.raises(ValueError, match="no row has a time"):
@@ -336,20 +369,20 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert cli.main(["bench", "run", *base[1:], "--impl", "torch", "--out", second]) == 0
     out = capsys.readouterr().out
     assert "of frozen" in out and "beyond torch's own linear" in out and out.endswith(f"{second}\n")
-    assert len(json.loads(Path(first).read_text())) == 2 * 3 + 2
+    assert len(json.loads(Path(first).read_text())) == 2 * 3 + 3
     assert cli.main(["bench", "compare", first, second]) == 0
     assert "within the spread" in capsys.readouterr().out
     assert cli.main(["bench", "plot", first, second, "--out", str(tmp_path / "pictures")]) == 0
     assert "ratio_by_tokens.png" in capsys.readouterr().out
     assert cli.main(["bench", "list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in (*registry.SETS, *PEERS))
+    assert all(name in out for name in (*registry.SETS, *PEERS, *MULTI_PEERS))
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--set", "tiny"], "there is no set 'tiny'; sets: small, headline"),
+        (["--set", "tiny"], "there is no set 'tiny'; sets: small, small-layer"),
         (["--impl", "peftt"], "there is no implementation 'peftt'"),
         (["--rounds", "0"], "expected at least 1"),
         (["run", "a.json"], "takes no files"),
@@ -409,7 +442,8 @@ def test_every_command_of_the_gpu_script(arguments: tuple[str, ...], tmp_path: P
         parsed = cli.parser().parse_args(command)  # SystemExit, if an option is not there
         if command[0] == "bench" and parsed.action == "run":
             registry.cases_of(parsed.set)
-            peers.choose_peers(parsed.impl, CPU)
+            for operation in OPERATIONS.values():
+                choose_peers(parsed.impl, operation, CPU)
     for line in lines:
         assert all((ROOT / word).exists() for word in line if word.startswith("tests/"))
     assert any("lorakernels.bench.profile" in line for line in lines) and any("pytest" in line for line in lines)

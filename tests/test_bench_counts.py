@@ -10,12 +10,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lorakernels.bench import formulas
-from lorakernels.bench.counting import Counted, own_step, torch_step
-from lorakernels.bench.devices import DATA_SHEETS, data_sheet
+from lorakernels.bench import formulas, multi
+from lorakernels.bench.counting import Counted, own_multi, own_step, torch_step
+from lorakernels.bench.multi_peers import MULTI_PEERS
 from lorakernels.bench.peers import PEERS, make_tensors
-from lorakernels.bench.registry import Case
+from lorakernels.bench.registry import Case, MultiCase
 from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.data_sheet import DATA_SHEETS, data_sheet
 from lorakernels.tuning.device import assume
 from lorakernels.tuning.table import choose, forced_configs, takes_few_tokens_form
 
@@ -139,3 +140,44 @@ def test_every_product_is_made(graph: str) -> None:
 def test_no_dropout_where_there_is_none() -> None:
     with pytest.raises(ValueError, match="has no dropout"):
         formulas.cost("unsloth", dataclasses.replace(HEADLINE, dropout=0.1))
+
+
+MULTI = [MultiCase(48, 96, 64, 6, 16), MultiCase(48, 96, 64, 8, 32, True), MultiCase(1024, 64, 96, 4, 40)]
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("height", [1, 16])
+@pytest.mark.parametrize("case", MULTI, ids=str)
+def test_kernels_of_many_adapters(case: MultiCase, height: int, split: int) -> None:
+    """Beyond the frozen layer: x for each block of ranks, y and S's planes twice, each adapter once, and the plan."""
+    tensors = multi.make_multi_tensors(case, "cpu", 0)
+    plan = tensors.plan(paged=True).tensors
+    config = KernelConfig(BLOCK_M=height, BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, SPLIT=split)
+    with forced_configs(dict.fromkeys(("multi_shrink", "multi_expand"), config)):
+        base, shrink, expand = own_multi(tensors.x, tensors.weight, tensors.pages_A, tensors.pages_B, plan, "triton")
+    assert base.bytes == multi.frozen_bytes(case)
+    S = split * case.M * case.r * 4
+    assert plan.pages is not None
+    routes = [t.numel() * t.element_size() for t in (plan.buffer, plan.scales, plan.pages)]
+    blocks = -(-case.r // 16)
+    adapters_of = {"A": sum(case.ranks) * case.K * 2, "B": sum(case.ranks) * case.N * 2}
+    assert shrink.bytes == blocks * case.M * case.K * 2 + adapters_of["A"] + S + sum(routes)
+    assert expand.bytes == S + adapters_of["B"] + 2 * case.M * case.N * 2 + routes[0] + routes[2]
+
+
+@pytest.mark.parametrize("case", MULTI, ids=str)
+def test_loop_over_adapters(case: MultiCase) -> None:
+    """A gather, two products and an addition for each adapter; of x and y only the rows that it has."""
+    tensors = multi.make_multi_tensors(case, "cpu", 0)
+    counted = torch_step(MULTI_PEERS["loop"].make(case, tensors))
+    x, y, s = (case.M * columns * case.itemsize for columns in (case.K, case.N, 0))
+    s = 2 * sum(case.ranks[slot] for slot in case.slots().tolist())
+    least = multi.frozen_bytes(case) + multi.own_bytes(case)
+    if case.together:
+        assert len(counted) == 1 + 2 * case.adapters
+        assert sum(row.bytes for row in counted) == least + x + 2 * y + 2 * s
+    else:
+        assert len(counted) == 1 + 4 * case.adapters
+        # The gather reads and writes; its rows are read, those of the update written, read, and added to y's.
+        assert sum(row.bytes for row in counted) == least + 3 * x + 4 * y + 2 * s
+    assert sum(row.flops for row in counted) == multi.frozen_flops(case) + multi.low_rank_flops(case)

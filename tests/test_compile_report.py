@@ -91,6 +91,22 @@ def test_narrow_loads_of_what_is_not_aligned_are_no_fault(report: Any) -> None:
     assert row["ok"] and row["narrowest_load_bytes"] == 2
 
 
+@pytest.mark.parametrize(
+    ("args", "aligned"),
+    [
+        ({"N": 64, "stride_n": 1, "M": 7}, True),
+        ({"N": 64, "stride_n": 3}, False),
+        ({"cols": (64, 128), "strides_col": (1, 1), "strides_rank": (64, 128)}, True),
+        ({"cols": (64, 100)}, False),
+        ({"cols": (1, 64)}, False),
+    ],
+)
+def test_sizes_of_several_tensors_are_aligned_if_each_is(args: dict[str, Any], aligned: bool) -> None:
+    free = [SimpleNamespace(name="M", do_not_specialize=True)]
+    launch = Launch(SimpleNamespace(params=free), (1,), args, {}, KernelConfig())
+    assert compile_report._aligned(launch) == aligned
+
+
 def test_a_product_off_the_matrix_units_is_told(report: Any) -> None:
     rows = rows_of(report, "linear_expand_toy", BLOCK_N=16)
     assert list(rows) == list(ARCHS)

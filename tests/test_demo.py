@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -155,6 +156,48 @@ def test_it_notices_what_is_wrong(
 
     monkeypatch.setattr(lk, function, unsound)
     assert any(text in found for found in failed(tmp_path))
+
+
+class Unsound(lk.AdapterStore):
+    """Gives each row the adapter of the next one."""
+
+    def batch(self, rows: Any, **kwargs: Any) -> Any:
+        return super().batch([*rows[1:], rows[0]], **kwargs)
+
+
+class Changing(lk.AdapterStore):
+    """Changes the base when it serves."""
+
+    def load(self, *args: Any) -> None:
+        super().load(*args)
+        add_to_a_weight(self.model, "head.weight")
+
+
+class Leaking(lk.AdapterStore):
+    """Lets a broken adapter reach the others."""
+
+    def replace(self, *args: Any) -> None:
+        super().replace(*args)
+        add_to_a_weight(self.model, "head.weight")
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("store", "texts"),
+    [
+        (Unsound, ["each row as alone", "rows without an adapter"]),
+        (Changing, ["each row as alone", "rows without an adapter"]),
+        (Leaking, ["leaves all other rows"]),
+    ],
+)
+def test_it_notices_a_wrong_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: type[lk.AdapterStore], texts: list[str]
+) -> None:
+    monkeypatch.setattr(demo, "REGAINED", 0.0)
+    monkeypatch.setattr(lk, "AdapterStore", store)
+    found = failed(tmp_path)
+    assert len([text for text in found if text.startswith("mixed: ")]) >= len(texts)
+    assert all(any(text in claim for claim in found) for text in texts)
 
 
 @pytest.mark.usefixtures("short")

@@ -55,7 +55,7 @@ FACADE_OPEN_NAMES = frozenset({"lorakernels.__version__"})
 TRITON_UNITS = frozenset({"kernels", "testing", "tuning.tuner", "tuning.trial", "tuning.compile_report"})
 TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
 HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})  # each only in integrations/<one of these>.py
-MEASURED = {"lorakernels.bench.peers": "peft"}  # and where it is measured
+MEASURED = {"lorakernels.bench.peers": "peft", "lorakernels.bench.multi_peers": "vllm"}  # and where they are measured
 MAX_LINES = 500
 
 ROW = {unit: row for row, units in enumerate(LADDER) for unit in units}

@@ -20,7 +20,7 @@ from lorakernels.tuning.compile_report import CompileRow, table_launches
 from lorakernels.tuning.config import KernelConfig
 from lorakernels.tuning.cost import LAUNCH_SECONDS, NOT_OVERLAPPED, Work, pipeline_bytes, seconds, work
 from lorakernels.tuning.device import UNKNOWN, Device, assume, example_of
-from lorakernels.tuning.heuristic import OPERATIONS, heuristic
+from lorakernels.tuning.heuristic import MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
 from lorakernels.tuning.problem import Problem, problems_of
 from lorakernels.tuning.table import clear, misfit
 from lorakernels.tuning.table_file import Entry, Table, read_table, write_table
@@ -76,6 +76,19 @@ def test_work_by_hand() -> None:
     twice = work("outer", 256, 512, 512, 64, 2, KernelConfig(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64))
     assert twice.bytes == (2 * 256 * 512 + 256 * 64 + 512 * 64) * 2 + 512 * 64 * 4 + 256 * 64 * 2
 
+    # Five of 256 rows share an adapter's tile of 16: 51 adapters of 5 tokens and a tile each, none of them full.
+    config = KernelConfig(16, BLOCK_K=64, BLOCK_R=16, SPLIT=2)
+    multi = work("multi_shrink", 255, 128, 128, 8, 2, config, slots=51)
+    memory = 255 * 128 * 2 + 51 * 8 * 128 * 2 + 4 * 255 * 8 * 5
+    programs = (51 + (255 - 51) // 16) * 2
+    assert multi == Work(programs, 2 * 16 * 16 * 64, memory, programs * 32 * 64 * 2, 2)
+    by_token = work("multi_expand", 4, 256, 256, 16, 2, KernelConfig(1, 128, BLOCK_R=16), slots=64)
+    memory = 2 * 4 * 256 * 2 + 4 * 16 * 256 * 2 + 4 * 4 * 16
+    assert by_token == Work(8, 2 * 128 * 16, memory, 8 * (128 * 2 + 4 * 16 + 128 * 16 * 2))
+    outer = work("multi_outer", 256, 128, 128, 16, 4, KernelConfig(32, 64, BLOCK_R=16), slots=4)
+    memory = 256 * 128 * 4 + 4 * 256 * 16 + 4 * 16 * 128 * 4
+    assert outer == Work(8, 2 * 64 * 16 * 64, memory, 8 * 64 * (64 * 4 + 4 * 16))
+
     with pytest.raises(ValueError, match="there is no operation 'attention'"):
         work("attention", 1, 1, 1, 1, 2, KernelConfig())
 
@@ -115,6 +128,10 @@ PROBLEMS = [
     Problem(operation, M, 4096, 1024, r, dtype, 0.0)
     for operation in OPERATIONS
     for M, r, dtype in ((16, 16, torch.bfloat16), (8192, 64, torch.bfloat16), (100, 8, torch.float32))
+] + [
+    Problem(operation, M, 4096, 4096, 16, dtype, dropout, 32)
+    for operation in MULTI_OPERATIONS
+    for M, dtype, dropout in ((64, torch.bfloat16, 0.0), (2048, torch.bfloat16, 0.1), (256, torch.float32, 0.0))
 ]
 
 
@@ -123,14 +140,18 @@ PROBLEMS = [
 def test_candidates_fit_and_begin_with_the_heuristic(problem: Problem, arch: str) -> None:
     p, device = problem, example_of(arch)
     configs = candidates(p, device)
-    assert configs[0] == heuristic(p.operation, p.M, p.N, p.K, p.r, p.itemsize, arch, p.tma)
+    assert configs[0] == heuristic(p.operation, p.M, p.N, p.K, p.r, p.itemsize, arch, p.tma, p.batch)
+    tokens_form = p.operation in ("multi_shrink", "multi_expand") and p.dropout == 0.0
+    assert any(c.BLOCK_M == 1 for c in configs) == tokens_form
     assert len(set(configs)) == len(configs) > 12
-    assert all(misfit(p.operation, c, p.r, p.itemsize, p.tma, arch) is None for c in configs)
+    tiles = p.batch is not None and p.batch.tiles
+    assert all(misfit(p.operation, c, p.r, p.itemsize, p.tma, arch, tiles) is None for c in configs)
     assert any(c.tma for c in configs) == (p.operation == "linear_expand" and arch == "sm_90")
     rows = ranked(p, device, configs, 12, {})
     kept = [row.config for row in rows if not row.pruned]
     assert configs[0] in kept and 9 <= len(kept) <= 15
-    assert {(c.tma, c.cublas) for c in kept} == {(c.tma, c.cublas) for c in configs}
+    forms = [{(c.tma, c.cublas, c.BLOCK_M == 1) for c in some} for some in (kept, configs)]
+    assert forms[0] == forms[1]
     assert [row.predicted for row in rows] == sorted(row.predicted for row in rows)
     assert {row.pruned.split()[0] for row in rows if row.pruned} <= {"predicted", "like"}
 
@@ -151,6 +172,17 @@ def test_problems_of_shapes() -> None:
     for wrong in ((0, 1, 1, 1, torch.float32, 0.0), (1, 1, 1, 1, torch.float64, 0.0), (1, 1, 1, 1, torch.float32, 1.0)):
         with pytest.raises(ValueError):
             problems_of([wrong])
+
+
+def test_problems_of_many_adapters() -> None:
+    problems = problems_of([(64, 48, 32, 8, torch.bfloat16, 0.1)], slots=16)
+    assert [(p.operation, p.N, p.K, p.slots) for p in problems] == [
+        ("multi_shrink", 32, 32, 16), ("multi_shrink", 48, 48, 16), ("multi_expand", 32, 32, 16),
+        ("multi_expand", 48, 48, 16), ("multi_outer", 32, 32, 16), ("multi_outer", 48, 48, 16),
+    ]  # fmt: skip
+    assert [p.batch for p in problems[::2]] == [Batch(16, tiles=True), Batch(16, tiles=True), Batch(16)]
+    with pytest.raises(ValueError, match="slots is 0"):
+        problems_of([], slots=0)
 
 
 # ------------------------------------------------------------------------------------------- the tuner
@@ -191,6 +223,36 @@ def test_the_whole_loop_and_resuming(tmp_path: Path) -> None:
     del read.entries[1:]
     write_table(out, read)
     assert (tune(out, resume=True).skipped, len(read_table(out)[0].entries)) == (1, len(problems))
+
+
+@interpreted
+def test_the_whole_loop_for_many_adapters(tmp_path: Path) -> None:
+    shapes = [(20, 32, 32, 3, torch.float32, 0.1), (9, 40, 40, 5, torch.float16, 0.0)]
+    result = tune(tmp_path / "t.json", shapes, slots=4)
+    problems = problems_of(shapes, slots=4)
+    assert len(result.tuned) == len(problems) == 6 and not result.dropped and result.ok
+    entries = read_table(tmp_path / "t.json")[0].entries
+    assert [(e.key, e.M, e.slots) for e in entries] == [(p.key, p.M, 4) for p in problems]
+    assert tune(tmp_path / "t.json", shapes, slots=4, resume=True).skipped == 6
+    assert not tune(tmp_path / "t.json", shapes[1:], slots=3, resume=True).skipped
+
+
+@interpreted
+@pytest.mark.parametrize("operation", MULTI_OPERATIONS)
+def test_what_is_wrong_with_many_adapters_is_seen(operation: str) -> None:
+    problem = Problem(operation, 20, 32, 32, 4, torch.float32, 0.5, 3)
+    inputs = tuner.make_inputs(problem, CPU)
+    config = KernelConfig(16, 16, 16, 16)
+    outputs = tuner.run(problem, config, inputs)
+    check = tuner.Check(problem, inputs, outputs)
+    assert check.fault(outputs) == ""
+    assert check.fault(tuner.run(problem, dataclasses.replace(config, num_warps=8), inputs)) == ""
+    for i in range(2):
+        wrong = [output.clone() for output in outputs]
+        wrong[i].view(-1)[-1] += 1
+        assert check.fault(tuple(wrong)).startswith(f"wrong: output {i}")
+    if operation == "multi_shrink":
+        assert check.fault((*outputs[:-1], outputs[-1] ^ 1)) == "wrong: dropout's mask differs"
 
 
 @interpreted
@@ -298,10 +360,13 @@ def test_what_the_compiler_says_prunes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_launches_of_the_tables_that_ship(tmp_path: Path) -> None:
     config = dataclasses.replace(TMA, num_stages=4)
-    written(tmp_path / "a.json", Entry("linear_expand", 8192, 512, 512, 16, 2, config), SHRINK)
+    by_token = KernelConfig(1, BLOCK_K=128, BLOCK_R=16, SPLIT=2)
+    multi = Entry("multi_shrink", 64, 512, 512, 16, 2, by_token, slots=64)
+    written(tmp_path / "a.json", Entry("linear_expand", 8192, 512, 512, 16, 2, config), SHRINK, multi)
     with assume("sm_90"):
         launches = table_launches("sm_90", tmp_path)
     names = {(launch.kernel.__name__, launch.config) for launch in launches}
     assert ("linear_expand_tma_kernel", config) in names and ("shrink_kernel", TUNED) in names
+    assert ("multi_shrink_token_kernel", by_token) in names
     assert {launch.constexprs.get("DROPOUT") for launch in launches} >= {True, False}
     assert table_launches("sm_80", tmp_path) == []

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lorakernels.bench.peers import PEERS
+from lorakernels.bench.operations import OPERATIONS
 from lorakernels.bench.registry import SETS, cases_of
 
 FAILED = 1
@@ -81,9 +81,9 @@ def _list() -> int:
         table.add_row(name, str(len(cases)), str(cases[0]), str(cases[-1]))
     console.print(table)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    headline = SETS["headline"][0]
-    table = Table("implementation", "what", f"on {device}", title="Implementations")
-    for peer in PEERS.values():
-        table.add_row(peer.name, peer.label, peer.why_not(headline, device) or "runs")
-    console.print(table)
+    for operation, case in ((OPERATIONS[type(case)], case) for case in (SETS["headline"][0], SETS["multi"][0])):
+        table = Table("implementation", "what", f"on {device}", title=f"Implementations: {operation.name}")
+        for peer in operation.peers.values():
+            table.add_row(peer.name, peer.label, peer.why_not(case, device) or "runs")
+        console.print(table)
     return 0

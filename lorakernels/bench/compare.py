@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from lorakernels.bench.registry import AnyCase, case_of
+
 Row = dict[str, Any]
-_KEY = ("operation", "M", "N", "K", "r", "dropout", "dtype", "peer")
 _CANNOT_COMPARE = "not in both"
+
+
+class Key(NamedTuple):
+    """What makes two rows the same measurement."""
+
+    operation: str  # the host's own rows have a case too
+    case: AnyCase
+    peer: str
 
 
 @dataclass(frozen=True)
 class Change:
     """One row of both runs: the ratio to the frozen layer as (p20, p50, p80), None where there is no time."""
 
-    key: tuple[Any, ...]
+    key: Key
     before: tuple[float, float, float] | None
     after: tuple[float, float, float] | None
     note: str = ""
@@ -58,7 +67,7 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
     changes = []
     for key in dict.fromkeys((*old, *new)):
         first, second = old.get(key), new.get(key)
-        if key[-1] == "frozen" or (_unable(first) and _unable(second)):
+        if key.peer == "frozen" or (_unable(first) and _unable(second)):
             continue
         notes = [
             f"{when}: {row['status']}, {row['reason']}"
@@ -73,11 +82,12 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     """A table of the changes, and how many there are of each kind."""
     table = Table("shape", "what", "before", "after", "change", "verdict", title="Time over the frozen layer's")
     for change in comparison.changes:
-        operation, M, N, K, r, dropout, dtype, peer = change.key
-        shape = f"{operation} {M}x{N}x{K} r={r} p={dropout:g} {dtype}"
+        shape = f"{change.key.operation} {change.key.case}"
         percent = "" if change.change is None else f"{change.change:+.1%}"
         style = {"faster": "green", "slower": "red"}.get(change.verdict)
-        table.add_row(shape, peer, _text(change.before), _text(change.after), percent, change.verdict, style=style)
+        table.add_row(
+            shape, change.key.peer, _text(change.before), _text(change.after), percent, change.verdict, style=style
+        )
     console.print(table)
     if comparison.devices[0] != comparison.devices[1]:
         console.print(f"Two devices: {comparison.devices[0]} before, {comparison.devices[1]} after.")
@@ -86,8 +96,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(f"{verdicts.count(verdict)} {verdict}")
 
 
-def _key(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in _KEY)
+def _key(row: Row) -> Key:
+    return Key(row["operation"], case_of(row), row["peer"])
 
 
 def _unable(row: Row | None) -> bool:

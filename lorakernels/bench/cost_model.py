@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lorakernels.bench.devices import DATA_SHEETS, GEMM_SHARE, MEMORY_SHARES
-from lorakernels.bench.formulas import GRAPHS, cost, floor, predict
+from lorakernels.bench.formulas import GEMM_SHARE, GRAPHS, MEMORY_SHARES, cost, floor, predict
 from lorakernels.bench.registry import HEADLINE, Case
+from lorakernels.tuning.data_sheet import DATA_SHEETS
 from lorakernels.tuning.device import assume
 
 _MIB = 1 << 20

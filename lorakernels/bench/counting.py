@@ -18,10 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakernels.backend import triton_installed
 from lorakernels.bench.registry import Case
 from lorakernels.dropout import drop_threshold
+from lorakernels.plan import PlanTensors
 from lorakernels.reference import lora_linear as reference
+from lorakernels.reference import multi_lora as multi_reference
 
 # These move nothing of their size, or only write.
 _FREE = ("aten::_unsafe_view", "aten::lift_fresh", "aten::detach", "aten::scalar_tensor")
+# These read or write the rows that they name, and no others: how often what is gathered or added is moved, and, for
+# those that write, where it is among the arguments.
+_GATHERS = ("aten::index", "aten::index_select")
+_SCATTERS = {"aten::index_add_": (3, 3), "aten::index_put_": (2, 2)}
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
 
 
@@ -50,7 +56,13 @@ class _Operations(TorchDispatchMode):
             args = args[1:]  # the first is not read
             name = "aten::mm"
         results = result if isinstance(result, (tuple, list)) else (result,)
-        moved = sum(_numbytes(tensor) for tensor in (*args, *results))
+        if name in _GATHERS:
+            moved = 2 * _numbytes(result)
+        elif name in _SCATTERS:
+            times, at = _SCATTERS[name]
+            moved = times * _numbytes(args[at])
+        else:
+            moved = _numbytes((args, results))
         self.counted.append(Counted(name, moved, _product_flops(name, args)))
         return result
 
@@ -114,6 +126,29 @@ def own_step(case: Case, impl: str) -> list[Counted]:
     return counted
 
 
+def own_multi(
+    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: PlanTensors, impl: str
+) -> list[Counted]:
+    """A forward of many adapters by the package's own "triton", counted on meta tensors, or "torch", which runs."""
+    rest: dict[str, Any] = {"keep_s": False, "seed": None, "thresholds": None}
+    with torch.no_grad():
+        if impl == "torch":
+            # What is read of the plan on the host is read once a batch, not once a layer.
+            rest["where"] = multi_reference.route(plan, x.shape[0])
+            multi_reference.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
+            with count() as counted:
+                multi_reference.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
+            return counted
+        from lorakernels.kernels import multi_lora
+
+        x, weight, lora_A, lora_B = (tensor.to("meta") for tensor in (x, weight, lora_A, lora_B))
+        pages = None if plan.pages is None else plan.pages.to("meta")
+        plan = plan._replace(buffer=plan.buffer.to("meta"), scales=plan.scales.to("meta"), pages=pages)
+        with count() as counted:
+            multi_lora.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
+    return counted
+
+
 def _kernels() -> ModuleType:
     from lorakernels.kernels import lora_linear
 
@@ -145,6 +180,11 @@ _ROUNDS: dict[str, Callable[[Any], dict[str, int]]] = {
         "w_ptr": not launch.constexprs["HAS_BASE"],
         "y_ptr": 1 + launch.constexprs["HAS_BASE"],
     },
+    # Of one slice, whose adapters may have less than the largest rank: at most so often.
+    "multi_shrink_kernel": lambda launch: {"xs": launch.grid[1]},
+    "multi_shrink_token_kernel": lambda launch: {"xs": launch.grid[1]},
+    "multi_expand_kernel": lambda launch: {"ys": 2},
+    "multi_expand_token_kernel": lambda launch: {"ys": 2},
 }
 
 
@@ -154,5 +194,7 @@ def _launch_bytes(launch: Any) -> int:
 
 
 def _numbytes(value: Any) -> int:
+    if isinstance(value, (tuple, list)):
+        return sum(_numbytes(each) for each in value)
     tensor = getattr(value, "base", value)  # a tensor descriptor's
     return tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0

@@ -28,7 +28,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
-        "versions": {name: _version(name) for name in PACKAGES},
+        # torch's own tells builds apart (2.13.0+cu130), which the package's metadata does not.
+        "versions": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
         "interpreter": interpreter_on(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

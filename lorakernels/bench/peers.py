@@ -9,22 +9,21 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from lorakernels.backend import BackendError, interpreter_on, resolve_impl, triton_problem
+from lorakernels.backend import resolve_impl
 from lorakernels.bench.orders import SCALING, LoRAFusionOrder, UnslothOrder
+from lorakernels.bench.peer import Peer, Results, Step, auto_why_not, kernels_why_not
 from lorakernels.bench.registry import Case
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.functional import lora_linear
 from lorakernels.tuning.table import choose, forced_configs, takes_few_tokens_form
-
-Results = dict[str, torch.Tensor]  # y, and the gradients by name
-Step = Callable[[], Results]
 
 
 @dataclass
@@ -58,20 +57,6 @@ def make_tensors(case: Case, device: torch.device | str, seed: int) -> Tensors:
         lora_B=randn(case.N, case.r, scale=case.r**-0.5).requires_grad_(),
         dy=randn(case.M, case.N),
     )
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A way to write the layer. `make` prepares a step; `why_not` says why there is none for a case and device."""
-
-    name: str
-    label: str
-    make: Callable[[Case, Tensors], Step]
-    why_not: Callable[[Case, torch.device], str | None] = lambda case, device: None
-    graph: Callable[[Case, torch.device], str | None] = lambda case, device: None
-    keep_scale: Callable[[float], float] = lambda p: 1 / (1 - p)
-    adapted: bool = True
-    by_default: Callable[[torch.device], bool] = lambda device: True
 
 
 def _gradients(y: torch.Tensor, tensors: Tensors) -> Results:
@@ -145,25 +130,10 @@ def _base_product(case: Case, device: torch.device, cublas: bool | None) -> Abst
     return forced_configs({"linear_expand": dataclasses.replace(config, cublas=cublas)})
 
 
-def _kernels_why_not(case: Case, device: torch.device) -> str | None:
-    problem = triton_problem(device, case.torch_dtype)
-    if problem is None and interpreter_on():
-        return "kernels run in Triton's interpreter (TRITON_INTERPRET is set): its time says nothing about a GPU"
-    return problem
-
-
 def _general_why_not(case: Case, device: torch.device) -> str | None:
     if takes_few_tokens_form(case.M, case.r, case.itemsize):
         return f"{case.M} tokens are one kernel, which has the base product in it"
-    return _kernels_why_not(case, device)
-
-
-def _auto_why_not(case: Case, device: torch.device) -> str | None:
-    try:
-        impl = resolve_impl("auto", device, case.torch_dtype)
-    except BackendError as error:
-        return str(error)
-    return _kernels_why_not(case, device) if impl == "triton" else None
+    return kernels_why_not(case, device)
 
 
 def _kernel_graph(case: Case, device: torch.device) -> str:
@@ -197,9 +167,11 @@ def _lorafusion_order(case: Case, tensors: Tensors) -> Step:
 # ------------------------------------------------------------------------------------------- packages
 
 
-def _needs(module: str, cuda: bool = True, dropout: bool = True) -> Callable[[Case, torch.device], str | None]:
-    def why_not(case: Case, device: torch.device) -> str | None:
-        if case.dropout and not dropout:
+def needs(module: str, cuda: bool = True, dropout: bool = True) -> Callable[[Any, torch.device], str | None]:
+    """Why a package's peer cannot run; `dropout`: whether it has any."""
+
+    def why_not(case: Any, device: torch.device) -> str | None:
+        if not dropout and case.dropout:
             return "no dropout on its fast path"
         if importlib.util.find_spec(module) is None:
             return f"the package {module} is not installed"
@@ -218,17 +190,33 @@ class _OneLinear(torch.nn.Module):
         self.linear.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def _peft(case: Case, tensors: Tensors) -> Step:
+def peft_linear(
+    weight: torch.Tensor, adapters: Mapping[str, tuple[torch.Tensor, torch.Tensor]], dropout: float = 0.0
+) -> torch.nn.Module:
+    """PEFT's layer around `weight`, with A [r, K] and B [N, r] of each adapter as its parameters."""
     import peft
 
-    config = peft.LoraConfig(
-        r=case.r, lora_alpha=SCALING * case.r, lora_dropout=case.dropout, target_modules=["linear"]
-    )
-    model = peft.get_peft_model(_OneLinear(tensors.weight), config, autocast_adapter_dtype=False)
-    layer = model.base_model.model.linear.to(tensors.x.dtype)
-    lora_A, lora_B = layer.lora_A["default"], layer.lora_B["default"]
-    lora_A.weight, lora_B.weight = torch.nn.Parameter(tensors.lora_A), torch.nn.Parameter(tensors.lora_B)
-    own = dataclasses.replace(tensors, lora_A=lora_A.weight, lora_B=lora_B.weight)
+    model: peft.PeftModel | None = None
+    for name, (lora_A, _) in adapters.items():
+        r = lora_A.shape[0]
+        config = peft.LoraConfig(r=r, lora_alpha=SCALING * r, lora_dropout=dropout, target_modules=["linear"])
+        if model is None:
+            model = peft.get_peft_model(
+                _OneLinear(weight), config, adapter_name=name, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+            )
+        else:
+            model.add_adapter(name, config, low_cpu_mem_usage=True)
+    assert model is not None
+    layer = model.base_model.model.linear
+    for name, (lora_A, lora_B) in adapters.items():
+        layer.lora_A[name].weight = torch.nn.Parameter(lora_A)
+        layer.lora_B[name].weight = torch.nn.Parameter(lora_B)
+    return layer
+
+
+def _peft(case: Case, tensors: Tensors) -> Step:
+    layer: Any = peft_linear(tensors.weight, {"default": (tensors.lora_A, tensors.lora_B)}, case.dropout)
+    own = dataclasses.replace(tensors, lora_A=layer.lora_A["default"].weight, lora_B=layer.lora_B["default"].weight)
     return lambda: _gradients(layer(own.x), own)
 
 
@@ -256,17 +244,17 @@ def _always(graph: str) -> Callable[[Case, torch.device], str | None]:
     return lambda case, device: graph
 
 
-_ROWS = (
+_ROWS: tuple[Peer[Case, Tensors], ...] = (
     Peer("frozen", "frozen layer", _frozen, graph=_always("frozen"), adapted=False),
-    Peer("ours-auto", "ours", _ours("auto"), _auto_why_not, _auto_graph, _our_keep),
+    Peer("ours-auto", "ours", _ours("auto"), auto_why_not, _auto_graph, _our_keep),
     Peer("ours-torch", "ours, plain torch", _ours("torch"), graph=_always("addmm"), keep_scale=_our_keep),
-    Peer("ours-triton", "ours, Triton", _ours("triton"), _kernels_why_not, _kernel_graph, _our_keep),
+    Peer("ours-triton", "ours, Triton", _ours("triton"), kernels_why_not, _kernel_graph, _our_keep),
     Peer("ours-fused", "ours, fused", _ours("triton", False), _general_why_not, _always("fused"), _our_keep),
     Peer("ours-split", "ours, split", _ours("triton", True), _general_why_not, _always("split"), _our_keep),
     Peer("eager", "the formula in eager torch", _eager, graph=_always("plain")),
     # Building takes longer than measuring on a CPU.
     Peer("compile", "the formula, torch.compile", _compiled, by_default=lambda device: device.type == "cuda"),
-    Peer("peft", "PEFT", _peft, _needs("peft", cuda=False), _always("plain")),
+    Peer("peft", "PEFT", _peft, needs("peft", cuda=False), _always("plain")),
     Peer(
         "unsloth-order",
         "Unsloth's order, in torch",
@@ -275,24 +263,7 @@ _ROWS = (
         _always("unsloth"),
     ),
     Peer("lorafusion-order", "LoRAFusion's order, in torch", _lorafusion_order),
-    Peer("unsloth", "Unsloth", _step(_unsloth), _needs("unsloth", dropout=False), _always("unsloth")),
-    Peer("lorafusion", "LoRAFusion", _lorafusion, _needs("lorafusion"), _always("lorafusion")),
+    Peer("unsloth", "Unsloth", _step(_unsloth), needs("unsloth", dropout=False), _always("unsloth")),
+    Peer("lorafusion", "LoRAFusion", _lorafusion, needs("lorafusion"), _always("lorafusion")),
 )
 PEERS = {peer.name: peer for peer in _ROWS}
-
-
-def choose_peers(names: str | None, device: torch.device) -> tuple[Peer, ...]:
-    """The peers named, joined by commas ("torch" is short for "ours-torch"), after the frozen layer; None: the usual.
-
-    Raises:
-        ValueError: there is no such peer.
-    """
-    if names is None:
-        return tuple(peer for peer in _ROWS if peer.by_default(device))
-    chosen = {"frozen": PEERS["frozen"]}
-    for name in names.split(","):
-        full = name if name in PEERS else f"ours-{name}"
-        if full not in PEERS:
-            raise ValueError(f"there is no implementation {name!r}; there are: {', '.join(PEERS)}")
-        chosen[full] = PEERS[full]
-    return tuple(chosen.values())

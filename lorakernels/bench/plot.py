@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakernels.bench.devices import DataSheet, data_sheet
-from lorakernels.bench.formulas import floor
-from lorakernels.bench.peers import PEERS
-from lorakernels.bench.registry import Case
+from lorakernels.bench.multi import padded_bytes, paged_bytes
+from lorakernels.bench.registry import Case, MultiCase, case_of
+from lorakernels.tuning.data_sheet import DataSheet, data_sheet
 
 Row = dict[str, Any]
 
@@ -31,7 +30,13 @@ STYLES = {
     "lorafusion-order": ("#8c510a", "h"),
     "unsloth": ("#f0e442", "X"),
     "lorafusion": ("#bf812d", "h"),
+    "ours-stacks": ("#009e73", "D"),
+    "loop": ("#cc79a7", "<"),
+    "bmm": ("#7b3294", ">"),
+    "vllm": ("#e69f00", "X"),
 }
+_LAYER_SIZES = ("N", "K", "M", "r", "dropout", "dtype")
+_MULTI_SIZES = ("N", "K", "M", "adapters", "r", "mixed", "dtype")
 _SIZE = (9.5, 5.4)
 
 
@@ -48,28 +53,36 @@ def plot(rows: Sequence[Row], folder: str | Path) -> list[Path]:
         raise ModuleNotFoundError(
             'bench plot needs matplotlib, which is not installed; pip install "lorakernels[bench]"'
         ) from None
-    timed = [row for row in rows if row["status"] == "ok" and row["operation"] == "lora_linear" and "ratio" in row]
+    operations = (Case.operation, MultiCase.operation)
+    timed = [row for row in rows if row["status"] == "ok" and row["operation"] in operations and "ratio" in row]
     if not timed:
         raise ValueError("no row has a time; expected results of lorakernels bench with at least one right result")
     devices = sorted({row["environment"]["device"] for row in timed})
     if len(devices) > 1:
         raise ValueError(f"the rows are of {len(devices)} devices ({', '.join(devices)}); expected one in a picture")
     # What was measured twice counts once, as it was last.
-    timed = list({(_case(row), row["peer"]): row for row in timed}.values())
+    timed = list({(case_of(row), row["peer"]): row for row in timed}.values())
+    layer, multi = ([row for row in timed if row["operation"] == operation] for operation in operations)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures: tuple[tuple[str, Callable[[Sequence[Row], Path], bool]], ...] = (
-        ("ratio_by_tokens.png", lambda rows, path: _ratio(rows, path, "M", "tokens M")),
-        ("ratio_by_rank.png", lambda rows, path: _ratio(rows, path, "r", "rank r")),
-        ("roofline.png", _roofline),
-        ("memory.png", _memory),
+    pictures: tuple[tuple[str, list[Row], Callable[[Sequence[Row], Path], bool]], ...] = (
+        ("ratio_by_tokens.png", layer, lambda rows, path: _ratio(rows, path, "M", "tokens M", _LAYER_SIZES)),
+        ("ratio_by_rank.png", layer, lambda rows, path: _ratio(rows, path, "r", "rank r", _LAYER_SIZES)),
+        ("roofline.png", layer, _roofline),
+        ("memory.png", layer, _memory),
+        (
+            "ratio_by_adapters.png",
+            multi,
+            lambda rows, path: _ratio(rows, path, "adapters", "different adapters in the batch", _MULTI_SIZES),
+        ),
+        ("adapter_memory.png", multi, _adapter_memory),
     )
-    return [folder / name for name, draw in pictures if draw(timed, folder / name)]
+    return [folder / name for name, own, draw in pictures if own and draw(own, folder / name)]
 
 
-def _ratio(rows: Sequence[Row], path: Path, over: str, label: str) -> bool:
+def _ratio(rows: Sequence[Row], path: Path, over: str, label: str, sizes: Sequence[str]) -> bool:
     """The ratio against one size, the others held at their most frequent values; False with fewer than two points."""
-    fixed = [name for name in ("N", "K", "M", "r", "dropout", "dtype") if name != over]
+    fixed = [name for name in sizes if name != over]
 
     def held(row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in fixed)
@@ -88,17 +101,19 @@ def _ratio(rows: Sequence[Row], path: Path, over: str, label: str) -> bool:
         low, middle, high = zip(*(row["ratio"] for row in own), strict=True)
         colour, marker = STYLES[peer]
         at = [row[over] for row in own]
-        axes.plot(at, middle, color=colour, marker=marker, label=PEERS[peer].label, linewidth=1.8, markersize=5.5)
+        axes.plot(at, middle, color=colour, marker=marker, label=own[0]["label"], linewidth=1.8, markersize=5.5)
         axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
-    sheet = _sheet(rows)
-    floors = [floor(_case(next(row for row in chosen if row[over] == x)), sheet) for x in xs]
-    axes.plot(xs, floors, color=INK, linestyle="--", linewidth=1.2, label="floor")
+    for name, style in (("floor", "--"), ("memory_floor", ":")):
+        floors = [next(row for row in chosen if row[over] == x).get(name) for x in xs]
+        if all(floors):
+            axes.plot(xs, floors, color=INK, linestyle=style, linewidth=1.2, label=name.replace("_", " "))
     axes.axhline(1.0, color=QUIET, linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(xs, map(str, xs))
     axes.minorticks_off()
     named = ", ".join(f"{name} = {value}" for name, value in zip(fixed, group, strict=True))
-    _finish(figure, axes, "Time over the frozen layer's, forward and backward", named, rows)
+    step = "a batch of many adapters" if "adapters" in sizes else "forward and backward"
+    _finish(figure, axes, f"Time over the frozen layer's, {step}", named, rows)
     axes.set(xlabel=label, ylabel="× frozen layer")
     figure.savefig(path)
     return True
@@ -114,7 +129,7 @@ def _roofline(rows: Sequence[Row], path: Path) -> bool:
         colour, marker = STYLES[peer]
         at = [row["flops"] / row["bytes"] for row in own]
         reached = [row["flops"] / row["seconds"][1] for row in own]
-        axes.scatter(at, reached, color=colour, marker=marker, s=34, alpha=0.8, label=PEERS[peer].label, linewidths=0)
+        axes.scatter(at, reached, color=colour, marker=marker, s=34, alpha=0.8, label=own[0]["label"], linewidths=0)
     sheet = _sheet(rows)
     if sheet is not None:
         for dtype in sorted({row["dtype"] for row in chosen}):
@@ -137,8 +152,8 @@ def _memory(rows: Sequence[Row], path: Path) -> bool:
     measured = [row for row in rows if row.get("kept_bytes") is not None]
     if not measured:
         return False
-    largest = max((_case(row) for row in measured), key=lambda case: (case.M * (case.N + case.K), case))
-    own = [row for row in measured if _case(row) == largest]
+    largest = max((_layer_case(row) for row in measured), key=lambda case: (case.M * (case.N + case.K), case))
+    own = [row for row in measured if case_of(row) == largest]
     figure, axes = _figure()
     labels = [row["label"] for row in own]
     unit, scale = ("MiB", 1 << 20) if max(row["kept_bytes"] for row in own) >= 1 << 20 else ("KiB", 1 << 10)
@@ -173,6 +188,33 @@ def _memory(rows: Sequence[Row], path: Path) -> bool:
     return True
 
 
+def _adapter_memory(rows: Sequence[Row], path: Path) -> bool:
+    """What adapters of mixed ranks take as pages, and padded to the largest; False where no case has mixed ranks."""
+    cases = [case for case in dict.fromkeys(case_of(row) for row in rows) if isinstance(case, MultiCase) and case.mixed]
+    # Of those that differ in their tokens alone, one.
+    held = list({(case.N, case.K, case.adapters, case.r, case.dtype): case for case in cases}.values())
+    if not held:
+        return False
+    figure, axes = _figure()
+    unit, scale = ("MiB", 1 << 20) if max(map(padded_bytes, held)) >= 1 << 20 else ("KiB", 1 << 10)
+    for shift, size, colour, label in (
+        (-0.19, paged_bytes, BLUE, "pages, with their table"),
+        (0.19, padded_bytes, ORANGE, "padded to the largest rank"),
+    ):
+        places = [place + shift for place in range(len(held))]
+        bars = axes.barh(places, [size(case) / scale for case in held], height=0.36, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.4g", padding=4, color=INK, size=9)
+    labels = [f"{case.adapters} adapters, r = 8…{case.r},\n{case.K} → {case.N} {case.dtype}" for case in held]
+    axes.set_yticks(range(len(held)), labels)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    _finish(figure, axes, "Memory of adapters of mixed ranks, one layer", "by formula", rows)
+    axes.set(xlabel=unit)
+    axes.grid(visible=False)
+    figure.savefig(path)
+    return True
+
+
 def _figure() -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # not pyplot: the caller's backend and figures stay as they are
 
@@ -199,12 +241,14 @@ def _finish(figure: Any, axes: Any, title: str, subtitle: str, rows: Sequence[Ro
 
 
 def _by_peer(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    grouped = {name: [row for row in rows if row["peer"] == name] for name in PEERS}
+    grouped = {name: [row for row in rows if row["peer"] == name] for name in STYLES}
     return [(name, own) for name, own in grouped.items() if own]
 
 
-def _case(row: Row) -> Case:
-    return Case(*(row[name] for name in ("M", "N", "K", "r", "dropout", "dtype")))
+def _layer_case(row: Row) -> Case:
+    case = case_of(row)
+    assert isinstance(case, Case)
+    return case
 
 
 def _sheet(rows: Sequence[Row]) -> DataSheet | None:

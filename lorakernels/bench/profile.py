@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lorakernels.bench.peers import PEERS, make_tensors
-from lorakernels.bench.registry import Case
+from lorakernels.bench.operations import operation_of
+from lorakernels.bench.registry import case_of
 from lorakernels.bench.run import default_device, line_of, read_rows
 
 _WARM_UP, _STEPS, _PLAIN_STEPS = 3, 5, 30
@@ -39,8 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     row = worst(read_rows(arguments.results))
     print(line_of(row))
     device = torch.device("cpu") if row["environment"]["device_type"] == "cpu" else default_device()
-    case = Case(*(row[name] for name in ("M", "N", "K", "r", "dropout", "dtype")))
-    step = PEERS[row["peer"]].make(case, make_tensors(case, device, 0))
+    case = case_of(row)
+    operation = operation_of(case)
+    step = operation.peers[row["peer"]].make(case, operation.make_tensors(case, device, 0))
     for _ in range(_PLAIN_STEPS if arguments.plain else _WARM_UP):
         step()
     if arguments.plain:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lorakernels.bench.orders import SCALING
-from lorakernels.bench.peers import Peer, Results, Tensors
+from lorakernels.bench.peer import Peer, Results
+from lorakernels.bench.peers import Tensors
 from lorakernels.bench.registry import Case
 from lorakernels.reference import formula
 from lorakernels.testing.budget import budget, error
@@ -62,7 +63,9 @@ def _formula(tensors: Tensors, keep: torch.Tensor | None, dtype: torch.dtype, we
     return {"y": y, "x": dx, "lora_A": dA, "lora_B": dB}
 
 
-def verify(peer: Peer, case: Case, tensors: Tensors, exact: Exact, seed: int = 0) -> tuple[float, str | None]:
+def verify(
+    peer: Peer[Case, Tensors], case: Case, tensors: Tensors, exact: Exact, seed: int = 0
+) -> tuple[float, str | None]:
     """The largest error over its budget, of y and every gradient, and what is wrong (None: nothing).
 
     The budget is twice eager torch's own error in this dtype and one rounding. With dropout, the mask that the peer
@@ -80,12 +83,16 @@ def verify(peer: Peer, case: Case, tensors: Tensors, exact: Exact, seed: int = 0
         keep = kept.double() * peer.keep_scale(p)
     torch.manual_seed(seed)
     actual = peer.make(case, tensors)()
-    expected, eager = exact.results(keep, peer.adapted), exact.eager(keep, peer.adapted)
+    return held(actual, exact.results(keep, peer.adapted), exact.eager(keep, peer.adapted), case.torch_dtype)
+
+
+def held(actual: Results, expected: Results, eager: Results, dtype: torch.dtype) -> tuple[float, str | None]:
+    """The largest error of `actual` over its budget, and what is wrong (None: nothing)."""
     worst, wrong = 0.0, None
     for name, value in expected.items():
         if name not in actual or actual[name].shape != value.shape:
             return float("inf"), f"no {name} of shape {list(value.shape)} came back"
-        reached, allowed = error(actual[name], value), budget(eager[name], value, case.torch_dtype)
+        reached, allowed = error(actual[name], value), budget(eager[name], value, dtype)
         if reached / allowed > worst:
             worst = reached / allowed
         if wrong is None and not reached <= allowed:

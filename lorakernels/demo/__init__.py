@@ -2,7 +2,8 @@
 
 A network learns handwritten digits. The digits are then rotated, inverted and mirrored, and it cannot read them any
 more. For each change one adapter is trained beside the frozen network; all of them live in it at once and are
-switched by name. They are saved, loaded into a fresh copy, merged and unmerged, and each promise about that is checked.
+switched by name. They are saved, loaded into a fresh copy, merged and unmerged, and answer one batch whose rows are
+mixed; each promise about that is checked.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
@@ -30,6 +32,8 @@ BASE_RATE, ADAPTER_RATE = 5e-3, 1e-2
 
 REGAINED, LOST = 0.90, 0.70  # the accuracy that an adapter must reach, and that the base must have fallen below
 MERGED_LIMIT = 1e-4  # of the largest logit: a merged weight is rounded once more
+MIXED_LIMIT = 1e-4  # of the largest logit: sums are made in another order
+OVERFLOWING = 1e30  # times this an adapter's numbers are finite still, and what they give is not
 MAX_SEED = 2**32 - 1  # scikit-learn's
 
 
@@ -95,6 +99,7 @@ def _run(folder: Path, digits: Digits, seed: int, steps: int | None) -> DemoResu
         strips.append(strip)
         worlds.append(world)
         claims += found
+    claims += _mixed(base, folder, strips)
     claims.append(_base_unchanged(model, base, upright))
     return DemoResult(
         folder=folder,
@@ -151,6 +156,42 @@ def _judge(
         Claim(f"{name}: unmerged, it answers as before to the bit", unmerged.equal(after)),
     ]
     return World(name, before_, after_, reloaded_, merged_, trainable, trainable / size, seconds), claims
+
+
+def _mixed(base: nn.Module, folder: Path, strips: Sequence[Strip]) -> list[Claim]:
+    """One batch in which a digit of each world follows the next, each row with its own adapter or none."""
+    images = torch.stack([strip.images for strip in strips], 1).flatten(0, 1)
+    alone = torch.stack([strip.base if strip.adapter is None else strip.adapter for strip in strips], 1).flatten(0, 1)
+    names = [None if strip.adapter is None else strip.world for strip in strips]
+    rows = names * len(strips[0].images)
+    served = copy.deepcopy(base)
+    store = lk.AdapterStore(served, max_adapters=len(WORLDS), max_rank=CONFIG.r)
+    for name in WORLDS:
+        store.load(name, folder / name)
+    with store.batch(rows):
+        mixed = answers(served, images)
+    spoilt = next(iter(WORLDS))
+    tensors = load_file(folder / spoilt / "adapter_model.safetensors")
+    store.replace(spoilt, (CONFIG, {key: tensor * OVERFLOWING for key, tensor in tensors.items()}))
+    with store.batch(rows):
+        beside = answers(served, images)
+    store.close()
+    difference = ((mixed - alone).abs().max() / alone.abs().max()).item()
+    of_base, of_spoilt = (torch.tensor([row == name for row in rows], device=images.device) for name in (None, spoilt))
+    apart = beside[of_spoilt].isnan().any(-1).all() and beside[~of_spoilt].equal(mixed[~of_spoilt])
+    same = difference <= MIXED_LIMIT and mixed.argmax(-1).equal(alone.argmax(-1))
+    return [
+        Claim(
+            f"mixed: {len(WORLDS)} adapters and the base answer one batch of {len(rows):,} rows, each row as "
+            f"alone (logits within {difference:.0e})",
+            same,
+        ),
+        Claim(
+            "mixed: its rows without an adapter are the base's to the bit",
+            mixed[of_base].equal(answers(base, images)[of_base]),
+        ),
+        Claim("mixed: an adapter that gives NaN leaves all other rows as they were, to the bit", bool(apart)),
+    ]
 
 
 def _base_learned(upright: Strip) -> Claim:
