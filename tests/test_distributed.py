@@ -298,18 +298,25 @@ def test_tensor_parallelism_costs_nothing_until_it_is_used() -> None:
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "torchrun_ddp.py"
 
 
+# What a process of torch's gloo says when it aborts at its exit, all work done: 1 of 19 runs with plain layers too.
+TORN_DOWN = "terminate called without an active exception"
+
+
 @pytest.mark.parametrize("options", [(), ("--fsdp",)])
 def test_the_example_under_torchrun(options: tuple[str, ...], tmp_path: Path) -> None:
     run = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}")
-    done = subprocess.run(
-        [*run, str(EXAMPLE), *options],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [*run, str(EXAMPLE), *options],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        if TORN_DOWN not in done.stderr:
+            break
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     losses = [float(line.rpartition(" ")[2]) for line in lines if line.startswith("step")]
