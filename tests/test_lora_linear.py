@@ -211,6 +211,12 @@ def test_scaling_zero_is_the_base_layer_to_the_bit(way: str, device: str) -> Non
     assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
 
 
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_scaling_zero_is_the_base_layer_where_the_product_is_not_torchs(tokens: int) -> None:
+    x, weight, A, B = torch.randn(tokens, 1024), torch.randn(512, 1024), torch.randn(4, 1024), torch.randn(512, 4)
+    assert torch.equal(lk.lora_linear(x, weight, A, B, scaling=0.0), torch.nn.functional.linear(x, weight))
+
+
 @pytest.mark.parametrize("way", PATHS)
 def test_bitwise_the_same_on_every_run(way: str, device: str) -> None:
     case = next(case for case in LINEAR_CASES if case.name == "dropout")
