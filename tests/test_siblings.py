@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import threading
 import weakref
@@ -58,7 +59,7 @@ class Model(nn.Module):
         return x
 
 
-def adapted(kind: str, group: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> Any:
+def adapted(kind: str, group: bool | None = True, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
     model: Any = Model().to(dtype)
     fields = {"r": 3, "lora_alpha": 5, "lora_dropout": dropout, "target_modules": ["q", "k", "v", "o"]}
@@ -391,11 +392,42 @@ def test_results_die_with_x(x: torch.Tensor) -> None:
         model.blocks[1].between = lambda block, h: pytest.fail("unused") if block is None else 1 / 0
         with pytest.raises(ZeroDivisionError):
             model(x)
-    assert siblings._thread.stash is not None
-    import gc
-
     gc.collect()  # the traceback of the exception held h
-    assert not siblings._thread.stash.results
+    assert siblings._thread.stash is None
+
+
+def test_a_step_that_failed_leaves_nothing_behind(x: torch.Tensor) -> None:
+    model = adapted("inject")
+    model(x)
+    model.blocks[1].between = lambda block, h: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    assert siblings._thread.stash is not None
+    weight = weakref.ref(model.blocks[1].q.base_layer.weight)
+    del model
+    gc.collect()
+    assert siblings._thread.stash is None and weight() is None
+
+
+def test_the_outputs_of_a_group_have_one_backward(x: torch.Tensor, groups: list[int]) -> None:
+    weight, factors = torch.randn(4, WIDTH), (torch.randn(2, WIDTH), torch.randn(4, 2, requires_grad=True))
+    x = x.detach().float().requires_grad_()
+    first, second = lk.lora_linear_group(x, [weight] * 2, [factors[0]] * 2, [factors[1]] * 2)
+    torch.autograd.grad(first.sum(), factors[1], retain_graph=True)
+    torch.autograd.grad(first.sum(), factors[1])
+    with pytest.raises(RuntimeError, match=r"one backward.*group=False"):
+        torch.autograd.grad(second.sum(), factors[1])
+
+
+@pytest.mark.parametrize(("dropout", "group", "grouped"), [(0.0, None, True), (0.4, None, False), (0.4, True, True)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_is_shared_only_where_it_was_asked_for(
+    kind: str, dropout: float, group: bool | None, grouped: bool, x: torch.Tensor, groups: list[int]
+) -> None:
+    model = adapted(kind, group=group, dropout=dropout)
+    for _ in range(2):
+        model(x).sum().backward()
+    assert bool(groups) == grouped
 
 
 def regions(use_reentrant: bool, nested: bool = False) -> Callable[..., Any]:
@@ -465,6 +497,8 @@ def test_one_mask_for_the_group(groups: list[int]) -> None:
             return self.q(x), self.k(x)
 
     module = Same()
+    for layer in (module.q, module.k):
+        siblings.switch(layer, True)
     nn.init.normal_(module.q.lora_B["default"].weight)
     module.k.load_state_dict(module.q.state_dict())
     x = torch.randn(8, WIDTH, requires_grad=True)

@@ -17,7 +17,9 @@ from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
 from lorakernels.nn.linear import LoRALinear
 
 
-def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT, *, group: bool = True) -> nn.Module:
+def inject(
+    model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT, *, group: bool | None = None
+) -> nn.Module:
     """Give the target layers of `model` an adapter, in place, and freeze everything else.
 
     In a model that has adapters already the new one is not active until `set_adapter`, and what trains stays the same.
@@ -28,7 +30,8 @@ def inject(model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT, *,
         config: which layers, and what rank and scale.
         adapter_name: the adapter's name, part of its parameters' names.
         group: whether projections that one module calls with the same x (q, k, v; gate, up) may be computed together,
-            as `lora_linear_group` does, with one dropout mask. It holds for all adapters of these layers.
+            as `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one
+            mask for all; False, never. It holds for all adapters of these layers.
 
     Returns:
         `model` itself.

@@ -39,7 +39,7 @@ class Term(NamedTuple):
 _norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
 
 
-def accelerate(model: nn.Module, *, group: bool = True) -> AccelerationReport:
+def accelerate(model: nn.Module, *, group: bool | None = None) -> AccelerationReport:
     """Give every PEFT LoRA layer of `model` the fused forward, in place.
 
     A layer is taken when its type is exactly `peft.tuners.lora.layer.Linear`; it then is a subclass of that, and all
@@ -50,7 +50,8 @@ def accelerate(model: nn.Module, *, group: bool = True) -> AccelerationReport:
     Args:
         model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
         group: whether projections that one module calls with the same x (q, k, v; gate, up) may be computed together,
-            as `lora_linear_group` does, with one dropout mask.
+            as `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one
+            mask for all; False, never.
 
     Returns:
         Every LoRA layer, whether it is accelerated as the adapters stand now, and why not. Print it.
@@ -90,7 +91,7 @@ def restore(model: nn.Module) -> None:
     fused = _fused_linear()
     for _, module in _named_modules(model):
         if type(module) is fused:
-            siblings.switch(module, True)
+            siblings.switch(module, None)
             module.__class__ = fused.__base__  # type: ignore[assignment]
 
 
@@ -106,7 +107,7 @@ def _fused_linear() -> type:
     class FusedLinear(Linear):
         """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
 
-        group_siblings = True
+        group_siblings: bool | None = None
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             y = None

@@ -35,7 +35,7 @@ class LoRALinear(LoRALayer):
     """
 
     BASE = nn.Linear
-    group_siblings = True  # computed with its siblings of the same x, see `lorakernels.nn.siblings`
+    group_siblings: bool | None = None  # computed with its siblings of the same x, see `lorakernels.nn.siblings`
 
     def __init__(
         self,

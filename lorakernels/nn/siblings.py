@@ -5,11 +5,14 @@ tensor object, the first of them (the leader) from then on computes all by `lora
 their result when they are called with that object. They take it only if all that it depends on is as it was when it
 was computed; otherwise they compute their own. A leader whose results are left behind never leads again.
 
-Nothing is kept in the modules, and nothing outlives the next call of an adapted layer on the thread, or x.
+Nothing is kept in the modules. What a leader leaves behind, because its parent ended early, goes with x, at the next
+collection of garbage on the thread, or at the thread's next call of a layer that a group could hold.
 """
 
 from __future__ import annotations
 
+import gc
+import inspect
 import sys
 import threading
 import weakref
@@ -57,6 +60,7 @@ class _Run(NamedTuple):
     """Layers that were called in turn with one x."""
 
     x: weakref.ref[torch.Tensor]
+    frame: int
     layers: list[tuple[weakref.ref[Any], Describe]]
 
 
@@ -73,8 +77,9 @@ class _Context(NamedTuple):
 class _Stash:
     """The results that a leader has left for its siblings, and what they were made of."""
 
-    def __init__(self, group: _Group, x: torch.Tensor, context: _Context) -> None:
+    def __init__(self, group: _Group, x: torch.Tensor, context: _Context, frame: int) -> None:
         self.group, self.context, self.of_x = group, context, _state((x,))
+        self.frame = frame  # id of the call of the parent that runs
         self.left = len(group.members)
         # No reference to self in the callback: that would be a cycle, which keeps the results until it is collected.
         self.results: dict[Any, tuple[Call, Any, torch.Tensor]] = {}
@@ -84,6 +89,8 @@ class _Stash:
     def take(self, layer: Any, x: torch.Tensor, call: Call, context: _Context) -> torch.Tensor | None:
         result = self.results.pop(weakref.ref(layer), None)
         if result is None or self.x() is not x or context != self.context or self.of_x != _state((x,)):
+            return None
+        if id(_caller()) != self.frame:
             return None
         made_of, state, y = result
         pairs = zip(call, made_of, strict=True)
@@ -107,25 +114,46 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+
+def _drop_what_is_left(phase: str, info: dict[str, int]) -> None:
+    """Where a parent ended early, by an exception, its results hold their graph, and that holds x."""
+    stash = _thread.stash
+    if phase == "start" and stash is not None:
+        frame: Any = sys._getframe(1)
+        while frame is not None and id(frame) != stash.frame:
+            frame = frame.f_back
+        if frame is None:
+            _thread.stash = None
+
+
+gc.callbacks.append(_drop_what_is_left)
 # What was decided for each leader in a checkpointed region: its recomputation, maybe on another thread, must save the
 # same tensors and draw the same random numbers.
 _decided: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, _Group | None]] = WeakKeyDictionary()
 
 
-def switch(layer: Any, group: bool) -> None:
-    """Let a layer be computed with its siblings, or not; on the layer only where it is not its class's own value."""
+def switch(layer: Any, group: bool | None) -> None:
+    """Let a layer be computed with its siblings: None where it has no dropout, True with dropout too, False never.
+
+    With dropout a group has one mask, so a seed draws other masks than for each layer alone.
+    """
     layer.__dict__.pop("group_siblings", None)
-    if not group:
-        layer.group_siblings = False
+    if group is not None:  # the value of its class
+        layer.group_siblings = group
+
+
+def _may_group(layer: Any, call: Call) -> bool:
+    return layer.group_siblings is not False and (call.p == 0 or layer.group_siblings is True)
 
 
 def from_group(layer: Any, x: torch.Tensor, call: Call, describe: Describe) -> torch.Tensor | None:
     """y [..., N] of this call as its group has made it, or makes it now; None where the layer is to run by itself.
 
-    `layer.group_siblings` switches groups off; `describe` says what a sibling of the same kind would do.
+    `layer.group_siblings` is what `switch` has set; `describe` says what a sibling of the same kind would do.
     """
     # Dynamo goes no further: a compiled graph has no memory of earlier calls.
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not layer.group_siblings or not _pays(x, call):
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not (_may_group(layer, call) and _pays(x, call)):
         return None
     thread = _thread
     context = _context(x, call)
@@ -249,10 +277,12 @@ def _lead(group: _Group, layer: Any, x: torch.Tensor, call: Call, context: _Cont
     siblings, calls = [layer], [call]
     for reference, describe in group.members:
         sibling = reference()
-        if sibling is None or not sibling.group_siblings or runs_more_than_forward(sibling):
+        if sibling is None or runs_more_than_forward(sibling):
             return None
         described = describe(sibling, x)
-        if described is None or described.p != call.p or not (_pays(x, described) and _is_plain(described)):
+        if described is None or described.p != call.p or not (_may_group(sibling, described) and _pays(x, described)):
+            return None
+        if not _is_plain(described):
             return None
         siblings.append(sibling)
         calls.append(described)
@@ -260,7 +290,7 @@ def _lead(group: _Group, layer: Any, x: torch.Tensor, call: Call, context: _Cont
     if None in states:
         return None
     weights, biases, As, Bs, scalings, _ = (list(values) for values in zip(*calls, strict=True))
-    stash = _Stash(group, x, context)
+    stash = _Stash(group, x, context, id(caller))
     group.in_use = True
     try:
         y, *others = functional.lora_linear_group(
@@ -278,22 +308,26 @@ def _lead(group: _Group, layer: Any, x: torch.Tensor, call: Call, context: _Cont
 def _note(layer: Any, x: torch.Tensor, describe: Describe) -> None:
     """Remember this call; with those of the same x before it, it may make a group."""
     thread = _thread
-    run, this = thread.run, (weakref.ref(layer), describe)
-    if run is None or run.x() is not x or any(reference() is layer for reference, _ in run.layers):
-        thread.run = _Run(weakref.ref(x), [this])
+    run, this, caller = thread.run, (weakref.ref(layer), describe), _caller()
+    if caller is None:
+        thread.run = None
+        return
+    follows = run is not None and run.x() is x and run.frame == id(caller)
+    if run is None or not follows or any(reference() is layer for reference, _ in run.layers):
+        thread.run = _Run(weakref.ref(x), id(caller), [this])
         return
     run.layers.append(this)
     leader = run.layers[0][0]()
-    caller = _caller()
-    if leader is None or caller is None:
+    known = None if leader is None else thread.groups.get(leader)
+    if leader is None or (known is not None and (known.in_use or known.dissolved)):
         return
     # Only of one module, in its own method: elsewhere anything may happen between two calls.
-    parent = caller.f_locals.get("self")
+    names = caller.f_locals
+    parent = names.get("self")
+    if type(names) is dict and caller.f_code.co_flags & inspect.CO_OPTIMIZED:
+        names.clear()  # before Python 3.13 a copy, which would hold all of them until the function returns
     children = list(parent._modules.values()) if isinstance(parent, nn.Module) else []
-    known = thread.groups.get(leader)
-    if all(any(reference() is child for child in children) for reference, _ in run.layers) and (
-        known is None or not (known.in_use or known.dissolved)
-    ):
+    if all(any(reference() is child for child in children) for reference, _ in run.layers):
         thread.groups[leader] = _Group(run.layers[1:], caller.f_code)
 
 

@@ -3,6 +3,7 @@
 from lorakernels.flops import register_flop_formulas
 from lorakernels.ops.linear import autocast_arguments as autocast_arguments
 from lorakernels.ops.linear import lora_linear as lora_linear
+from lorakernels.ops.linear_group import autocast_group_arguments as autocast_group_arguments
 from lorakernels.ops.linear_group import lora_linear_group as lora_linear_group
 from lorakernels.ops.multi_lora import multi_lora_embedding as multi_lora_embedding
 from lorakernels.ops.multi_lora import multi_lora_expand as multi_lora_expand

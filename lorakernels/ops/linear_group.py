@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -117,7 +118,6 @@ def _gradients(
     need_dW, need_dA, need_dB = needs[:n], needs[n : 2 * n], needs[2 * n :]
     matrices = [as_matrix(dy) for dy in dys]
     x2 = None if x is None else as_matrix(x)
-    dtypes = {A.dtype for A in lora_As}
     dx, dA, dBs, dbiases = _implementation(impl, dys[0]).backward(
         matrices,
         x2,
@@ -129,7 +129,7 @@ def _gradients(
         scalings,
         drop_threshold(dropout_p),
         need_dx=need_dx,
-        dA_dtype=(dtypes.pop() if len(dtypes) == 1 else torch.float32) if any(need_dA) else None,
+        dA_dtype=functools.reduce(torch.promote_types, [A.dtype for A in lora_As]) if any(need_dA) else None,
         need_dB=need_dB,
         bias_dtypes=[_DTYPES[index] for index in bias_dtypes],
     )
@@ -191,19 +191,22 @@ def _backward_fake(
 
 def _autocast(device_type: str) -> None:
     def forward(x: Any, weights: Any, lora_As: Any, lora_Bs: Any, biases: Any, *rest: Any) -> Any:
-        x, weights, biases = autocast_arguments(x, weights, biases, torch.get_autocast_dtype(device_type))
+        x, weights, biases = autocast_group_arguments(x, weights, biases, torch.get_autocast_dtype(device_type))
         return torch.ops.lorakernels.lora_linear_group(x, weights, lora_As, lora_Bs, biases, *rest)
 
     without_autocast("lora_linear_group", device_type, forward)
     without_autocast("lora_linear_group_backward", device_type)
 
 
-def autocast_arguments(
+def autocast_group_arguments(
     x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], dtype: torch.dtype
 ) -> tuple[torch.Tensor, Tensors, Maybe]:
-    """As for `lora_linear`."""
-    cast = [linear.autocast_arguments(x, W, bias, dtype) for W, bias in zip(weights, biases, strict=True)]
-    return cast[0][0], [W for _, W, _ in cast], [bias for _, _, bias in cast]
+    """As for `lora_linear`; x is cast once."""
+    cast = []
+    for W, bias in zip(weights, biases, strict=True):
+        x, W, bias = linear.autocast_arguments(x, W, bias, dtype)
+        cast.append((W, bias))
+    return x, [W for W, _ in cast], [bias for _, bias in cast]
 
 
 _autocast("cpu")
@@ -308,7 +311,15 @@ def _function_backward(ctx: Any, dys: Sequence[torch.Tensor | None], gradients: 
     grads: list[torch.Tensor | None] = [None] * (4 * n)
     if not used:
         return (None, None, None, *grads)
-    x, s, mask, *flat = ctx.saved_tensors
+    try:
+        x, s, mask, *flat = ctx.saved_tensors
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "layers of one x that are computed together have one backward, and it has run: keep it for another with "
+            "retain_graph=True, or compute each layer by itself (group=False in inject and accelerate)"
+        ) from error
     weights, lora_As, lora_Bs = (flat[i * n : (i + 1) * n] for i in range(3))
     of_used = [k * n + i for k in range(4) for i in used]
     needs = [needs_flat[j] for j in of_used]
