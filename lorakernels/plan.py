@@ -75,7 +75,8 @@ class BatchPlan:
     """Routes each token of a batch to its own adapter; made once, updated for every batch.
 
     `update` writes in place and never makes the host wait for the device, so that it may run between replays of a
-    CUDA graph, or be captured in one. Launches are sized by the number of tokens and slots, never by what is in them.
+    CUDA graph, or be captured in one: then of tensors on the device, as lists must not be given while a graph is
+    captured. Launches are sized by the number of tokens and slots, never by what is in them.
 
     Args:
         num_slots: how many adapters can be told apart; slots are 0 … num_slots - 1.
@@ -119,6 +120,7 @@ class BatchPlan:
         self._host_checks = self.device.type == "cpu"
         self.num_tokens = 0
         self.version = 0
+        self._is_in_graph = False  # a replay of which updates the plan, and its version stays
         self._snapshot: PlanTensors | None = None
         self.tensors = PlanTensors(self._buffer, self._scales, self._pages, num_slots, max_tokens)
         """The plan as it is now and will be after every update: the same memory."""
@@ -134,8 +136,10 @@ class BatchPlan:
 
     def snapshot(self) -> PlanTensors:
         """The plan of this version, which no update changes: for a backward that may come later. One copy a version."""
-        if torch.compiler.is_compiling() or self._is_capturing():
+        if torch.compiler.is_compiling() or self._is_in_graph or self._is_capturing():
             return self._copied()  # a graph that is replayed must copy what it then finds
+        if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+            return self._copied()  # tensors of a mode or transform, which may not outlive it
         if self._snapshot is None or self._snapshot.buffer.is_inference():
             self._snapshot = self._copied()
         return self._snapshot
@@ -176,13 +180,14 @@ class BatchPlan:
             refused |= (in_use & ((page_table < 0) | (page_table >= self.num_pages))).any(1)
         if self._host_checks:
             self._refuse(token_slots, unknown, slot_ranks, slot_scalings, refused)
+        self._snapshot = self.on_host = None
+        self._is_in_graph |= self._is_capturing()
         self._route(token_slots, unknown, slot_ranks, slot_scalings, refused)
         if page_table is not None and self._pages is not None:
             self._pages.copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
         self._masked += torch.stack([unknown.sum(), refused.sum()])
         self.num_tokens = token_slots.shape[0]
         self.version += 1
-        self._snapshot = self.on_host = None
 
     def check(self) -> None:
         """Raise PlanError if an update since the last check masked a token or a slot. Makes the host wait."""
@@ -234,10 +239,15 @@ class BatchPlan:
 
     def _tensor(self, name: str, values: torch.Tensor | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         if not isinstance(values, torch.Tensor):
-            return torch.tensor(values, dtype=dtype, device=self.device)
+            host = _host_tensor(name, values, dtype)
+            if self.device.type == "cuda":  # a copy from pages that are not pinned would wait for the device
+                return host.pin_memory().to(self.device, non_blocking=True)
+            return host.to(self.device)
         if values.device != self.device:
             raise PlanError(f"{name} is on {values.device} and the plan on {self.device}: move it there first")
-        if values.is_floating_point() != dtype.is_floating_point or values.dtype is torch.bool:
+        if dtype.is_floating_point and values.is_floating_point():
+            return values.to(dtype)  # before anyone asks whether it is finite
+        if dtype.is_floating_point or values.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} is {values.dtype}; expected {dtype}")
         return values
 
@@ -293,3 +303,16 @@ class BatchPlan:
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _host_tensor(name: str, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """A list as int64 or float32; integers are good floats, floats no integers."""
+    try:
+        if dtype.is_floating_point:
+            return torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype)
+        made = torch.tensor(values, device="cpu")
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise PlanError(f"{name} is no list of numbers in range: {error}") from error
+    if made.numel() and (made.is_floating_point() or made.is_complex() or made.dtype is torch.bool):
+        raise TypeError(f"{name} has numbers of {made.dtype}; expected {dtype}")
+    return made.long()

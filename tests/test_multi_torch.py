@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import lorakernels as lk
+from lorakernels.multi import multi_lora_embedding
 from lorakernels.reference import multi_lora as reference
 from lorakernels.testing.budget import error
 from lorakernels.testing.guards import canaries
@@ -93,6 +95,52 @@ def test_long_adapters_beside_short_ones_are_not_padded() -> None:
         run(case, inputs, inputs.tensors())
         grid = inputs.plan.on_host.grid
         assert grid.fits(128) == fits
+
+
+def test_one_large_rank_is_not_everyones() -> None:
+    """Of pages, where several ranks may be one product."""
+    case = MultiCase("one large rank", T=40, ranks=(1,) * 7 + (64,), R=64, K=512, Ns=(512,), paged=True)
+    small = MultiCase("ranks alike", T=40, ranks=(7,) * 4 + (8,) * 4, K=512, Ns=(512,), paged=True)
+    for tried, fits in ((case, False), (small, True)):
+        inputs = make_multi_inputs(tried, torch.float32)
+        inputs.plan.update(torch.arange(40) % 8, inputs.slot_ranks, inputs.slot_scalings, inputs.page_table)
+        run(tried, inputs, inputs.tensors())
+        assert inputs.plan.on_host.grid.fits(1024) == fits
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch.func.jvp's own
+def test_derivatives_that_would_be_lost_are_refused() -> None:
+    case = MultiCase("transforms", ranks=EQUAL)
+    inputs = make_multi_inputs(case, torch.float64)
+    x, A, B, plan = inputs.x, inputs.lora_A[0], inputs.lora_B[0], inputs.plan
+    s = lk.lora_shrink(x, A, plan)
+    ids = torch.arange(x.shape[0]) % x.shape[1]
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return lk.multi_lora_linear(x, inputs.weight[0], A, B, plan)
+
+    calls = (
+        (linear, x),
+        (lambda A: multi_lora_embedding(ids, inputs.weight[0].t(), A, B, plan), A),
+        (lambda x: lk.lora_shrink(x, A, plan), x),
+        (lambda s: lk.lora_expand(s, B, plan, out=torch.zeros(x.shape[0], B.shape[1], dtype=x.dtype)), s),
+    )
+    for call, given in calls:
+        with pytest.raises(RuntimeError):
+            torch.func.jvp(call, (given,), (given,))
+        with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+            call(forward_ad.make_dual(given, given))
+    assert torch.equal(torch.func.functionalize(linear)(x), linear(x))
+
+
+def test_torchs_default_device_does_not_matter() -> None:
+    for case, _ in CASES:
+        inputs = make_multi_inputs(case, torch.float64)
+        with torch.device("meta"):
+            there = run(case, inputs, inputs.tensors())
+        again = make_multi_inputs(case, torch.float64)
+        for y, z in zip(there, run(case, again, again.tensors()), strict=True):
+            assert torch.equal(y, z)
 
 
 def test_a_plan_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:

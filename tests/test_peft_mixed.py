@@ -291,6 +291,30 @@ def test_edits_between_two_calls_are_seen() -> None:
         assert torch.equal(before[~rows], after[~rows])
 
 
+def test_nothing_is_kept_of_a_call_that_raised() -> None:
+    """PEFT leaves its hooks then, with the same list of names."""
+    plain, fast = models(*ADAPTERS["equal ranks"])
+    names, x = list(MIXED), torch.randn(len(MIXED), IN, dtype=torch.float64)
+
+    def interrupted(*_: Any) -> None:
+        raise InterruptedError
+
+    for model in (plain, fast):
+        last = list(model.base_model.model.children())[-1]
+        hook = last.register_forward_pre_hook(interrupted)
+        for _ in range(3):
+            with torch.no_grad(), pytest.raises(InterruptedError):
+                model(x, adapter_names=names)
+        hook.remove()
+        for module in model.modules():
+            if isinstance(module, nn.ModuleDict) and "a3" in module and hasattr(module["a3"], "weight"):
+                module["a3"].weight.data.mul_(-3)
+    assert len(peft_mixed._packs) == 1, "of the last call alone"
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, adapter_names=names), plain(x, adapter_names=names), rtol=EXACT, atol=EXACT)
+    assert not peft_mixed._packs
+
+
 def test_what_changes_within_a_call_makes_a_new_pack() -> None:
     plain, fast = models(*ADAPTERS["equal ranks"])
     names = list(MIXED)

@@ -143,6 +143,30 @@ def test_a_snapshot_is_of_its_version() -> None:
     assert torch.equal(first.buffer, kept) and not torch.equal(plan.snapshot().buffer, kept)
 
 
+def test_a_snapshot_under_a_mode_or_transform_is_not_kept() -> None:
+    plan = BatchPlan(5, 64, max_rank=4)
+    plan.update(*arguments(10, 5))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = plan.snapshot()
+    torch.func.functionalize(lambda x: (plan.snapshot(), x)[1])(torch.ones(1))
+    assert type(plan.snapshot().buffer) is torch.Tensor is not type(fake.buffer)
+    assert torch.equal(plan.snapshot().buffer, plan.tensors.buffer)
+
+
+def test_no_snapshot_is_kept_of_a_plan_that_a_graph_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = BatchPlan(5, 64, max_rank=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "_is_capturing", lambda: True)
+        plan.update(*arguments(10, 5))
+    assert plan.snapshot() is not plan.snapshot()
+
+
+def test_integers_are_good_scalings() -> None:
+    plan = BatchPlan(2, 4, max_rank=4)
+    plan.update([], [1, 2], [2, 1])
+    assert (plan.num_tokens, plan.tensors.scales.tolist()) == (0, [2.0, 1.0, 0.0])
+
+
 GOOD = {
     "token_slots": torch.tensor([0, 1, -1]),
     "slot_ranks": torch.tensor([4, 2]),
@@ -158,6 +182,9 @@ OUT_OF_RANGE = [
     ({"slot_ranks": torch.tensor([4, -1])}, "slot 1 has rank -1", (0, 1)),
     ({"slot_scalings": torch.tensor([float("nan"), 1.0])}, "slot 0 has scaling nan", (0, 1)),
     ({"slot_scalings": torch.tensor([1.0, float("inf")])}, "slot 1 has scaling inf", (0, 1)),
+    ({"slot_scalings": torch.tensor([1e39, 1.0], dtype=torch.float64)}, "slot 0 has scaling inf", (0, 1)),
+    ({"slot_scalings": [1.0, 1e39]}, "slot 1 has scaling inf", (0, 1)),
+    ({"slot_ranks": [4, 1 << 40]}, "slot 1 has rank 1099511627776", (0, 1)),
     ({"page_table": torch.tensor([[0, 1, 2, 20], [4, 5, 0, 0]])}, "slot 0 has a page outside 0 … 19", (0, 1)),
     ({"page_table": torch.tensor([[0, 1, 2, 3], [-4, 5, 0, 0]])}, "slot 1 has a page outside", (0, 1)),
 ]
@@ -195,6 +222,11 @@ def test_out_of_range_is_refused_or_masked(changes: dict[str, Any], message: str
         ({"token_slots": torch.zeros(2, 2, dtype=torch.int32)}, PlanError, "T ≤ 8"),
         ({"token_slots": torch.zeros(2)}, TypeError, "expected torch.int32"),
         ({"token_slots": torch.zeros(2, dtype=torch.bool)}, TypeError, "expected torch.int32"),
+        ({"token_slots": torch.zeros(2, dtype=torch.int16)}, TypeError, "expected torch.int32"),
+        ({"token_slots": [0.0, 1.5]}, TypeError, "expected torch.int32"),
+        ({"token_slots": [0, 1 << 70]}, PlanError, "numbers in range"),
+        ({"slot_ranks": torch.tensor([4, 2], dtype=torch.uint8)}, TypeError, "expected torch.int32"),
+        ({"slot_ranks": [True, False]}, TypeError, "expected torch.int32"),
         ({"token_slots": torch.zeros(2, dtype=torch.int32, device="meta")}, PlanError, "move it"),
         ({"slot_ranks": torch.tensor([4, 2, 1])}, PlanError, "a number a slot"),
         ({"slot_scalings": torch.tensor([1.0])}, PlanError, "a number a slot"),

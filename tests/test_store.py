@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import contextvars
 import copy
+import gc
 import io
 import json
+import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +288,70 @@ def test_batches_in_each_other_and_in_threads(
     assert not wrong
 
 
+def test_batches_that_end_in_another_order(net: Net, base: Net, store: lk.AdapterStore) -> None:
+    ids = make_ids(1)
+    first, second = store.batch(["alice"]), store.batch(["bob"])
+    with store.batch(["bob"]):
+        bob = net(ids)
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(net(ids), bob)
+    contextvars.copy_context().run(second.__exit__, None, None, None)
+    with pytest.raises(StaleBatchError):  # closed elsewhere; nobody else's answer
+        net(ids)
+    with store.batch(["bob"]):
+        assert torch.equal(net(ids), bob)
+    assert torch.equal(net(ids), base(ids)) and not store.stats().in_use
+
+
+def test_a_generator_opens_no_batch(net: Net, base: Net, store: lk.AdapterStore) -> None:
+    ids = make_ids(1)
+
+    @contextlib.contextmanager
+    def serving(name: str) -> Iterator[None]:
+        with store.batch([name]):
+            yield
+
+    def direct() -> Iterator[torch.Tensor]:
+        with store.batch(["alice"]):
+            yield net(ids)
+
+    def through_another() -> Iterator[torch.Tensor]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(serving("alice"))
+            yield net(ids)
+
+    async def asynchronous() -> AsyncIterator[torch.Tensor]:
+        with store.batch(["alice"]):
+            yield net(ids)
+
+    def step() -> torch.Tensor:
+        with serving("alice"):
+            return net(ids)
+
+    def steps() -> Iterator[torch.Tensor]:
+        yield step()
+
+    for generator in (direct(), through_another()):
+        with pytest.raises(RuntimeError, match="acquire a lease"):
+            next(generator)
+    with pytest.raises(RuntimeError, match="acquire a lease"):
+        asyncio.run(asynchronous().__anext__())  # type: ignore[arg-type]
+    assert not torch.equal(next(steps()), base(ids)) and not store.stats().in_use
+
+
+def test_torchs_default_device_does_not_matter(net: Net, three: dict[str, Adapter]) -> None:
+    ids, store = make_ids(2), make_store(net, {"bob": three["bob"]})
+    with torch.device("meta"):
+        store.load("alice", three["alice"])
+        with store.batch(["alice", "bob"]):
+            there = net(ids)
+        with store.batch(["alice", "bob"], lengths=[2, 4]):
+            net(ids.view(-1))
+    with store.batch(["alice", "bob"]):
+        assert torch.equal(net(ids), there)
+
+
 def test_gradient_of_x(net: Net, base: Net, three: dict[str, Adapter]) -> None:
     x = torch.randn(2, 3, WIDTH, dtype=torch.float64, requires_grad=True)
     with torch.inference_mode():  # which makes the pools
@@ -508,6 +577,13 @@ def test_main_memory_has_a_budget(net: Net, base: Net, tmp_path: Path) -> None:
     stats = store.stats()
     assert (stats.hits, stats.misses, stats.reads, stats.host_bytes) == (1, 2, 5, 2 * one)
 
+    exact = make_store(make_net(), {"one": adapters["user-0"]}, host_bytes=one)
+    with exact.acquire("one"), pytest.raises(CapacityError):
+        exact.replace("one", adapters["user-1"])  # the old one is in use, and has to stay
+    exact.replace("one", adapters["user-1"])
+    assert exact.stats().host_bytes == one
+    exact.acquire("one").release()
+
     none = make_store(make_net(), folders, host_bytes=0)
     assert none.stats().host_bytes == 0 and none.stats().on_device == 4
     before = books(store)
@@ -520,21 +596,22 @@ def test_main_memory_has_a_budget(net: Net, base: Net, tmp_path: Path) -> None:
     assert store.stats().host_bytes == 0 and before[0] == store._books.current
 
 
-@pytest.mark.parametrize("change", ["rewrite", "remove"])
+@pytest.mark.parametrize("change", ["rewrite", "same time", "remove"])
 def test_files_that_change_are_not_another_adapter(net: Net, tmp_path: Path, change: str) -> None:
     folders = {name: write(tmp_path / name, make_adapter(net, i)) for i, name in enumerate(("one", "two"))}
     store = make_store(net, folders, max_adapters=1, host_bytes=0)
-    if change == "rewrite":
+    if change != "remove":
         time.sleep(0.01)
+        before_it = [(path, path.stat()) for path in folders["one"].iterdir()]
         write(folders["one"], make_adapter(net, 7))
+        for path, found in before_it if change == "same time" else ():
+            os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
     else:
         (folders["one"] / "adapter_model.safetensors").unlink()
     before = books(store)
     store.prefetch("one")
     for _ in range(2):
-        with pytest.raises(
-            lk.AdapterFileError, match="have changed" if change == "rewrite" else "has no adapter_model"
-        ):
+        with pytest.raises(lk.AdapterFileError, match="has no adapter_model" if change == "remove" else "have changed"):
             store.acquire("one")
         assert books(store) == before
     write(folders["one"], make_adapter(net, 7))
@@ -730,11 +807,12 @@ def test_modules_that_cannot_be_switched(three: dict[str, Adapter]) -> None:
     class Special(nn.Linear):
         pass
 
+    stores: list[lk.AdapterStore] = []
     for change, message in (
         (lambda net: net.layers[0].up.__setattr__("__class__", Special), "Special; expected"),
         (lambda net: net.layers[0].up.__dict__.update(forward=lambda x: x), "forward of its own"),
         (lambda net: lk.inject(net, lk.LoRAConfig(target_modules=["up"])), "LoRALinear; a store serves"),
-        (lambda net: make_store(net, {"one": three["bob"]}), "served by another AdapterStore"),
+        (lambda net: stores.append(make_store(net, {"one": three["bob"]})), "served by another AdapterStore"),
     ):
         net = make_net()
         change(net)  # type: ignore[no-untyped-call]
@@ -850,6 +928,29 @@ def test_the_model_stays_itself(net: Net, base: Net, three: dict[str, Adapter]) 
         with pytest.raises(RuntimeError, match="closed"):
             use()
     make_store(net, three).close()  # the next one has a free model
+
+
+def test_copies_and_models_of_a_store_that_is_gone_can_be_served(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
+) -> None:
+    ids = make_ids(1)
+    expected = alone(base, [three["bob"]], ids)
+    twin = copy.deepcopy(net)
+    for _ in range(2):  # the first is gone when the second is made
+        other = None
+        other = make_store(twin, three)
+        twin.store = other  # a model may hold its store
+        with other.batch(["bob"]):
+            torch.testing.assert_close(twin(ids), expected, rtol=0, atol=1e-10)
+            assert torch.equal(net(ids), base(ids))
+        del twin.store
+    other = None
+    assert type(twin.embed) is nn.Embedding and type(twin.layers[0].up) is nn.Linear  # type: ignore[union-attr]
+    gone = weakref.ref(twin)
+    twin.store = make_store(twin, three)
+    del twin
+    gc.collect()
+    assert gone() is None
 
 
 def test_two_models_have_a_batch_each(net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore) -> None:

@@ -203,14 +203,22 @@ def _lora_biases(biases: list[torch.Tensor | None], slots: Sequence[int]) -> tup
 
 
 def _registration(layer: Any, names: Sequence[str]) -> Any:
-    """The hook through which PEFT hands this layer these names, if one does: another one for every call."""
-    for hook in layer._forward_pre_hooks.values():
+    """The hook through which PEFT hands this layer these names, if one does: another one for every call.
+
+    PEFT leaves the hooks of a call that raised, so the newest counts, and what others have kept goes.
+    """
+    for hook in reversed(layer._forward_pre_hooks.values()):
         if type(hook) is partial and hook.keywords.get("adapter_names") is names:
-            return hook if hook.func.__module__.startswith("peft.") else None
+            found = hook if hook.func.__module__.startswith("peft.") else None
+            if found is not None and found not in _packs:
+                for other in layer._forward_pre_hooks.values():
+                    if type(other) is partial:
+                        _packs.pop(other, None)
+            return found
     return None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _plan(
     slots: tuple[int, ...], tokens: int, ranks: tuple[int, ...], scalings: tuple[float, ...], device: torch.device
 ) -> BatchPlan:

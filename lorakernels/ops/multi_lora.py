@@ -7,6 +7,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import LEVELS
@@ -275,6 +277,23 @@ class _MultiLoRALinear(torch.autograd.Function):
         return (dx if need_x else None, *[None] * 6, *kept)
 
 
+def _is_transformed() -> bool:
+    """Under forward-mode AD or a transform of torch.func, for which the operators would lose the tangent silently.
+
+    The autograd.Functions refuse them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return any(one.key() != TransformType.Functionalize for one in get_interpreter_stack() or ())
+    return forward_ad._current_level >= 0
+
+
+def _refuse_transforms(name: str) -> None:
+    if _is_transformed():
+        raise RuntimeError(f"{name} has no derivative and runs under no transform of torch.func; use multi_lora_linear")
+
+
 def multi_lora_linear(
     x: torch.Tensor,
     weights: Tensors,
@@ -286,8 +305,9 @@ def multi_lora_linear(
     impl: str,
 ) -> Tensors:
     """The ys [T, N] of checked arguments, x [T, K]; no autograd.Function when nothing needs a gradient."""
-    need_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs)
+    need_grad = _is_transformed() or (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs))
     )
     direct = runs_directly(x, *weights, *lora_As, *lora_Bs)
     buffer, scales, pages, num_slots, max_tokens = plan.snapshot() if need_grad else plan.tensors
@@ -315,6 +335,7 @@ def multi_lora_linear(
 
 
 def multi_lora_shrink(x: torch.Tensor, lora_As: Tensors, plan: BatchPlan, impl: str) -> torch.Tensor:
+    _refuse_transforms("lora_shrink")
     if runs_directly(x, *lora_As):
         body = _implementation(impl, x)
         return body.shrink(x, lora_As, plan.tensors, **_on_host(plan, body))
@@ -322,6 +343,7 @@ def multi_lora_shrink(x: torch.Tensor, lora_As: Tensors, plan: BatchPlan, impl: 
 
 
 def multi_lora_expand(s: torch.Tensor, lora_Bs: Tensors, plan: BatchPlan, outs: Tensors, impl: str) -> None:
+    _refuse_transforms("lora_expand")
     body = _implementation(impl, outs[0])
     # Kernels write without the dispatcher's knowing, which then has to count the version of each out.
     if body is reference_multi_lora and runs_directly(s, *lora_Bs, *outs):
@@ -375,7 +397,9 @@ def multi_lora_embedding(
     ids: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan, impl: str
 ) -> torch.Tensor:
     """[T, N] of checked arguments, ids [T]."""
-    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lora_A, lora_B))
+    need_grad = _is_transformed() or (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lora_A, lora_B))
+    )
     tensors = plan.snapshot() if need_grad else plan.tensors
     layout, T = tensors.layout, ids.shape[0]
     slots = tensors.part(layout.slots, T)

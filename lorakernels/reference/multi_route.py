@@ -28,7 +28,8 @@ class Grid(NamedTuple):
 
     height: int
     rank: int
-    padding: int
+    padding: int  # tokens
+    rank_padding: int
     take: torch.Tensor | None  # [adapters * height] tokens; None where they lie so already
     back: torch.Tensor | None  # where each adapted token's row is in the grid
     tokens: torch.Tensor | None  # the adapted tokens, ascending; None for all
@@ -38,7 +39,7 @@ class Grid(NamedTuple):
 
     def fits(self, columns: int) -> bool:
         """Whether the padding costs less than the loop over adapters, some 20 µs each."""
-        return self.padding * self.rank * columns <= 1 << 19
+        return (self.padding * self.rank + self.rank_padding * self.height) * columns <= 1 << 19
 
     def factors(self, adapters: torch.Tensor, dtype: torch.dtype, *, is_B: bool) -> torch.Tensor:
         """The rank rows [adapters, rank, columns]: views where the slots or pages lie in order, or else a copy."""
@@ -124,9 +125,10 @@ class Route:
             height,
             rank,
             len(take) - adapted,
-            None if take == list(range(T)) else torch.tensor(take),
-            None if take == list(range(T)) else torch.tensor([back[token] for token in tokens]),
-            None if adapted == T else torch.tensor(tokens),
+            rank * len(ranks) - sum(ranks),
+            None if take == list(range(T)) else torch.tensor(take, device="cpu"),
+            None if take == list(range(T)) else torch.tensor([back[token] for token in tokens], device="cpu"),
+            None if adapted == T else torch.tensor(tokens, device="cpu"),
             self._scale(rank),
             self._held(rank),
             self._pages is not None,
@@ -137,7 +139,7 @@ class Route:
         if all(s.rank == rank and s.scale == segments[0].scale for s in segments):
             return segments[0].scale
         within = [[s.scale if i < s.rank else 0.0 for i in range(rank)] for s in segments]
-        return torch.tensor(within, dtype=torch.float64)[:, None]
+        return torch.tensor(within, dtype=torch.float64, device="cpu")[:, None]
 
     def _held(self, rank: int) -> slice | torch.Tensor:
         """Past its rank an adapter of pages has its own first page again, which meets a scale of 0."""
@@ -146,7 +148,7 @@ class Route:
             pages = self._pages.tolist()
             held = [pages[s.slot][i if i < s.rank else 0] for s in self.segments for i in range(rank)]
         in_order = held == list(range(held[0], held[0] + len(held)))
-        return slice(held[0], held[0] + len(held)) if in_order else torch.tensor(held)
+        return slice(held[0], held[0] + len(held)) if in_order else torch.tensor(held, device="cpu")
 
 
 def route(plan: PlanTensors, num_tokens: int) -> Route:

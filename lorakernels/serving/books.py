@@ -79,7 +79,8 @@ class Books:
         """
         old = self.current.get(version.name)
         version.pinned = old is not None and old.pinned
-        self.host.check(version)
+        freed = old if old is not None and not old.refs else None  # what leaves main memory for the new one
+        self.host.check(version, freed)
         if old is not None:
             old.retired = True  # pinned or not, it may leave for the new one
         try:
@@ -90,7 +91,7 @@ class Books:
         finally:
             if old is not None:
                 old.retired = False
-        self.host.keep(version, rows)
+        self.host.keep(version, rows, freed)
         self.current[version.name] = version
         if old is not None:
             self._retire(old)

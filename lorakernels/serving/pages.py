@@ -104,7 +104,8 @@ class PageClass:
 
     def host_rows(self, rank: int) -> torch.Tensor:
         """Zeros [rank, W] in main memory, in pinned pages where the pool is on CUDA."""
-        return torch.zeros(rank, self.width, dtype=self.dtype, pin_memory=self.writer.stream is not None)
+        pin_memory = self.writer.stream is not None
+        return torch.zeros(rank, self.width, dtype=self.dtype, device="cpu", pin_memory=pin_memory)
 
     def make_pool(self) -> None:
         if self.pool is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -35,12 +36,15 @@ class _Route:
     def plan(self, token_slots: torch.Tensor) -> BatchPlan:
         ranks = [len(pages) for pages in self.pages]
         width = max(_LEAST_RANK, 1 << (max(ranks) - 1).bit_length())
-        table = torch.zeros(len(ranks), width, dtype=torch.int32)
+        on_gpu = self.device.type == "cuda"
+        table = torch.zeros(len(ranks), width, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         for slot, pages in enumerate(self.pages):
-            table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         num_pages = int(table.max()) + 1
         plan = BatchPlan(len(ranks), len(token_slots), max_rank=width, num_pages=num_pages, device=self.device)
-        plan.update(token_slots.to(self.device), ranks, list(self.scalings), table.to(self.device))
+        token_slots = token_slots.pin_memory() if on_gpu else token_slots
+        on_device = [tensor.to(self.device, non_blocking=on_gpu) for tensor in (token_slots, table)]
+        plan.update(on_device[0], ranks, list(self.scalings), on_device[1])
         return plan
 
 
@@ -49,7 +53,8 @@ class Batch:
 
     def __init__(self, slots: Sequence[int], adapters: Sequence[Routing], lengths: Sequence[int] | None) -> None:
         self.closed = False
-        self.slots = torch.tensor(slots, dtype=torch.int32)
+        self.outer: Batch | None = None  # the one that counts when this has ended
+        self.slots = torch.tensor(slots, dtype=torch.int32, device="cpu")
         self.lengths = None if lengths is None else list(lengths)
         self._whole: torch.Size | None = None  # the last leading shape that was not flat
         self._routes: dict[PageClass, _Route] = {}
@@ -88,7 +93,7 @@ class Batch:
                     f"module {site.path!r} got {tokens} tokens ({list(lead)}); expected {sum(self.lengths)}, "
                     "the sum of the batch's lengths"
                 )
-            return self.slots.repeat_interleave(torch.tensor(self.lengths))
+            return self.slots.repeat_interleave(torch.tensor(self.lengths, device="cpu"))
         first = lead[0] if lead else 1
         if len(lead) == 1 and self._whole and tokens not in (self._whole.numel(), self._whole[0]):
             raise ValueError(
@@ -110,12 +115,45 @@ _batches: ContextVar[_Batches] = ContextVar("lorakernels_batches", default=Mappi
 
 @contextmanager
 def running(owner: object, batch: Batch) -> Iterator[None]:
-    token = _batches.set({**_batches.get(), owner: batch})
+    batch.outer = _open(_batches.get().get(owner))
+    _batches.set({**_batches.get(), owner: batch})
     try:
         yield
     finally:
+        # Not `reset`: the end may come in another order than the beginning, or in another context.
         batch.closed = True
-        _batches.reset(token)
+        now = dict(_batches.get())
+        top = _open(now.pop(owner, None))
+        if top is not None:
+            now[owner] = top
+        _batches.set(now)
+
+
+def _open(batch: Batch | None) -> Batch | None:
+    while batch is not None and batch.closed:
+        batch = batch.outer
+    return batch
+
+
+def check_opener(frame: FrameType | None) -> None:
+    """Raise RuntimeError where a generator opens a batch: what runs while it waits would have the batch's adapters."""
+    # `with` in a function that contextlib made a context manager is its caller's.
+    while frame is not None and (_is_contextlib(frame) or (_is_generator(frame) and _is_contextlib(frame.f_back))):
+        frame = frame.f_back
+    if frame is not None and _is_generator(frame):
+        raise RuntimeError(
+            f"the generator {frame.f_code.co_name!r} opens a batch, which would be the one of whatever runs in this "
+            "thread while the generator waits; acquire a lease, and open a batch for each step, in a function that "
+            "does not yield"
+        )
+
+
+def _is_generator(frame: FrameType) -> bool:
+    return bool(frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
+
+
+def _is_contextlib(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
 
 
 def _plan(site: Site | None, lead: torch.Size) -> BatchPlan | None:

@@ -36,11 +36,11 @@ def check_name(name: Any) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder, and its files as they were when they were first read: the size and time of each."""
+    """A folder, and its files as they were when they were first read: size, times and inode of each."""
 
     folder: Path
     root: Path | None
-    stamps: tuple[tuple[int, int] | None, ...]
+    stamps: tuple[tuple[int, ...] | None, ...]
 
 
 def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | None) -> Source:
@@ -85,12 +85,13 @@ def _check_inside(folder: Path, root: Path | None) -> None:
             raise AdapterFileError(f"{path} leads out of the store's root {root}; expected a folder and files in it")
 
 
-def _stamps(folder: Path) -> tuple[tuple[int, int] | None, ...]:
-    stamps: list[tuple[int, int] | None] = []
+def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
+    stamps: list[tuple[int, ...] | None] = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         try:
             found = (folder / name).stat()
-            stamps.append((found.st_size, found.st_mtime_ns))
+            # Copies that keep the time (cp -p, rsync -t) have another inode, or change ctime.
+            stamps.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
         except OSError:  # the reader says it better
             stamps.append(None)
     return tuple(stamps)
@@ -156,7 +157,7 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
 
 def _of_plan(scaling: float, dtype: torch.dtype) -> float:
     """Plans have their scalings in float32, which for float64 is not enough: then the rest of it goes into B's rows."""
-    return torch.tensor(scaling, dtype=torch.float32).item() if dtype is torch.float64 else scaling
+    return torch.tensor(scaling, dtype=torch.float32, device="cpu").item() if dtype is torch.float64 else scaling
 
 
 def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site:
@@ -167,7 +168,8 @@ def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
             "torch.nn.Embedding in the model when the store was made"
         )
     other = served_by(module)
-    if type(module) is not site.base and (other is None or other.owner is not site.owner):
+    # Of a copied model the classes are a store's, without a site.
+    if BASES.get(type(module)) is not site.base or (other is not None and other.owner is not site.owner):
         raise AdapterFileError(f"module {path!r} is served by another AdapterStore; close() that one first")
     if "forward" in module.__dict__:
         raise AdapterFileError(
@@ -212,3 +214,9 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
                 f"the adapter of {path!r} has numbers that {own.dtype}, the model's dtype, cannot hold"
             )
     return rows
+
+
+def read_again(model: nn.Module, sites: Mapping[str, Site], max_rank: int, source: Source) -> Rows:
+    """The rows of what has left main memory."""
+    contents = read_source(model, source)
+    return pack(contents, find_parts(contents, model, sites, max_rank), sites)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,16 +19,15 @@ from torch import nn
 from lorakernels.config import LoRAConfig, check_rank
 from lorakernels.plan import BASE
 from lorakernels.serving.books import Books, Lease
-from lorakernels.serving.pages import find_sites
-from lorakernels.serving.served import BASES, Batch, restore, running, serve
+from lorakernels.serving.pages import Site, find_sites
+from lorakernels.serving.served import BASES, Batch, check_opener, restore, running, serve
 from lorakernels.serving.sources import (
-    Rows,
-    Source,
     Tensors,
     check_name,
     find_parts,
     find_source,
     pack,
+    read_again,
     read_source,
     read_tensors,
 )
@@ -88,7 +90,11 @@ class AdapterStore:
         if not self._sites:
             raise ValueError(f"{type(model).__name__} has no torch.nn.Linear or torch.nn.Embedding to serve")
         self._classes = list(dict.fromkeys(site.pages for site in self._sites.values()))
-        self._books = Books(DeviceTier(max_adapters), HostTier(host_bytes), self._read_again)
+        # Nothing it holds holds the store, so that one which nobody has any more goes at once.
+        read = partial(read_again, self.model, self._sites, max_rank)
+        self._books = Books(DeviceTier(max_adapters), HostTier(host_bytes), read)
+        sites = weakref.WeakSet(self._sites.values())  # a model may hold its store
+        weakref.finalize(self, _restore_all, sites).atexit = False
         self._numbers = itertools.count()
         self._worker: ThreadPoolExecutor | None = None
         self._prefetches: dict[str, Future[None]] = {}
@@ -179,7 +185,8 @@ class AdapterStore:
         The first dimension of every x that reaches a served module must be a multiple of the rows: each is then as
         many successive ones, as `generate` repeats them for beams. None is the base model, to the bit; so is a batch
         of None alone, or of nothing. Of batches in each other the inner one counts. A batch is its thread's own (and
-        its asyncio task's): open it in the thread that calls the model.
+        its asyncio task's): open it in the thread that calls the model. A generator may not: what else runs in
+        its thread while it waits would be in the batch.
 
         Args:
             rows: the adapters by row; those that are not on the device are brought there first.
@@ -190,8 +197,10 @@ class AdapterStore:
             CapacityError: they do not fit the device together, or beside what is pinned and in use.
             AdapterFileError: one was to be read again, and its files are gone, or others.
             StaleBatchError: a lease was released.
+            RuntimeError: a generator opens it.
             TypeError, ValueError: rows or lengths are not what is expected.
         """
+        check_opener(sys._getframe())
         _check_rows(rows, lengths)
         self._await_prefetches([row for row in rows if isinstance(row, str)])
         held = self._books.hold(rows)
@@ -232,8 +241,7 @@ class AdapterStore:
             if in_use:
                 raise RuntimeError(f"adapters are in use: {', '.join(in_use)}; end their batches and leases first")
             self._books.closed = True
-            for site in self._sites.values():
-                restore(site)
+            _restore_all(self._sites.values())
             for writer in {pages.writer for pages in self._classes}:
                 if writer.stream is not None:
                     torch.cuda.synchronize(writer.device)  # kernels may be reading what is freed now
@@ -268,10 +276,6 @@ class AdapterStore:
                 serve(self._sites[path])
             books.count_load(start, reads=source is not None)
 
-    def _read_again(self, source: Source) -> Rows:
-        contents = read_source(self.model, source)
-        return pack(contents, find_parts(contents, self.model, self._sites, self.max_rank), self._sites)
-
     def _fetch(self, name: str) -> None:
         held = self._books.hold([name], count=False)
         self._books.release(version for version in held if version is not None)
@@ -281,6 +285,11 @@ class AdapterStore:
             pending = [self._prefetches.pop(name) for name in set(names) if name in self._prefetches]
         for future in pending:
             future.exception()  # whatever it was, this use tries again
+
+
+def _restore_all(sites: Iterable[Site]) -> None:
+    for site in sites:
+        restore(site)
 
 
 def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | None) -> None:

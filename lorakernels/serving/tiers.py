@@ -125,9 +125,9 @@ class HostTier:
         self.nbytes = 0
         self.versions: OrderedDict[Version, None] = OrderedDict()
 
-    def check(self, version: Version) -> None:
-        """Raise CapacityError where an adapter that must be kept cannot be."""
-        fixed = sum(other.nbytes for other in self.versions if other.source is None)
+    def check(self, version: Version, freed: Version | None) -> None:
+        """Raise CapacityError where an adapter that must be kept cannot be, once `freed` has left."""
+        fixed = sum(other.nbytes for other in self.versions if other.source is None and other is not freed)
         if version.source is None and fixed + version.nbytes > self.budget:
             raise CapacityError(
                 f"adapter {version.name!r} of {version.nbytes:,} bytes came as tensors, which have no folder to be "
@@ -135,16 +135,19 @@ class HostTier:
                 "taken by others like it; raise host_bytes, or save it and load the folder"
             )
 
-    def keep(self, version: Version, rows: Rows) -> None:
-        """Keep an adapter, if it fits; the least recently used leave for it."""
+    def keep(self, version: Version, rows: Rows, freed: Version | None = None) -> None:
+        """Keep an adapter, if it fits; `freed`, and then the least recently used, leave for it."""
         if version in self.versions:
             self.versions.move_to_end(version)
             return
         leaving, room = [], self.budget - self.nbytes - version.nbytes
+        if freed is not None and freed in self.versions:
+            leaving.append(freed)
+            room += freed.nbytes
         for other in self.versions:
             if room >= 0:
                 break
-            if other.source is not None:
+            if other.source is not None and other is not freed:
                 leaving.append(other)
                 room += other.nbytes
         if room < 0:
