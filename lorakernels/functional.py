@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from lorakernels import ops
 from lorakernels.backend import Explanation, explain_impl
 from lorakernels.plan import BatchPlan
 from lorakernels.tuning.heuristic import Batch
-from lorakernels.tuning.table import choose_with_source, takes_few_tokens_form
+from lorakernels.tuning.table import choose_with_source, takes_few_tokens_form, takes_one_pass
 
 
 def lora_linear(
@@ -221,7 +221,9 @@ def explain(
     dropout_p: float | torch.Tensor = 0.0,
     impl: str = "auto",
 ) -> Explanation:
-    """Which implementation `lora_linear` takes for x, and why; with weight and lora_A, which kernels and configs too.
+    """Which implementation `lora_linear` takes for x, and why; with weight and lora_A, its launches and configs too.
+
+    The launches are of forward and backward, with all gradients but the weight's and with a contiguous dy.
 
     With a `plan` it is `multi_lora_linear` that is explained, with lists for several projections, and with its
     `dropout_p`, which needs tiles. A config comes from the user's tuning table, the shipped one, or the heuristic.
@@ -239,16 +241,49 @@ def explain(
         return Explanation(resolved, why, _multi_kernels(x, weights, width, plan, dropout))
     if not (isinstance(weight, torch.Tensor) and isinstance(lora_A, torch.Tensor)):
         raise TypeError("weight and lora_A are lists; expected tensors, or plan= as multi_lora_linear has it")
-    (N, K), r, M, itemsize = weight.shape, lora_A.shape[0], math.prod(x.shape[:-1]), x.element_size()
-    names = ("few_tokens",) if takes_few_tokens_form(M, r, itemsize) else ("shrink", "linear_expand")
-    launches = [(name, name, K if name == "shrink" else N, K) for name in names]
-    launches.append(("outer (backward, dy pass)", "outer", N, N))
-    tma = K * itemsize % 16 == 0 and N * itemsize % 16 == 0
+    return Explanation(resolved, why, _kernels(x, weight, lora_A.shape[0]))
+
+
+def _kernels(x: torch.Tensor, weight: torch.Tensor, r: int) -> tuple[str, ...]:
+    """The launches of forward and backward, as the kernels' launchers ask for their configs; dy taken as contiguous."""
+    from lorakernels.kernels.descriptors import fits_descriptor
+
+    (N, K), M, itemsize, device = weight.shape, math.prod(x.shape[:-1]), x.element_size(), x.device
+    # y and dx are new, and dy is taken to be: nothing but the length of their rows may keep them from a descriptor.
+    y_fits, dx_fits = N * itemsize % 16 == 0, K * itemsize % 16 == 0
+    forward_tma = y_fits and fits_descriptor(x.reshape(M, K)) and _fits(weight, fits_descriptor)
+    backward_tma = M > 0 and y_fits and dx_fits and _fits(weight.t(), fits_descriptor)
+    dA = ("outer (backward, dA)", "outer", K, K, False)
+    dB = ("outer (backward, dB)", "outer", N, N, False)
+    if takes_few_tokens_form(M, r, itemsize):
+        launches = [
+            ("few_tokens", "few_tokens", N, K, False),
+            ("few_tokens (backward, dx and G)", "few_tokens", K, N, False),
+            dB,
+            dA,
+        ]
+    else:
+        one_pass = takes_one_pass(N, r, itemsize, choose_with_source("outer", M, N, N, r, itemsize, device)[0].BLOCK_N)
+        launches = [
+            ("shrink", "shrink", K, K, False),
+            ("linear_expand", "linear_expand", N, K, forward_tma),
+            *(
+                [("outer (backward, dB and G)", *dB[1:])]
+                if one_pass
+                else [("shrink (backward, G)", "shrink", N, N, False), dB]
+            ),
+            dA,
+            ("linear_expand (backward, dx)", "linear_expand", K, N, backward_tma),
+        ]
     kernels = []
-    for title, operation, outputs, summed in launches:
-        config, source = choose_with_source(operation, M, outputs, summed, r, itemsize, x.device, tma)
+    for title, operation, outputs, summed, tma in launches:
+        config, source = choose_with_source(operation, M, outputs, summed, r, itemsize, device, tma)
         kernels.append(f"{title}: {config} ({source})")
-    return Explanation(resolved, why, tuple(kernels))
+    return tuple(kernels)
+
+
+def _fits(weight: torch.Tensor, fits_descriptor: Callable[[torch.Tensor], bool]) -> bool:
+    return fits_descriptor(weight if weight.stride(1) == 1 else weight.t())
 
 
 def _multi_kernels(

@@ -1,4 +1,4 @@
-"""What a call for many adapters tells of itself: which kernels it takes, and how many operations it counts for."""
+"""What a call tells of itself: which kernels it takes, and, for many adapters, how many operations it counts for."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 pytest.importorskip("triton")
 
 import lorakernels as lk
-from lorakernels.kernels import multi_lora
+from lorakernels.kernels import lora_linear, multi_lora
 from lorakernels.kernels.launch import record_launches
 from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs
+from lorakernels.tuning.device import assume
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,72 @@ def test_explain_tells_what_is_launched(
         assert f"), {form}: {config} (" in line and line.endswith(")")
         assert launch.kernel.__name__.startswith(line.partition(" ")[0])
     assert {launch.config.BLOCK_M for launch in launched if "outer" not in launch.kernel.__name__} == forms
+
+
+def _off_by_8_bytes(rows: int, cols: int) -> torch.Tensor:
+    return torch.empty(rows, cols + 8, dtype=torch.bfloat16)[:, 4 : cols + 4]
+
+
+def _plain(rows: int, cols: int) -> torch.Tensor:
+    return torch.empty(rows, cols, dtype=torch.bfloat16)
+
+
+def _part_of_longer_rows(rows: int, cols: int) -> torch.Tensor:
+    return _plain(rows, cols + 4)[:, :cols]
+
+
+def _stored_transposed(rows: int, cols: int) -> torch.Tensor:
+    return _plain(cols, rows).t()
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "K", "r", "make_x", "make_weight", "tma"),
+    [
+        (512, 1024, 512, 16, _plain, _plain, [True, True]),
+        (512, 512, 1024, 16, _off_by_8_bytes, _plain, [False, True]),
+        (512, 1024, 512, 16, _plain, _off_by_8_bytes, [False, False]),
+        (512, 1024, 512, 16, _plain, _stored_transposed, [True, True]),
+        (512, 1024, 512, 16, _stored_transposed, _plain, [False, True]),
+        (512, 1020, 512, 16, _plain, _plain, [False, False]),
+        (512, 512, 1020, 16, _plain, _plain, [False, False]),
+        (512, 512, 1020, 16, _part_of_longer_rows, _part_of_longer_rows, [True, False]),
+        (1024, 4096, 512, 256, _plain, _plain, [True, True]),  # dy is read twice
+        (16, 1024, 512, 16, _plain, _plain, []),
+    ],
+)
+def test_explain_tells_both_directions_as_they_are_launched(
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    make_x: Callable[[int, int], torch.Tensor],
+    make_weight: Callable[[int, int], torch.Tensor],
+    tma: list[bool],
+) -> None:
+    x, weight, dy, A, B = make_x(M, K), make_weight(N, K), _plain(M, N), _plain(r, K), _plain(N, r)
+    with assume("sm_90"):
+        with record_launches() as launches:
+            _, s, _ = lora_linear.forward(x, weight, A, B, None, None, None, 1.0, 0)
+            needs = {"need_dx": True, "need_dA": True, "need_dB": True}
+            lora_linear.backward(dy, x, weight, A, B, s, None, 1.0, 0, **needs, bias_dtype=None)
+        kernels = lk.explain(x, weight, A, impl="triton").kernels
+    launched = [launch for launch in launches if launch.kernel.__name__ != "sum_planes_kernel"]
+    assert len(kernels) == len(launched)
+    for line, launch in zip(kernels, launched, strict=True):
+        title = line.partition(": ")[0]
+        assert launch.kernel.__name__.startswith(title.partition(" ")[0]) and f": {launch.config} (" in line
+        assert title.endswith("and G)") == (launch.constexprs.get("WITH_P", "dx and" in title)), title
+    assert ["linear_expand_tma" in i.kernel.__name__ for i in launched if "linear" in i.kernel.__name__] == tma
+
+
+def test_gradients_of_more_slots_than_a_grid_has_rows() -> None:
+    S, T, R, K = 70_000, 128, 8, 64
+    plan = lk.BatchPlan(S, T, max_rank=R, device="meta").tensors
+    x, dy, W, s = (torch.empty(size, device="meta") for size in ((T, K), (T, K), (K, K), (1, T, R)))
+    A, B = torch.empty(S, R, K, device="meta"), torch.empty(S, K, R, device="meta")
+    with record_launches() as launches:
+        multi_lora.backward([dy], x, [W], [A], [B], plan, s, None, need_dx=True, need_dA=True, need_dB=True)
+    assert all(max(launch.grid[1:], default=1) <= 65_535 for launch in launches)
 
 
 def test_explain_of_lists_needs_a_plan(device: str) -> None:

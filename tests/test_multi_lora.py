@@ -43,7 +43,7 @@ TINY = KernelConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_R=16, SPLIT=2)
 HEIGHTS = {"triton-token": 1, "triton-tiles": 16, "triton-high_tiles": 64}
 PATHS = ["torch", "triton", *HEIGHTS]
 # What the interpreter takes long for is run by one form in one dtype.
-IN_ALL_FORMS = ("mixed_ranks", "pages", "empty")
+IN_ALL_FORMS = ("mixed_ranks", "pages", "empty", "spare_slots")
 # One token's form has no dropout, and adapters there are of a token or two.
 NOT_BY_TOKEN = ("dropout", "dropout_by_slot", "dropout_pages", "all_one_adapter", "several_blocks", "grouped", "only_A")
 SEED = 1234
@@ -385,6 +385,30 @@ def test_the_form_follows_tokens_and_slots(tokens: int, slots: int, kernel: str)
     with record_launches() as launches:
         multi_lora.shrink(x, [A], plan.tensors)
     assert launches[0].kernel.__name__ == kernel
+
+
+class _OnGpu:
+    """Stands for `torch.device("cuda")` where there is none."""
+
+    type = "cuda"
+
+
+def test_a_list_goes_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, steps = lk.BatchPlan(2, 4), []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        steps.append("pinned")
+        return tensor
+
+    def to(tensor: torch.Tensor, device: Any, non_blocking: bool = False) -> torch.Tensor:
+        steps.append("on its way" if non_blocking else "waited for")
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(plan, "device", _OnGpu())
+    assert plan._tensor("slot_ranks", [1, 2], torch.int32).tolist() == [1, 2]
+    assert steps == ["pinned", "on its way"]
 
 
 def test_operators_and_compile(device: str) -> None:

@@ -19,6 +19,7 @@ import lorakernels as lk
 from lorakernels.plan import TILE_HEIGHTS
 from lorakernels.tuning import table, table_file
 from lorakernels.tuning.config import KernelConfig
+from lorakernels.tuning.data_sheet import data_sheet
 from lorakernels.tuning.device import UNKNOWN, Device, assume, device_of, example_of
 from lorakernels.tuning.heuristic import FORMS, MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
 from lorakernels.tuning.table import choose, choose_with_source, clear, forced_configs, load_table, misfit
@@ -221,6 +222,23 @@ def test_a_gpu_that_no_table_knows_is_a_warning_once(on_h100: torch.device) -> N
     assert "no tuning table of NVIDIA H100 80GB HBM3" in message and "see `lorakernels tune`" in message
 
 
+def test_without_a_home_directory_there_is_no_user_table(
+    tmp_path: Path, on_h100: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written(shipped_path(H100), SHRINK)
+    for name in ("LORAKERNELS_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.warns(RuntimeWarning, match=r"there is no user table: Could not .*; set LORAKERNELS_CACHE") as caught:
+        for M in (1, 4096):
+            assert shrink_choice(on_h100, M).source.startswith("shipped table")
+    assert len(caught) == 1
+
+
 def test_where_there_is_no_gpu_a_missing_table_is_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings(), assume("sm_90"):
         warnings.simplefilter("error")
@@ -415,6 +433,34 @@ def test_rows_that_no_descriptor_takes_are_no_warning(on_h100: torch.device) -> 
         warnings.simplefilter("error")
         assert choose_with_source("linear_expand", 4096, 512, 512, 16, 2, on_h100, False).source == "heuristic"
     assert choose("linear_expand", 4096, 512, 512, 16, 2, on_h100, True) == TMA
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA A100 80GB PCIe", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+    ],
+)
+def test_a_data_sheet_is_of_that_device_alone(device: str, name: str | None) -> None:
+    sheet = data_sheet(device)
+    assert (sheet and sheet.name) == name
 
 
 def test_every_heuristic_fits() -> None:

@@ -202,7 +202,7 @@ def low_rank_flops(case: Case) -> int:
 def floor(case: Case, sheet: DataSheet | None = None) -> float:
     """The least (adapted layer) / (frozen layer): operations alone, or on a device that is known, its roofline.
 
-    The adapted layer must read A and B twice and write their gradients; all its other traffic could be hidden.
+    Of orders that keep W and B A apart. They read A and B twice and write their gradients; the rest could be hidden.
     """
     base_flops = cost("frozen", case).flops
     flops = base_flops + low_rank_flops(case)

@@ -43,14 +43,15 @@ def multi_outer_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """A program a block of columns, slot, block of its rank, slice and part of the tokens; `factors` are written."""
+    """A program a slot, block of its rank, block of columns, slice and part of the tokens; `factors` are written."""
     num_blocks_r = tl.cdiv(R, BLOCK_R)
-    slot = tl.program_id(1) // num_blocks_r
-    pid_r = tl.program_id(1) % num_blocks_r
+    slot = tl.program_id(0) // num_blocks_r
+    pid_r = tl.program_id(0) % num_blocks_r
+    pid_n = tl.program_id(1)
     pid_s = tl.program_id(2) % NUM_SLICES
     pid_m = tl.program_id(2) // NUM_SLICES
     num_parts = tl.num_programs(2) // NUM_SLICES
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     rank = tl.load(plan_ptr + ranks_at + slot)
     first = tl.load(plan_ptr + starts_at + slot)
@@ -58,7 +59,7 @@ def multi_outer_kernel(
     z_ptr, out_ptr, N, stride_zm, stride_zn, stride_slot, stride_rank, stride_col = pick_slice(
         pid_s, zs, factors, cols, strides_zm, strides_zn, strides_slot, strides_rank, strides_col, NUM_SLICES
     )
-    if tl.program_id(0) * BLOCK_N >= N:
+    if pid_n * BLOCK_N >= N:
         return
 
     out = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
@@ -69,7 +70,7 @@ def multi_outer_kernel(
         tokens = tl.load(plan_ptr + order_at + places, mask=places < end, other=T)
         z = load_tile(z_ptr, tokens, offs_n, T, N, stride_zm, stride_zn)
         if DROPOUT:
-            byte_cols = tl.program_id(0) * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
+            byte_cols = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
             mask_bytes = load_mask_bytes(mask_ptr, tokens, byte_cols, T, (N + 7) // 8)
             z = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_N), z, 0.0)
         t = load_tile(t_slice, tokens, offs_r, T, R, R, 1).to(z.dtype)
@@ -104,6 +105,11 @@ def multi_outer(
     num_slices, T, R = t.shape
     z = zs[0]
     paged = plan.pages is not None
+    if not paged:
+        # Stacks may hold more slots than the plan: no program writes those.
+        for gradient in gradients:
+            gradient.tensor[plan.num_slots :].zero_()
+        gradients = [gradient._replace(tensor=gradient.tensor[: plan.num_slots]) for gradient in gradients]
     cols = max(factor.cols for factor in gradients)
     config = choose_multi("multi_outer", z, plan.num_slots, cols, R, num_slices)
     split = 1 if paged else config.SPLIT
@@ -114,7 +120,7 @@ def multi_outer(
         "mask_ptr": mask,
         "T": T,
         "R": R,
-        "num_slots": gradients[0].tensor.shape[0],
+        "num_slots": plan.num_slots,
         "starts_at": plan.layout.starts,
         "order_at": plan.layout.order,
         "strides_zm": tuple(z.stride(0) for z in zs),
@@ -132,7 +138,8 @@ def multi_outer(
         "BLOCK_R": config.BLOCK_R,
     }
     rank_blocks = plan.num_slots * triton.cdiv(R, config.BLOCK_R)
-    grid = (triton.cdiv(cols, config.BLOCK_N), rank_blocks, num_slices * split)
+    # Slots first: a grid's other axes end at 65,535.
+    grid = (rank_blocks, triton.cdiv(cols, config.BLOCK_N), num_slices * split)
     launch(multi_outer_kernel, grid, args, constexprs, config)
     for plane, gradient in zip(planes, gradients, strict=True):
         sum_planes(plane, gradient.tensor)

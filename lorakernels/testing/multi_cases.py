@@ -32,6 +32,7 @@ class MultiCase:
     adapter_dtype: torch.dtype | None = None
     layout: str = "contiguous"
     paged: bool = False
+    spare: int = 0  # slots of the stacks past the plan's
     needs: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias")
 
     def __str__(self) -> str:
@@ -64,6 +65,7 @@ MULTI_CASES = (
     MultiCase("transposed", layout="transposed"),
     MultiCase("every_second", Ns=(24, 16), layout="every_second"),
     MultiCase("layered_stacks", layout="layered"),
+    MultiCase("spare_slots", spare=2),
     MultiCase("huge_strides", T=5, ranks=(2, 1, 2), R=2, K=5, Ns=(4,), layout="huge_strides"),
     MultiCase("pages", paged=True),
     MultiCase("pages_slices_odd", T=19, K=29, Ns=(23, 5), paged=True, adapter_dtype=torch.float32),
@@ -134,9 +136,11 @@ def make_multi_inputs(
     lead = (T,) if case.lead is None else case.lead
     adapter = case.adapter_dtype or dtype
     As, Bs = [], []
+    ranks_of_stack = torch.tensor([*case.ranks, *[0] * case.spare], device=device)
     for N in case.Ns:
-        A, B = randn(S, R, K, scale=K**-0.5, of=adapter), randn(S, N, R, scale=R**-0.5, of=adapter)
-        past = torch.arange(R, device=device) >= ranks.to(device)[:, None]
+        A = randn(S + case.spare, R, K, scale=K**-0.5, of=adapter)
+        B = randn(S + case.spare, N, R, scale=R**-0.5, of=adapter)
+        past = torch.arange(R, device=device) >= ranks_of_stack[:, None]
         A.masked_fill_(past[:, :, None], float("nan"))
         B.masked_fill_(past[:, None, :], float("nan"))
         if num_pages is not None and table is not None:

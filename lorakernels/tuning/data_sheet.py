@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 
@@ -10,7 +11,7 @@ class DataSheet:
     """Peaks in FLOP/s (dense, float32 accumulation) and bytes/s, and sizes in bytes."""
 
     name: str
-    matches: str  # the part of it that the driver's name of the device has
+    matches: str  # a whole word of the driver's name of the device
     arch: str  # as the compiler calls it
     half: float  # bfloat16 and float16
     single: float  # float32 without TF32
@@ -31,6 +32,8 @@ _SHEETS = (
     ("MI300X", "MI300X", "gfx942", 1307.4e12, 163.4e12, 5.3e12, 256, 64, "AMD Instinct MI300X data sheet"),
     ("RTX 4090", "4090", "sm_89", 165.2e12, 82.6e12, 1.008e12, 72, 99, "NVIDIA Ada GPU architecture, appendix A"),
 )
+# Devices that share such a word and have another data sheet: fewer processors, less or slower memory.
+_OTHERS = re.compile(r"PCIe|NVL|40GB|64GB|Laptop|MIG|4090 D\b", re.IGNORECASE)
 DATA_SHEETS = tuple(
     DataSheet(name, matches, arch, half, single, bandwidth, l2 << 20, shared << 10, source)
     for name, matches, arch, half, single, bandwidth, l2, shared, source in _SHEETS
@@ -44,7 +47,9 @@ _UNLISTED = replace(_BY_ARCH["sm_80"], name="unlisted", shared_per_block=227 << 
 
 def data_sheet(device_name: str) -> DataSheet | None:
     """The data sheet of the device that the driver calls so; None when it is not in the table."""
-    return next((sheet for sheet in DATA_SHEETS if sheet.matches in device_name), None)
+    if _OTHERS.search(device_name):
+        return None
+    return next((sheet for sheet in DATA_SHEETS if re.search(rf"\b{sheet.matches}\b", device_name)), None)
 
 
 def speed_of(arch: str, name: str = "") -> DataSheet:

@@ -212,7 +212,11 @@ def _tables(device: Device, is_gpu: bool) -> tuple[Table, ...]:
     named: list[tuple[str, Path]] = [(f"shipped table {device.slug}", table_file.shipped_path(device))]
     tables, none_found = [], device.name not in _loaded
     if is_gpu:
-        named.insert(0, (f"user table {table_file.user_path(device)}", table_file.user_path(device)))
+        try:
+            path = table_file.user_path(device)
+            named.insert(0, (f"user table {path}", path))
+        except RuntimeError as error:  # no home directory, as in a container with a user of its own
+            _warn(f"there is no user table: {str(error).rstrip('.')}; set LORAKERNELS_CACHE")
     if device.name in _loaded:
         tables.append(_loaded[device.name])
     for name, path in named:
