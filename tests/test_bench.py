@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
+import io
 import json
 import os
 import re
@@ -14,12 +14,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from lorakernels import cli
 from lorakernels.backend import ENVIRONMENT, interpreter_on
@@ -32,15 +31,13 @@ from lorakernels.bench import (
     profile,
     registry,
     run,
-    timing,
 )
-from lorakernels.bench.compare import compare
+from lorakernels.bench.compare import compare, print_comparison
 from lorakernels.bench.multi_peers import MULTI_PEERS
 from lorakernels.bench.operations import OPERATIONS, choose_peers
 from lorakernels.bench.peer import Results, Step
 from lorakernels.bench.peers import PEERS, make_tensors
 from lorakernels.bench.registry import Case, MultiCase, case_of
-from lorakernels.bench.timing import interleaved
 from lorakernels.bench.verify import Exact, verify
 from lorakernels.tuning.data_sheet import data_sheet
 
@@ -230,71 +227,6 @@ def test_time_limit() -> None:
     assert "time limit" in found[0]["reason"]
 
 
-def test_rounds_take_turns() -> None:
-    order: list[str] = []
-
-    @dataclasses.dataclass
-    class Named:
-        name: str
-        how: str = "test"
-
-        def start(self, turn: int) -> None:
-            order.append(self.name)
-
-        def seconds(self) -> float:
-            return 1.0
-
-    times = interleaved([Named("a"), Named("b"), Named("c")], rounds=3, warm_up=0)
-    assert "".join(order) == "abcbcacab" and np.array_equal(times, np.ones((3, 3)))
-
-
-class FakeCuda:
-    """What `GpuEvents` asks of torch.cuda; a capture may be refused, and a millisecond passes at every step."""
-
-    def __init__(self, captures: bool) -> None:
-        self.captures, self.clock, self.replays = captures, 0.0, 0
-        self.steps: list[str] = []
-        self.CUDAGraph = lambda: SimpleNamespace(replay=self.replay)
-        self.Stream = lambda: SimpleNamespace(wait_stream=lambda other: None)
-        self.current_stream = self.Stream
-        self.synchronize = self.graph_pool_handle = lambda: None
-        self.stream = lambda side: contextlib.nullcontext()
-
-    def step(self) -> None:
-        self.steps.append("step")
-        self.clock += 1.0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.clock += 0.25 * 3
-
-    @contextlib.contextmanager
-    def graph(self, graph: Any, pool: Any) -> Iterator[None]:
-        yield
-        if not self.captures:
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    def Event(self, enable_timing: bool) -> Any:
-        assert enable_timing
-        at = SimpleNamespace(time=0.0, synchronize=lambda: None)
-        at.record = lambda: setattr(at, "time", self.clock)
-        at.elapsed_time = lambda other: other.time - at.time
-        return at
-
-
-@pytest.mark.parametrize(("captures", "how", "milliseconds"), [(True, "cuda graph", 0.25), (False, "events", 1.0)])
-def test_timer_of_a_gpu(captures: bool, how: str, milliseconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A turn goes over all the buffers, by replay where they could be captured; the time is that of one step."""
-    fake = FakeCuda(captures)
-    monkeypatch.setattr(timing.torch, "cuda", fake)
-    timing._graph_memory.cache_clear()
-    measured = timing.timer(torch.device("cuda"), [fake.step] * 3)
-    assert measured.how.startswith(how) and ("RuntimeError" in measured.how) is not captures
-    assert interleaved([measured], rounds=2, warm_up=1) == pytest.approx(milliseconds / 1e3)
-    assert (fake.replays == 1 + 3) is captures
-    timing._graph_memory.cache_clear()
-
-
 # ------------------------------------------------------------------------------------------- pictures and comparisons
 
 
@@ -356,6 +288,34 @@ def test_compare_what_is_in_one_only(rows: list[dict[str, Any]]) -> None:
     fewer = [row for row in rows if row["peer"] != "eager"]
     verdicts = {change.key[-1]: change.verdict for change in compare(rows, fewer).changes}
     assert verdicts["eager"] == "not in both"
+
+
+def test_what_is_timed_by_events_stands_apart(
+    rows: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the pictures a line of its own, and no verdict against a CUDA graph."""
+    captured = [row | {"timing": "cuda graph"} if "timing" in row else row for row in rows]
+    events = "events (no CUDA graph: RuntimeError)"
+    some = [row | {"timing": events} if row["peer"] == "peft" and "timing" in row else row for row in captured]
+    console = Console(width=250, record=True, file=io.StringIO())
+    changes = compare(captured, some)
+    print_comparison(changes, console)
+    printed = console.export_text()
+    for change in changes.changes:
+        apart = change.key.peer == "peft" and change.before is not None
+        assert (change.verdict == "timed by cuda graph before, by events after") is apart
+        assert not apart or change.change is None
+    assert "), events" in printed
+    labels: list[str] = []
+    finish = plot._finish
+
+    def watched(figure: Any, axes: Any, *rest: Any) -> None:
+        labels.extend(axes.get_legend_handles_labels()[1])
+        finish(figure, axes, *rest)
+
+    monkeypatch.setattr(plot, "_finish", watched)
+    label = PEERS["peft"].label
+    assert plot.plot(some, tmp_path) and f"{label} (events)" in labels and label not in labels
 
 
 # ------------------------------------------------------------------------------------------- the command
@@ -444,6 +404,14 @@ def test_every_command_of_the_gpu_script(arguments: tuple[str, ...], tmp_path: P
             registry.cases_of(parsed.set)
             for operation in OPERATIONS.values():
                 choose_peers(parsed.impl, operation, CPU)
+    tables = {
+        name: next((word for word in line if word.startswith("LORAKERNELS_CACHE=")), None)
+        for line in lines
+        for name in ("headline-heuristic", "headline")
+        if "bench" in line and "--out" in line and line[-1].endswith(f"/{name}.json")
+    }
+    # The heuristic is measured without the table that a run before has left.
+    assert tables == {"headline-heuristic": f"LORAKERNELS_CACHE={tmp_path / 'out' / 'no-cache'}", "headline": None}
     for line in lines:
         assert all((ROOT / word).exists() for word in line if word.startswith("tests/"))
     assert any("lorakernels.bench.profile" in line for line in lines) and any("pytest" in line for line in lines)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorakernels.bench.registry import AnyCase, case_of
+from lorakernels.bench.timing import EVENTS, clock
 
 Row = dict[str, Any]
 _CANNOT_COMPARE = "not in both"
@@ -25,22 +26,28 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both runs: the ratio to the frozen layer as (p20, p50, p80), None where there is no time."""
+    """One row of both runs: the ratio to the frozen layer as (p20, p50, p80), None where there is none.
+
+    A `note` says why the two cannot be compared.
+    """
 
     key: Key
     before: tuple[float, float, float] | None
     after: tuple[float, float, float] | None
     note: str = ""
+    clocks: tuple[str | None, str | None] = (None, None)
 
     @property
     def change(self) -> float | None:
         """After over before, less 1: negative is faster."""
-        return None if self.before is None or self.after is None else self.after[1] / self.before[1] - 1
+        if self.note or self.before is None or self.after is None:
+            return None
+        return self.after[1] / self.before[1] - 1
 
     @property
     def verdict(self) -> str:
         """Faster or slower, where the two spreads (p20 to p80) do not meet; else within the spread."""
-        if self.before is None or self.after is None:
+        if self.note or self.before is None or self.after is None:
             return self.note or _CANNOT_COMPARE
         if self.after[2] < self.before[0]:
             return "faster"
@@ -74,7 +81,10 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
             for when, row in (("before", first), ("after", second))
             if row is not None and row["status"] != "ok"
         ]
-        changes.append(Change(key, _ratio(first), _ratio(second), "; ".join(notes)))
+        clocks = _clock(first), _clock(second)
+        if None not in clocks and clocks[0] != clocks[1]:
+            notes.append(f"timed by {clocks[0]} before, by {clocks[1]} after")
+        changes.append(Change(key, _ratio(first), _ratio(second), "; ".join(notes), clocks))
     return Comparison(tuple(changes), (_device(before), _device(after)))
 
 
@@ -85,9 +95,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         shape = f"{change.key.operation} {change.key.case}"
         percent = "" if change.change is None else f"{change.change:+.1%}"
         style = {"faster": "green", "slower": "red"}.get(change.verdict)
-        table.add_row(
-            shape, change.key.peer, _text(change.before), _text(change.after), percent, change.verdict, style=style
-        )
+        before, after = map(_text, (change.before, change.after), change.clocks)
+        table.add_row(shape, change.key.peer, before, after, percent, change.verdict, style=style)
     console.print(table)
     if comparison.devices[0] != comparison.devices[1]:
         console.print(f"Two devices: {comparison.devices[0]} before, {comparison.devices[1]} after.")
@@ -111,9 +120,14 @@ def _ratio(row: Row | None) -> tuple[float, float, float] | None:
     return low, middle, high
 
 
+def _clock(row: Row | None) -> str | None:
+    return None if row is None or "timing" not in row else clock(row["timing"])
+
+
 def _device(rows: Sequence[Row]) -> str:
     return str(rows[0]["environment"]["device"])
 
 
-def _text(ratio: tuple[float, float, float] | None) -> str:
-    return "-" if ratio is None else f"{ratio[1]:.3f} ({ratio[0]:.3f} … {ratio[2]:.3f})"
+def _text(ratio: tuple[float, float, float] | None, timed_by: str | None) -> str:
+    text = "-" if ratio is None else f"{ratio[1]:.3f} ({ratio[0]:.3f} … {ratio[2]:.3f})"
+    return f"{text}, events" if timed_by == EVENTS else text

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakernels.bench.multi import padded_bytes, paged_bytes
 from lorakernels.bench.registry import Case, MultiCase, case_of
+from lorakernels.bench.timing import EVENTS, clock
 from lorakernels.tuning.data_sheet import DataSheet, data_sheet
 
 Row = dict[str, Any]
@@ -101,7 +102,8 @@ def _ratio(rows: Sequence[Row], path: Path, over: str, label: str, sizes: Sequen
         low, middle, high = zip(*(row["ratio"] for row in own), strict=True)
         colour, marker = STYLES[peer]
         at = [row[over] for row in own]
-        axes.plot(at, middle, color=colour, marker=marker, label=own[0]["label"], linewidth=1.8, markersize=5.5)
+        fill = "white" if _by_events(own[0]) else colour
+        axes.plot(at, middle, c=colour, marker=marker, mfc=fill, label=_label(own[0]), linewidth=1.8, markersize=5.5)
         axes.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
     for name, style in (("floor", "--"), ("memory_floor", ":")):
         floors = [next(row for row in chosen if row[over] == x).get(name) for x in xs]
@@ -129,7 +131,9 @@ def _roofline(rows: Sequence[Row], path: Path) -> bool:
         colour, marker = STYLES[peer]
         at = [row["flops"] / row["bytes"] for row in own]
         reached = [row["flops"] / row["seconds"][1] for row in own]
-        axes.scatter(at, reached, color=colour, marker=marker, s=34, alpha=0.8, label=own[0]["label"], linewidths=0)
+        fill, edge = ("none", 1.2) if _by_events(own[0]) else (colour, 0)
+        look = {"facecolors": fill, "edgecolors": colour, "linewidths": edge, "marker": marker}
+        axes.scatter(at, reached, s=34, alpha=0.8, label=_label(own[0]), **look)
     sheet = _sheet(rows)
     if sheet is not None:
         for dtype in sorted({row["dtype"] for row in chosen}):
@@ -241,8 +245,21 @@ def _finish(figure: Any, axes: Any, title: str, subtitle: str, rows: Sequence[Ro
 
 
 def _by_peer(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    grouped = {name: [row for row in rows if row["peer"] == name] for name in STYLES}
-    return [(name, own) for name, own in grouped.items() if own]
+    """In the order of the styles; what is timed by events stands apart from what is timed by a CUDA graph."""
+    grouped = [
+        (name, [row for row in rows if row["peer"] == name and _by_events(row) is events])
+        for name in STYLES
+        for events in (False, True)
+    ]
+    return [(name, own) for name, own in grouped if own]
+
+
+def _by_events(row: Row) -> bool:
+    return clock(row["timing"]) == EVENTS
+
+
+def _label(row: Row) -> str:
+    return f"{row['label']} (events)" if _by_events(row) else str(row["label"])
 
 
 def _layer_case(row: Row) -> Case:

@@ -15,7 +15,7 @@ from lorakernels.bench.environment import describe
 from lorakernels.bench.host import host_rows
 from lorakernels.bench.operations import OPERATIONS, AnyPeer, Operation, choose_peers, operation_of
 from lorakernels.bench.registry import AnyCase, case_of
-from lorakernels.bench.timing import Timer, interleaved, p20_50_80, timer
+from lorakernels.bench.timing import EVENTS, Timer, by_events, clock, interleaved, p20_50_80, timer
 from lorakernels.tuning.data_sheet import data_sheet
 from lorakernels.tuning.device import assume, device_of
 
@@ -132,21 +132,30 @@ def _tensor_sets(operation: Operation, case: AnyCase, device: torch.device) -> l
 
 
 def _time(heads: dict[str, Row], timers: dict[str, Timer], rounds: int) -> None:
+    """Seconds and ratios of the rows. A graph leaves out the host's time, and events need not, so what is timed by
+    events is held against the frozen layer by events; where that cannot be, there is no ratio."""
     if not timers:
         return
+    clocks = {name: clock(own.how) for name, own in timers.items()}
+    bases = {clocks["frozen"]: timers["frozen"]} if "frozen" in timers else {}
+    if bases and EVENTS in clocks.values() and EVENTS not in bases:
+        again = by_events(timers["frozen"])
+        if again is not None:
+            bases[EVENTS] = again
+    measured = list({id(own): own for own in (*timers.values(), *bases.values())}.values())
     try:
-        times = interleaved(list(timers.values()), rounds)
+        times = interleaved(measured, rounds)
     except Exception as error:
         for name in timers:
             heads[name] |= {"status": "error", "reason": f"while timing: {_one_line(error)}"}
         return
-    by_name = dict(zip(timers, times, strict=True))
-    base = by_name.get("frozen")
-    for name, seconds in by_name.items():
-        row = heads[name]
-        row |= {"timing": timers[name].how, "rounds": rounds, "seconds": p20_50_80(seconds)}
-        if base is not None:
-            row["ratio"] = p20_50_80(seconds / base)
+    seconds_of = {id(own): seconds for own, seconds in zip(measured, times, strict=True)}
+    for name, own in timers.items():
+        row, seconds = heads[name], seconds_of[id(own)]
+        row |= {"timing": own.how, "rounds": rounds, "seconds": p20_50_80(seconds)}
+        if clocks[name] in bases:
+            base = seconds_of[id(bases[clocks[name]])]
+            row |= {"ratio": p20_50_80(seconds / base), "frozen_seconds": p20_50_80(base)}
             row["share_of_floor"] = row["floor"] / row["ratio"][1]
             if "memory_floor" in row:
                 row["share_of_memory_floor"] = row["memory_floor"] / row["ratio"][1]
@@ -162,6 +171,8 @@ def line_of(row: Row) -> str:
     if "seconds" not in row:
         return f"{head} right"
     text = f"{head} {row['seconds'][1] * 1e6:12.1f} µs"
+    if clock(row["timing"]) == EVENTS:
+        text += " (events)"
     if "beyond_linear_s" in row:
         text += f"   {row['beyond_linear_s'][1] * 1e6:6.1f} µs beyond torch's own linear"
     elif "ratio" in row:
@@ -169,6 +180,8 @@ def line_of(row: Row) -> str:
         text += f"   {middle:6.3f} of frozen ({low:.3f} … {high:.3f})"
         if "share_of_memory_floor" in row and row["peer"] != "frozen":
             text += f"   memory floor {row['memory_floor']:.3f}, {row['share_of_memory_floor']:.0%} of it"
+    else:
+        text += "   no ratio: the frozen layer has no time by the same clock"
     return text
 
 

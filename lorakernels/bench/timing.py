@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+EVENTS = "events"
 
 
 class Timer(Protocol):
@@ -44,41 +45,61 @@ class WallClock:
 class GpuEvents:
     """On a GPU: a turn goes over every buffer, as one CUDA graph where the step can be captured."""
 
-    def __init__(self, steps: Sequence[Callable[[], object]]) -> None:
+    def __init__(self, steps: Sequence[Callable[[], object]], capture: bool = True) -> None:
         self.steps = steps
-        self.how = "events"
-        self._replay: Callable[[], object] = self._all
+        self.how = EVENTS
+        self._graph: Any = None
         self._before, self._after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        try:
-            self._capture()
-            self.how = "cuda graph"
-        except Exception as error:
-            torch.cuda.synchronize()
-            self.how = f"events (no CUDA graph: {type(error).__name__})"
+        if capture:
+            stream: Any = torch.cuda.current_stream()
+            try:
+                self._graph = self._captured()
+                self.how = "cuda graph"
+            except Exception as error:
+                torch.cuda.set_stream(stream)  # torch.cuda.graph does not leave its own where the capture's end raises
+                torch.cuda.synchronize()
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self.how = f"{EVENTS} (no CUDA graph: {reason[:120]})"
 
     def _all(self) -> None:
         for step in self.steps:
             step()
 
-    def _capture(self) -> None:
+    def _captured(self) -> Any:
         # Captured work must have run before, on another stream than the default.
         side: Any = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
-                self._all()
+            self._all()
+            self._all_without_waiting()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_graph_memory()):
+        # In memory of its own: a pool that graphs share may not be captured into again once all of them are gone.
+        with torch.cuda.graph(graph):
             self._all()
         graph.replay()
         torch.cuda.synchronize()
-        self._replay = graph.replay
+        return graph
+
+    def _all_without_waiting(self) -> None:
+        """A step that waits for the device raises here, where it does no harm.
+
+        A capture that breaks leaves the allocator and the random generator capturing, for the whole process.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self._all()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
 
     def start(self, turn: int) -> None:
         self._before.record()
-        self._replay()
+        if self._graph is None:
+            self._all()
+        else:
+            self._graph.replay()
         self._after.record()
 
     def seconds(self) -> float:
@@ -86,10 +107,14 @@ class GpuEvents:
         return self._before.elapsed_time(self._after) / 1e3 / len(self.steps)
 
 
-@lru_cache(maxsize=1)
-def _graph_memory() -> Any:
-    """One pool for all graphs: no replay leaves anything that is read later, and they never overlap."""
-    return torch.cuda.graph_pool_handle()
+def clock(how: str) -> str:
+    """What a timer's `how` measures with, less its reason: only times by the same clock make a ratio."""
+    return how.partition(" (")[0]
+
+
+def by_events(captured: Timer) -> Timer | None:
+    """The same steps without their CUDA graph; None for a timer that has none."""
+    return GpuEvents(captured.steps, capture=False) if isinstance(captured, GpuEvents) else None
 
 
 def timer(device: torch.device, steps: Sequence[Callable[[], object]]) -> Timer:
