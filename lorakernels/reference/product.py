@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-# From so many multiplications oneDNN is the faster: 0.91 of MKL's time at 256 × 256 × 256, 1.4 times it at 16 × 256 × 256.
+# From so many multiplications oneDNN is the faster: 0.91 of MKL's time at 256 × 256 × 256, 1.4 of it at 16 × 256 × 256.
 # With few tokens and a large weight it is too (0.43 at 4 × 1024 × 1024), but it rounds otherwise than the base layer,
 # and what PEFT's tests compare with that to eight digits has such sizes.
 _ONEDNN_FROM = 1 << 24
