@@ -12,6 +12,7 @@ from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.ops.library import (
     as_matrix,
+    as_output,
     functorch_is_active,
     implementation,
     library,
@@ -62,10 +63,7 @@ def _compute(
     y, s, mask = implementation(impl, x).forward(
         as_matrix(x), weight, lora_A, lora_B, bias, row_scale, seed, scaling, drop_threshold(dropout_p)
     )
-    if x.dim() != 2:
-        # No view: autograd forbids editing a Function's output in place where it is one, and plain layers allow it.
-        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
-    return y, s, mask
+    return as_output(y, x), s, mask
 
 
 def _forward(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -378,10 +376,8 @@ def lora_linear(
 ) -> torch.Tensor:
     """The layer on checked arguments; no autograd.Function when nothing needs a gradient."""
     if dropout_p == 0 and row_scale is None and scaling != 0 and is_small(x, weight, lora_A, lora_B, impl):
-        if x.dim() == 2:
-            return reference_lora_linear.composed(x, weight, lora_A, lora_B, bias, scaling)
         y = reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling)
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+        return as_output(y, x, view=not y.requires_grad)
     seed = None
     if dropout_p > 0:
         # On x's device, and read there: the host never waits. randint takes part in checkpointing's

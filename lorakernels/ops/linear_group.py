@@ -15,6 +15,7 @@ from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.ops import linear
 from lorakernels.ops.library import (
     as_matrix,
+    as_output,
     functorch_is_active,
     library,
     nothing,
@@ -64,10 +65,7 @@ def _compute(
     ys, s, mask = _implementation(impl, x).forward(
         as_matrix(x), weights, lora_As, lora_Bs, biases, seed, scalings, drop_threshold(dropout_p)
     )
-    if x.dim() != 2:
-        # No views: they could not be edited in place.
-        ys = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1])) for y in ys]
-    return ys, s, mask
+    return [as_output(y, x) for y in ys], s, mask
 
 
 def _forward(x: torch.Tensor, *rest: Any) -> tuple[Tensors, torch.Tensor, torch.Tensor]:

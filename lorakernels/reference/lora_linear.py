@@ -25,7 +25,7 @@ def composed(
 ) -> torch.Tensor:
     """y [M, N] of x [M, K] and factors of its dtype, by operators whose autograd is torch's own; it keeps x and S."""
     y = torch.nn.functional.linear(x, weight, bias)
-    return torch.addmm(y, torch.nn.functional.linear(x, lora_A), lora_B.t(), alpha=scaling)
+    return y.addmm_(torch.nn.functional.linear(x, lora_A), lora_B.t(), alpha=scaling)
 
 
 def forward(

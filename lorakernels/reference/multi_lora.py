@@ -45,7 +45,7 @@ def forward(
             s.mul_(_as(grid.scale, s.dtype))
             grid.expand(s, lora_B, y, 1.0)
             if kept is not None:
-                _keep(kept[i], grid, s)
+                grid.keep(s, kept[i])
         return ys, kept, None
     rows = where.take(x)
     mask = None
@@ -137,7 +137,7 @@ def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, *, where: Route
     if (grid := _grid(where, x, [])) is not None:
         s = x.new_zeros((len(lora_As), x.shape[0], width), dtype=dtype)
         for i, lora_A in enumerate(lora_As):
-            _keep(s[i], grid, grid.shrink(x, lora_A).to(dtype).mul_(_as(grid.scale, dtype)))
+            grid.keep(grid.shrink(x, lora_A).to(dtype).mul_(_as(grid.scale, dtype)), s[i])
         return s
     rows = where.take(x)
     s = x.new_zeros((len(lora_As), rows.shape[0], width), dtype=dtype)
@@ -154,9 +154,7 @@ def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors, *,
     grid = _grid(where, s, ys)
     if grid is not None and all(segment.rank == grid.rank for segment in where.segments):
         for low_rank, lora_B, y in zip(s, lora_Bs, ys, strict=True):
-            rows = low_rank if grid.take is None else low_rank.index_select(0, grid.take)
-            rows = cast(rows[:, : grid.rank], y.dtype).view(-1, grid.height, grid.rank)
-            grid.expand(rows, lora_B, y, 1.0)
+            grid.expand(cast(grid.by_adapter(low_rank[:, : grid.rank]), y.dtype), lora_B, y, 1.0)
         return
     for i, (lora_B, y) in enumerate(zip(lora_Bs, ys, strict=True)):
         rows = where.take(s[i])
@@ -177,15 +175,6 @@ def _grid(where: Route, x: torch.Tensor, ys: Tensors) -> Grid | None:
         return None
     grid = where.grid
     return grid if grid is not None and grid.fits(x.shape[1] + sum([y.shape[1] for y in ys])) else None
-
-
-def _keep(kept: torch.Tensor, grid: Grid, s: torch.Tensor) -> None:
-    """s [adapters, height, rank] into its tokens' rows of kept [T, width]."""
-    rows = grid.by_token(s)
-    if grid.tokens is None:
-        kept[:, : grid.rank] = rows
-    else:
-        kept[:, : grid.rank].index_copy_(0, grid.tokens, rows)
 
 
 def _as(scale: float | torch.Tensor, dtype: torch.dtype) -> float | torch.Tensor:

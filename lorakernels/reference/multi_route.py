@@ -30,8 +30,9 @@ class Grid(NamedTuple):
     rank: int
     padding: int  # tokens
     rank_padding: int
-    take: torch.Tensor | None  # [adapters * height] tokens; None where they lie so already
-    back: torch.Tensor | None  # where each adapted token's row is in the grid
+    steps: tuple[int, int] | None  # from an adapter's first token to the next one's, and to its own next, if all equal
+    take: torch.Tensor | None  # [adapters * height] tokens; None where `steps` tells
+    back: torch.Tensor | None  # where each adapted token's row is in the grid; None likewise
     tokens: torch.Tensor | None  # the adapted tokens, ascending; None for all
     scale: float | torch.Tensor  # [adapters, 1, 1 or rank], 0 past an adapter's rank
     held: slice | torch.Tensor  # the adapters in their stack; of pages their rank rows, adapters * rank of them
@@ -53,26 +54,51 @@ class Grid(NamedTuple):
 
     def shrink(self, x: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
         """x [T, K] through each token's own A: [adapters, height, rank], unscaled."""
-        rows = x if self.take is None else x.index_select(0, self.take)
         A = self.factors(lora_A, x.dtype, is_B=False)
-        return torch.bmm(rows.view(-1, self.height, x.shape[1]), A.mT)
+        return torch.bmm(self.by_adapter(x), A.mT)
 
     def expand(self, s: torch.Tensor, lora_B: torch.Tensor, y: torch.Tensor, scale: float) -> None:
         """y [T, N] += scale · s Bᵀ; tokens of the base are left alone."""
         B = self.factors(lora_B, y.dtype, is_B=True)
-        if self.back is None and y.is_contiguous():
-            y.view(-1, self.height, y.shape[1]).baddbmm_(s, B, alpha=scale)
+        if self.steps is not None:
+            rows = self._strided(y, self.steps)
+            # A product into rows that are not one block would be a loop of products.
+            if rows.is_contiguous():
+                rows.baddbmm_(s, B, alpha=scale)
+            else:
+                rows.add_(torch.bmm(s, B), alpha=scale)
             return
-        rows = self.by_token(torch.bmm(s, B))
+        added = self._by_token(torch.bmm(s, B))
         if self.tokens is None:
-            y.add_(rows, alpha=scale)
+            y.add_(added, alpha=scale)
         else:
-            y.index_add_(0, self.tokens, rows, alpha=scale)
+            y.index_add_(0, self.tokens, added, alpha=scale)
 
-    def by_token(self, rows: torch.Tensor) -> torch.Tensor:
+    def keep(self, s: torch.Tensor, kept: torch.Tensor) -> None:
+        """s [adapters, height, rank] into its tokens' rows of kept [T, at least rank]."""
+        if self.steps is not None:
+            self._strided(kept[:, : self.rank], self.steps).copy_(s)
+        elif self.tokens is None:
+            kept[:, : self.rank] = self._by_token(s)
+        else:
+            kept[:, : self.rank].index_copy_(0, self.tokens, self._by_token(s))
+
+    def by_adapter(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, columns] as [adapters, height, columns]: a view where the tokens lie at regular steps, or a copy."""
+        if self.steps is not None:
+            return self._strided(x, self.steps)
+        assert self.take is not None
+        return x.index_select(0, self.take).view(-1, self.height, x.shape[1])
+
+    def _strided(self, x: torch.Tensor, steps: tuple[int, int]) -> torch.Tensor:
+        T, columns = x.shape
+        row, column = x.stride()
+        return x.as_strided((T // self.height, self.height, columns), (steps[0] * row, steps[1] * row, column))
+
+    def _by_token(self, rows: torch.Tensor) -> torch.Tensor:
         """[adapters, height, columns] as [adapted tokens, columns]."""
-        rows = rows.view(-1, rows.shape[2])
-        return rows if self.back is None else rows.index_select(0, self.back)
+        assert self.back is not None
+        return rows.view(-1, rows.shape[2]).index_select(0, self.back)
 
     def _select(self, adapters: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.held, slice):
@@ -121,13 +147,15 @@ class Route:
                 back[token] = row
             first += length
         tokens = sorted(self._order[:adapted])
+        steps = _steps(take, height) if adapted == len(take) == T else None
         return Grid(
             height,
             rank,
             len(take) - adapted,
             rank * len(ranks) - sum(ranks),
-            None if take == list(range(T)) else torch.tensor(take, device="cpu"),
-            None if take == list(range(T)) else torch.tensor([back[token] for token in tokens], device="cpu"),
+            steps,
+            None if steps else torch.tensor(take, device="cpu"),
+            None if steps else torch.tensor([back[token] for token in tokens], device="cpu"),
             None if adapted == T else torch.tensor(tokens, device="cpu"),
             self._scale(rank),
             self._held(rank),
@@ -149,6 +177,13 @@ class Route:
             held = [pages[s.slot][i if i < s.rank else 0] for s in self.segments for i in range(rank)]
         in_order = held == list(range(held[0], held[0] + len(held)))
         return slice(held[0], held[0] + len(held)) if in_order else torch.tensor(held, device="cpu")
+
+
+def _steps(take: list[int], height: int) -> tuple[int, int] | None:
+    """(a, b) if the i-th adapter's j-th token is token i a + j b of all, as in order or in turn."""
+    a, b = take[height], take[min(1, height - 1)]
+    regular = [i * a + j * b for i in range(len(take) // height) for j in range(height)]
+    return (a, b) if take == regular else None
 
 
 def route(plan: PlanTensors, num_tokens: int) -> Route:
