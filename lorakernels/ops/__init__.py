@@ -1,10 +1,14 @@
 """The operators as torch sees them."""
 
 from lorakernels.flops import register_flop_formulas
+from lorakernels.ops.library import as_matrix as as_matrix
+from lorakernels.ops.library import as_output as as_output
+from lorakernels.ops.library import runs_directly as runs_directly
 from lorakernels.ops.linear import autocast_arguments as autocast_arguments
 from lorakernels.ops.linear import lora_linear as lora_linear
 from lorakernels.ops.linear_group import autocast_group_arguments as autocast_group_arguments
 from lorakernels.ops.linear_group import lora_linear_group as lora_linear_group
+from lorakernels.ops.multi_lora import bound_update as bound_update
 from lorakernels.ops.multi_lora import multi_lora_embedding as multi_lora_embedding
 from lorakernels.ops.multi_lora import multi_lora_expand as multi_lora_expand
 from lorakernels.ops.multi_lora import multi_lora_linear as multi_lora_linear

@@ -9,7 +9,7 @@ import torch
 
 from lorakernels.plan import PlanTensors
 from lorakernels.reference.dropout import draw_mask
-from lorakernels.reference.multi_route import Grid, Route, Segment, route
+from lorakernels.reference.multi_route import Route, Segment, route
 from lorakernels.reference.product import cast, linear
 
 Tensors = list[torch.Tensor]
@@ -35,16 +35,16 @@ def forward(
     ys = [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     where = where or route(plan, x.shape[0])
     width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
-    if thresholds is None and (grid := _grid(where, x, ys)) is not None:
+    columns = x.shape[1] + sum([y.shape[1] for y in ys])
+    if thresholds is None and (grid := where.grid_for(x, columns)) is not None:
         kept = x.new_zeros((len(ys), x.shape[0], width)) if keep_s else None
         for i, (y, lora_A, lora_B) in enumerate(zip(ys, lora_As, lora_Bs, strict=True)):
-            s = grid.shrink(x, lora_A)
-            if kept is None and isinstance(grid.scale, float):
-                grid.expand(s, lora_B, y, grid.scale)
-                continue
-            s.mul_(_as(grid.scale, s.dtype))
-            grid.expand(s, lora_B, y, 1.0)
-            if kept is not None:
+            A, B = grid.factors(lora_A, x.dtype, is_B=False), grid.factors(lora_B, x.dtype, is_B=True)
+            if kept is None:
+                grid.add(y, x, A, B)
+            else:
+                s = grid.shrink(x, A, x.dtype)
+                grid.expand(s, B, y, 1.0)
                 grid.keep(s, kept[i])
         return ys, kept, None
     rows = where.take(x)
@@ -134,10 +134,10 @@ def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, *, where: Route
     where = where or route(plan, x.shape[0])
     width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if (grid := _grid(where, x, [])) is not None:
+    if (grid := where.grid_for(x, x.shape[1])) is not None:
         s = x.new_zeros((len(lora_As), x.shape[0], width), dtype=dtype)
         for i, lora_A in enumerate(lora_As):
-            grid.keep(grid.shrink(x, lora_A).to(dtype).mul_(_as(grid.scale, dtype)), s[i])
+            grid.keep(grid.shrink(x, grid.factors(lora_A, x.dtype, is_B=False), dtype), s[i])
         return s
     rows = where.take(x)
     s = x.new_zeros((len(lora_As), rows.shape[0], width), dtype=dtype)
@@ -151,10 +151,11 @@ def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, *, where: Route
 def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors, *, where: Route | None = None) -> None:
     """Add S Bᵀ to each y, in place."""
     where = where or route(plan, s.shape[1])
-    grid = _grid(where, s, ys)
+    grid = where.grid_for(s, s.shape[2] + sum([y.shape[1] for y in ys]))
     if grid is not None and all(segment.rank == grid.rank for segment in where.segments):
         for low_rank, lora_B, y in zip(s, lora_Bs, ys, strict=True):
-            grid.expand(cast(grid.by_adapter(low_rank[:, : grid.rank]), y.dtype), lora_B, y, 1.0)
+            rows = cast(grid.by_adapter(low_rank[:, : grid.rank]), y.dtype)
+            grid.expand(rows, grid.factors(lora_B, y.dtype, is_B=True), y, 1.0)
         return
     for i, (lora_B, y) in enumerate(zip(lora_Bs, ys, strict=True)):
         rows = where.take(s[i])
@@ -167,18 +168,6 @@ def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors, *,
             else:
                 torch.mm(low_rank, B, out=out[segment.rows])
         where.add(y, out)
-
-
-def _grid(where: Route, x: torch.Tensor, ys: Tensors) -> Grid | None:
-    """How to take all adapters at once, where that is faster. torch's float16 products of a CPU are not."""
-    if not x.is_cpu or x.dtype is torch.float16:
-        return None
-    grid = where.grid
-    return grid if grid is not None and grid.fits(x.shape[1] + sum([y.shape[1] for y in ys])) else None
-
-
-def _as(scale: float | torch.Tensor, dtype: torch.dtype) -> float | torch.Tensor:
-    return cast(scale, dtype) if isinstance(scale, torch.Tensor) else scale
 
 
 def _cut(rows: torch.Tensor, wanted: slice) -> torch.Tensor:

@@ -52,14 +52,21 @@ class Grid(NamedTuple):
             by_rank = by_rank[:, : self.rank]
         return cast(self._select(by_rank), dtype)
 
-    def shrink(self, x: torch.Tensor, lora_A: torch.Tensor) -> torch.Tensor:
-        """x [T, K] through each token's own A: [adapters, height, rank], unscaled."""
-        A = self.factors(lora_A, x.dtype, is_B=False)
-        return torch.bmm(self.by_adapter(x), A.mT)
+    def add(self, y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
+        """y [T, N] += scale · (x Aᵀ) B of x [T, K] and `factors`."""
+        s = torch.bmm(self.by_adapter(x), A.mT)
+        if isinstance(self.scale, float):
+            self.expand(s, B, y, self.scale)
+        else:
+            self.expand(s.mul_(cast(self.scale, s.dtype)), B, y, 1.0)
 
-    def expand(self, s: torch.Tensor, lora_B: torch.Tensor, y: torch.Tensor, scale: float) -> None:
-        """y [T, N] += scale · s Bᵀ; tokens of the base are left alone."""
-        B = self.factors(lora_B, y.dtype, is_B=True)
+    def shrink(self, x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """scale · x Aᵀ of x [T, K] and `factors`: [adapters, height, rank]."""
+        s = cast(torch.bmm(self.by_adapter(x), A.mT), dtype)
+        return s.mul_(self.scale if isinstance(self.scale, float) else cast(self.scale, dtype))
+
+    def expand(self, s: torch.Tensor, B: torch.Tensor, y: torch.Tensor, scale: float) -> None:
+        """y [T, N] += scale · s B of `factors`; tokens of the base are left alone."""
         if self.steps is not None:
             rows = self._strided(y, self.steps)
             # A product into rows that are not one block would be a loop of products.
@@ -129,6 +136,13 @@ class Route:
         """y += rows, where they are y's own and not y itself."""
         if self.tokens is not None:
             y.index_add_(0, self.tokens, rows)
+
+    def grid_for(self, x: torch.Tensor, columns: int) -> Grid | None:
+        """How to take all adapters at once, where that is faster. torch's float16 products of a CPU are not."""
+        if not x.is_cpu or x.dtype is torch.float16:
+            return None
+        grid = self.grid
+        return grid if grid is not None and grid.fits(columns) else None
 
     @cached_property
     def grid(self) -> Grid | None:
