@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 import lorakernels as lk
+from lorakernels import ops
 from lorakernels.multi import multi_lora_embedding
 from lorakernels.reference import multi_lora as reference
 from lorakernels.testing.budget import error
@@ -17,22 +18,29 @@ from lorakernels.testing.guards import canaries
 from lorakernels.testing.multi_cases import MultiCase, MultiInputs, Results, by_token, make_multi_inputs, run_loop
 
 EQUAL = (6, 6, 6, 6)
-# (case, whether the adapters are one product)
+# (case, how the adapters are one product: of rows that are views, of rows that are gathered; None where they are not)
 CASES = (
-    (MultiCase("equal ranks", ranks=EQUAL), True),
-    (MultiCase("of larger stacks", ranks=EQUAL, R=9, T=40), True),
-    (MultiCase("grouped", ranks=EQUAL, batch="grouped"), True),
-    (MultiCase("each its own", ranks=EQUAL, T=4, batch="each_its_own"), True),
-    (MultiCase("an empty slot", ranks=(6, 0, 6), bias=False), True),
-    (MultiCase("one scaling", ranks=EQUAL, scalings=(2.0,) * 4), True),
-    (MultiCase("slices", ranks=EQUAL, Ns=(24, 17, 5), layout="every_second"), True),
-    (MultiCase("transposed", ranks=EQUAL, layout="transposed"), True),
-    (MultiCase("layered", ranks=EQUAL, layout="layered"), True),
-    (MultiCase("pages", paged=True), True),
-    (MultiCase("pages of equal ranks", ranks=EQUAL, paged=True, Ns=(24, 9)), True),
-    (MultiCase("several ranks"), False),
-    (MultiCase("one adapter", ranks=(6,), batch="slot 0"), False),
-    (MultiCase("none", ranks=EQUAL, batch="base"), False),
+    (MultiCase("equal ranks", ranks=EQUAL), "gathered"),
+    (MultiCase("of larger stacks", ranks=EQUAL, R=9, T=40), "gathered"),
+    (MultiCase("grouped", ranks=EQUAL, batch="grouped"), "gathered"),
+    (MultiCase("in order", T=20, ranks=EQUAL, batch="in_order"), "views"),
+    (MultiCase("in turn", T=20, ranks=EQUAL, batch="in_turn"), "views"),
+    (MultiCase("in turn, slices", T=12, ranks=EQUAL, Ns=(24, 17), layout="every_second", batch="in_turn"), "views"),
+    (MultiCase("in turn, transposed", T=12, ranks=EQUAL, layout="transposed", batch="in_turn"), "views"),
+    (MultiCase("in turn, of larger stacks", T=12, ranks=EQUAL, R=9, batch="in_turn", bias=False), "views"),
+    (MultiCase("in turn, pages", T=12, ranks=(2, 5, 1), paged=True, batch="in_turn"), "views"),
+    (MultiCase("in turn, but one", T=11, ranks=EQUAL, batch="in_turn"), "gathered"),
+    (MultiCase("each its own", ranks=EQUAL, T=4, batch="each_its_own"), "gathered"),
+    (MultiCase("an empty slot", ranks=(6, 0, 6), bias=False), "gathered"),
+    (MultiCase("one scaling", ranks=EQUAL, scalings=(2.0,) * 4), "gathered"),
+    (MultiCase("slices", ranks=EQUAL, Ns=(24, 17, 5), layout="every_second"), "gathered"),
+    (MultiCase("transposed", ranks=EQUAL, layout="transposed"), "gathered"),
+    (MultiCase("layered", ranks=EQUAL, layout="layered"), "gathered"),
+    (MultiCase("pages", paged=True), "gathered"),
+    (MultiCase("pages of equal ranks", ranks=EQUAL, paged=True, Ns=(24, 9)), "gathered"),
+    (MultiCase("several ranks"), None),
+    (MultiCase("one adapter", ranks=(6,), batch="slot 0"), None),
+    (MultiCase("none", ranks=EQUAL, batch="base"), None),
 )
 
 
@@ -43,8 +51,8 @@ def run(case: MultiCase, inputs: MultiInputs, leaves: Results) -> list[torch.Ten
     return lk.multi_lora_linear(x, *rest, inputs.plan, bias=bias)
 
 
-@pytest.mark.parametrize(("case", "at_once"), CASES, ids=lambda value: str(value))
-def test_values_and_gradients(case: MultiCase, at_once: bool) -> None:
+@pytest.mark.parametrize(("case", "rows"), CASES, ids=lambda value: str(value))
+def test_values_and_gradients(case: MultiCase, rows: str | None) -> None:
     inputs = make_multi_inputs(case, torch.float64)
     exact = run_loop(case, inputs, None, torch.float64, by_token(inputs))
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors().items()}
@@ -57,7 +65,13 @@ def test_values_and_gradients(case: MultiCase, at_once: bool) -> None:
             outs = [torch.nn.functional.linear(inputs.x, w) for w in inputs.weight]
             lk.lora_expand(s, inputs.lora_B, inputs.plan, out=outs)
     grid = inputs.plan.on_host.grid
-    assert (grid is not None) == at_once
+    assert (None if grid is None else "gathered" if grid.steps is None else "views") == rows
+    if rows and len(case.Ns) == 1 and case.layout != "layered":
+        update = ops.bound_update(inputs.x, inputs.lora_A[0], inputs.lora_B[0], inputs.plan)
+        assert update is not None
+        bound = torch.nn.functional.linear(inputs.x, inputs.weight[0], inputs.bias[0] if case.bias else None)
+        update(bound, inputs.x)
+        assert torch.equal(bound, plain[0].detach())
     for i in range(len(case.Ns)):
         in_two_steps = outs[i] + (inputs.bias[i] if case.bias else 0.0)
         for y in (ys[i], plain[i], in_two_steps):
@@ -67,7 +81,7 @@ def test_values_and_gradients(case: MultiCase, at_once: bool) -> None:
 
 
 @pytest.mark.parametrize("poison", [float("nan"), 1e4])
-@pytest.mark.parametrize("case", [case for case, at_once in CASES if at_once], ids=str)
+@pytest.mark.parametrize("case", [case for case, rows in CASES if rows], ids=str)
 def test_an_adapter_touches_no_other_row(case: MultiCase, poison: float) -> None:
     clean, dirty = make_multi_inputs(case, torch.float32), make_multi_inputs(case, torch.float32)
     slot = len(case.ranks) - 1

@@ -150,9 +150,7 @@ def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return y
 
 
-def _product(
-    pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int
-) -> torch.Tensor:
+def _product(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
     """x [rows · tokens, K] to [rows · tokens, N]."""
     tokens = x.shape[0] // rows
     if not torch.is_grad_enabled() and ops.runs_directly(x, weight):

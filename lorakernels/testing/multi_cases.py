@@ -22,7 +22,7 @@ class MultiCase:
     T: int = 23
     ranks: tuple[int, ...] = (8, 3, 0, 5, 1)
     scalings: tuple[float, ...] | None = None
-    batch: str = "random"  # random, grouped, each_its_own, base, or "slot 3" for that one alone
+    batch: str = "random"  # random, grouped, in_order, in_turn, each_its_own, base, or "slot 3" for that one alone
     R: int = 8
     K: int = 40
     Ns: tuple[int, ...] = (24,)
@@ -42,6 +42,7 @@ class MultiCase:
 MULTI_CASES = (
     MultiCase("mixed_ranks"),
     MultiCase("grouped", batch="grouped"),
+    MultiCase("in_turn", T=20, batch="in_turn"),
     MultiCase("each_its_own", T=6, ranks=(4, 8, 1, 7, 2, 3), batch="each_its_own"),
     MultiCase("all_one_adapter", T=70, batch="slot 3"),
     MultiCase("one_token", T=1, batch="slot 0"),
@@ -118,6 +119,9 @@ def make_multi_inputs(
     slots = torch.randint(-1, S, (T,), generator=generator, dtype=torch.int32)
     if case.batch == "grouped":
         slots = slots.sort(descending=True).values
+    elif case.batch in ("in_order", "in_turn"):
+        token = torch.arange(T)
+        slots = (token * S // max(T, 1) if case.batch == "in_order" else token % S).int()
     elif case.batch == "each_its_own":
         slots = torch.randperm(S, generator=generator)[:T].int()
     elif case.batch == "base":
