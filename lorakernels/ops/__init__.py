@@ -8,11 +8,11 @@ from lorakernels.ops.linear import autocast_arguments as autocast_arguments
 from lorakernels.ops.linear import lora_linear as lora_linear
 from lorakernels.ops.linear_group import autocast_group_arguments as autocast_group_arguments
 from lorakernels.ops.linear_group import lora_linear_group as lora_linear_group
-from lorakernels.ops.multi_lora import bound_update as bound_update
-from lorakernels.ops.multi_lora import multi_lora_embedding as multi_lora_embedding
-from lorakernels.ops.multi_lora import multi_lora_expand as multi_lora_expand
-from lorakernels.ops.multi_lora import multi_lora_linear as multi_lora_linear
-from lorakernels.ops.multi_lora import multi_lora_shrink as multi_lora_shrink
+from lorakernels.ops.multi_embedding import multi_lora_embedding as multi_lora_embedding
+from lorakernels.ops.multi_linear import bound_update as bound_update
+from lorakernels.ops.multi_linear import multi_lora_linear as multi_lora_linear
+from lorakernels.ops.multi_shrink_expand import multi_lora_expand as multi_lora_expand
+from lorakernels.ops.multi_shrink_expand import multi_lora_shrink as multi_lora_shrink
 from lorakernels.ops.weight_norm import lora_weight_norm as lora_weight_norm
 from lorakernels.ops.weight_norm import row_norm as row_norm
 from lorakernels.sharding import register_shardings

@@ -9,7 +9,8 @@ import torch
 
 from lorakernels.plan import PlanTensors
 from lorakernels.reference.dropout import draw_mask
-from lorakernels.reference.multi_route import Route, Segment, route
+from lorakernels.reference.multi_grid import Segment
+from lorakernels.reference.multi_route import Route, route
 from lorakernels.reference.product import cast, linear
 
 Tensors = list[torch.Tensor]

@@ -1,0 +1,71 @@
+"""The embedding of many adapters as torch sees it: a lookup, and `multi_lora_expand` with a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorakernels.ops.library import nothing
+from lorakernels.ops.multi_shared import is_transformed
+from lorakernels.plan import BatchPlan
+
+
+class _Expand(torch.autograd.Function):
+    """y += S Bᵀ in place, with gradients for y, S and B."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, options: Any, *plan: Any) -> Any:
+        num_slots, max_tokens, impl = options
+        torch.ops.lorakernels.multi_lora_expand(s, [lora_B], *plan, num_slots, max_tokens, [y], impl)
+        ctx.mark_dirty(y)
+        ctx.options = options
+        ctx.save_for_backward(s, lora_B, *plan)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("multi_lora_embedding cannot be differentiated twice")
+        num_slots, max_tokens, impl = ctx.options
+        s, lora_B, buffer, scales, pages = ctx.saved_tensors
+        need_y, need_s, need_B, *_ = ctx.needs_input_grad
+        routing = (buffer, torch.ones_like(scales), pages, num_slots, max_tokens)  # the scale is in S
+        by_rank = lora_B if pages is not None else lora_B.transpose(1, 2)
+        ds = dB = None
+        if need_s:
+            ds = torch.ops.lorakernels.multi_lora_shrink(dy, [by_rank], *routing, impl)
+        if need_B:
+            _, _, [dB] = torch.ops.lorakernels.multi_lora_linear_backward(
+                [dy], None, [lora_B], [by_rank], [lora_B], *routing, s, nothing(dy, torch.uint8),
+                False, False, True, impl,
+            )  # fmt: skip
+        return (dy if need_y else None, ds, dB, *[None] * 4)
+
+
+def multi_lora_embedding(
+    ids: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan, impl: str
+) -> torch.Tensor:
+    """[T, N] of checked arguments, ids [T]."""
+    need_grad = is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lora_A, lora_B)))
+    tensors = plan.snapshot() if need_grad else plan.tensors
+    layout, T = tensors.layout, ids.shape[0]
+    slots = tensors.part(layout.slots, T)
+    ranks = tensors.part(layout.ranks, plan.num_slots + 1).index_select(0, slots)
+    # What the base's slot finds is put aside by its rank, 0.
+    real = slots.long().clamp(max=plan.num_slots - 1)
+    if tensors.pages is None:
+        columns = lora_A[real, :, ids]
+    else:
+        columns = lora_A[tensors.pages.index_select(0, real).long(), ids[:, None]]
+    # In the weight's dtype, as `multi_lora_linear` casts A to x's.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    within = torch.arange(columns.shape[1], device=ids.device) < ranks[:, None]
+    scale = tensors.scales.index_select(0, slots)[:, None]
+    s = torch.where(within, columns.to(weight.dtype).to(dtype) * scale, 0.0)[None]
+    y = torch.nn.functional.embedding(ids, weight)
+    if need_grad:
+        options = (tensors.num_slots, tensors.max_tokens, impl)
+        return _Expand.apply(y, s, lora_B, options, tensors.buffer, tensors.scales, tensors.pages)
+    torch.ops.lorakernels.multi_lora_expand(s, [lora_B], *tensors, [y], impl)
+    return y

@@ -1,0 +1,264 @@
+"""`multi_lora_linear` as torch sees it: schemas, fakes, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from lorakernels.backend import resolve_impl
+from lorakernels.dropout import LEVELS
+from lorakernels.ops.library import library, nothing, runs_directly
+from lorakernels.ops.multi_shared import PLAN, Tensors, implementation_of, is_transformed, on_host, register, width_of
+from lorakernels.plan import BatchPlan, PlanTensors
+from lorakernels.reference import multi_lora as reference_multi_lora
+from lorakernels.reference.product import sum_rows
+
+library.define(
+    "multi_lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
+    f"{PLAN}, Tensor? seed, Tensor? thresholds, bool keep_s, str impl) -> (Tensor[], Tensor, Tensor)"
+)
+library.define(
+    "multi_lora_linear_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
+    f"{PLAN}, Tensor s, Tensor mask, bool need_dx, bool need_dA, bool need_dB, str impl) "
+    "-> (Tensor, Tensor[], Tensor[])"
+)
+
+
+def _forward(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: list[torch.Tensor | None],
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    seed: torch.Tensor | None,
+    thresholds: torch.Tensor | None,
+    keep_s: bool,
+    impl: str,
+    **route: Any,
+) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    tensors = PlanTensors(plan, scales, pages, num_slots, max_tokens)
+    ys, s, mask = implementation_of(impl, x).forward(
+        x, weights, biases, lora_As, lora_Bs, tensors, keep_s=keep_s, seed=seed, thresholds=thresholds, **route
+    )
+    return ys, nothing(x) if s is None else s, nothing(x, torch.uint8) if mask is None else mask
+
+
+def _forward_fake(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: list[torch.Tensor | None],
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    seed: torch.Tensor | None,
+    thresholds: torch.Tensor | None,
+    keep_s: bool,
+    impl: str,
+) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    T, K = x.shape
+    on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
+    ys = [x.new_empty((T, weight.shape[0])) for weight in weights]
+    s, mask = nothing(x), nothing(x, torch.uint8)
+    if keep_s:
+        s = x.new_empty((len(ys), T, width_of(lora_As, pages)), dtype=torch.float32 if on_triton else x.dtype)
+    if thresholds is not None:
+        mask = x.new_empty((T, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
+    return ys, s, mask
+
+
+def _backward(
+    dys: Tensors,
+    x: torch.Tensor | None,
+    weights: Tensors,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    s: torch.Tensor,
+    mask: torch.Tensor,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    impl: str,
+    **route: Any,
+) -> tuple[torch.Tensor, Tensors, Tensors]:
+    dx, dAs, dBs = implementation_of(impl, dys[0]).backward(
+        dys,
+        x,
+        weights,
+        lora_As,
+        lora_Bs,
+        PlanTensors(plan, scales, pages, num_slots, max_tokens),
+        s,
+        mask if mask.numel() else None,
+        need_dx=need_dx,
+        need_dA=need_dA,
+        need_dB=need_dB,
+        **route,
+    )
+    return nothing(dys[0]) if dx is None else dx, dAs, dBs
+
+
+def _backward_fake(
+    dys: Tensors,
+    x: torch.Tensor | None,
+    weights: Tensors,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: torch.Tensor,
+    scales: torch.Tensor,
+    pages: torch.Tensor | None,
+    num_slots: int,
+    max_tokens: int,
+    s: torch.Tensor,
+    mask: torch.Tensor,
+    need_dx: bool,
+    need_dA: bool,
+    need_dB: bool,
+    impl: str,
+) -> tuple[torch.Tensor, Tensors, Tensors]:
+    dy = dys[0]
+    dx = dy.new_empty((dy.shape[0], weights[0].shape[1])) if need_dx else nothing(dy)
+    dAs = [A.new_empty(A.shape) for A in lora_As] if need_dA else []
+    return dx, dAs, [B.new_empty(B.shape) for B in lora_Bs] if need_dB else []
+
+
+register("multi_lora_linear", _forward, _forward_fake)
+register("multi_lora_linear_backward", _backward, _backward_fake)
+
+
+class _MultiLoRALinear(torch.autograd.Function):
+    """The ys of `multi_lora_linear`. Tensors come one after the other: x, the plan's, then those of each slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, options: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
+        num_slots, max_tokens, num_slices, impl, where = options
+        plan, scales, pages, seed, thresholds, *rest = tensors
+        weights, biases, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(4))
+        need_x, _, *needs = ctx.needs_input_grad
+        need_weights, need_biases, need_As, need_Bs = (
+            any(needs[5 + i * num_slices : 5 + (i + 1) * num_slices]) for i in range(4)
+        )
+        call: Any = torch.ops.lorakernels.multi_lora_linear
+        if runs_directly(x, *weights, *lora_As, *lora_Bs):
+            call = partial(_forward, **where)
+        ys, s, mask = call(
+            x, weights, biases, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, seed, thresholds,
+            need_Bs, impl,
+        )  # fmt: skip
+        ctx.options = options
+        ctx.needs = need_x, need_weights, need_biases, need_As, need_Bs
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
+        kept_x = x if need_As or need_weights else None
+        ctx.save_for_backward(kept_x, plan, scales, pages, s, mask, *weights, *lora_As, *lora_Bs)
+        return tuple(ys)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("multi_lora_linear cannot be differentiated twice: use lora_linear for one adapter")
+        num_slots, max_tokens, num_slices, impl, where = ctx.options
+        x, plan, scales, pages, s, mask, *rest = ctx.saved_tensors
+        weights, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(3))
+        need_x, need_weights, need_biases, need_As, need_Bs = ctx.needs
+        call: Any = torch.ops.lorakernels.multi_lora_linear_backward
+        if runs_directly(*dys):
+            call = partial(_backward, **where)
+        dx, dAs, dBs = call(
+            list(dys), x, weights, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, s, mask,
+            need_x, need_As, need_Bs, impl,
+        )  # fmt: skip
+        none = [None] * num_slices
+        dweights = [(dy.t() @ x).to(w.dtype) for dy, w in zip(dys, weights, strict=True)] if need_weights else none
+        dbiases = [
+            None if dtype is None or not need_biases else sum_rows(dy).to(dtype)
+            for dy, dtype in zip(dys, ctx.bias_dtypes, strict=True)
+        ]
+        grads = [*dweights, *dbiases, *(dAs or none), *(dBs or none)]
+        needed = ctx.needs_input_grad[7:]
+        kept = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+        return (dx if need_x else None, *[None] * 6, *kept)
+
+
+def multi_lora_linear(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: list[torch.Tensor | None],
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: BatchPlan,
+    dropout_p: float | torch.Tensor,
+    impl: str,
+) -> Tensors:
+    """The ys [T, N] of checked arguments, x [T, K]; no autograd.Function when nothing needs a gradient."""
+    need_grad = is_transformed() or (
+        torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs))
+    )
+    direct = runs_directly(x, *weights, *lora_As, *lora_Bs)
+    buffer, scales, pages, num_slots, max_tokens = plan.snapshot() if need_grad else plan.tensors
+    seed = thresholds = None
+    if isinstance(dropout_p, torch.Tensor) or dropout_p > 0:
+        thresholds = _thresholds(dropout_p, scales)
+        scales = scales * (LEVELS / (LEVELS - thresholds))
+        seed = torch.randint(-(2**62), 2**62, (1,), dtype=torch.int64, device=x.device)
+    if need_grad:
+        # Dropout changes the scales, which are part of the route.
+        where = on_host(plan, implementation_of(impl, x)) if direct and seed is None else {}
+        options = (num_slots, max_tokens, len(weights), impl, where)
+        tensors = (buffer, scales, pages, seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
+        return list(_MultiLoRALinear.apply(x, options, *tensors))
+    if direct and seed is None:
+        body = implementation_of(impl, x)
+        return body.forward(
+            x, weights, biases, lora_As, lora_Bs, plan.tensors, keep_s=False, seed=None, thresholds=None,
+            **on_host(plan, body),
+        )[0]  # fmt: skip
+    return torch.ops.lorakernels.multi_lora_linear(
+        x, weights, biases, lora_As, lora_Bs, buffer, scales, pages, num_slots, max_tokens, seed, thresholds,
+        False, impl,
+    )[0]  # fmt: skip
+
+
+def bound_update(
+    x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan
+) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """What adds a plan's update of one slice to a base product, (y, x) -> None in place, for batches such as x [T, K].
+
+    For whoever infers with the same adapters many times on a CPU: what does not depend on x's numbers is looked up
+    here once, which takes `multi_lora_linear` 40 µs between the layers of a model. None where that is the only way.
+    It holds for this version of the plan and of LORAKERNELS_IMPL, and where `runs_directly` does, without gradients.
+    """
+    if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not reference_multi_lora:
+        return None
+    where: reference_multi_lora.Route = on_host(plan, reference_multi_lora)["where"]
+    grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.pages is None else lora_B.shape[0]))
+    if grid is None:
+        return None
+    A, B = grid.factors(lora_A, x.dtype, is_B=False), grid.factors(lora_B, x.dtype, is_B=True)
+    return partial(grid.add, A=A, B=B)
+
+
+def _thresholds(dropout_p: float | torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Of 65536 levels, how many are dropped: [S + 1] int32, none for the base."""
+    thresholds = scales.new_zeros(scales.shape, dtype=torch.int32)
+    if isinstance(dropout_p, torch.Tensor):
+        thresholds[:-1] = (dropout_p.double() * LEVELS).round().clamp(0, LEVELS - 1).to(torch.int32)
+    else:
+        thresholds[:-1] = min(round(dropout_p * LEVELS), LEVELS - 1)
+    return thresholds

@@ -1,0 +1,65 @@
+"""What the operators of many adapters share: how they are given a plan, and which implementation takes it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch.autograd import forward_ad
+
+from lorakernels.backend import resolve_impl
+from lorakernels.ops.library import library, without_autocast
+from lorakernels.plan import BatchPlan
+from lorakernels.reference import multi_lora as reference_multi_lora
+
+Tensors = list[torch.Tensor]
+# Of an operator's schema: the fields of `PlanTensors`.
+PLAN = "Tensor plan, Tensor scales, Tensor? pages, int num_slots, int max_tokens"
+
+
+def implementation_of(impl: str, x: torch.Tensor) -> ModuleType:
+    if resolve_impl(impl, x.device, x.dtype) == "torch":
+        return reference_multi_lora
+    from lorakernels.kernels import multi_lora as kernels_multi_lora
+
+    return kernels_multi_lora
+
+
+def on_host(plan: BatchPlan, implementation: ModuleType) -> dict[str, Any]:
+    """The plan's route for the torch path, read once a version; elsewhere than on a CPU each call waits for it."""
+    if implementation is not reference_multi_lora or not plan.tensors.buffer.is_cpu:
+        return {}
+    if plan.on_host is None:
+        plan.on_host = reference_multi_lora.route(plan.tensors, plan.num_tokens)
+    return {"where": plan.on_host}
+
+
+def width_of(lora_As: Tensors, pages: torch.Tensor | None) -> int:
+    return lora_As[0].shape[1] if pages is None else pages.shape[1]
+
+
+def register(name: str, implemented: Any, fake: Any) -> None:
+    """The body and the fake of an operator that autocast leaves alone."""
+    library.impl(name, implemented, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorakernels::{name}", fake, lib=library)
+    for device_type in ("cpu", "cuda"):
+        without_autocast(name, device_type)
+
+
+def is_transformed() -> bool:
+    """Under forward-mode AD or a transform of torch.func, for which the operators would lose the tangent silently.
+
+    The autograd.Functions refuse them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return any(one.key() != TransformType.Functionalize for one in get_interpreter_stack() or ())
+    return forward_ad._current_level >= 0
+
+
+def refuse_transforms(name: str) -> None:
+    if is_transformed():
+        raise RuntimeError(f"{name} has no derivative and runs under no transform of torch.func; use multi_lora_linear")
