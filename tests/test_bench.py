@@ -434,3 +434,11 @@ def test_profile_of_the_worst(rows: list[dict[str, Any]], tmp_path: Path, capsys
     assert run.line_of(worst) in out and "aten::mm" in out
     with pytest.raises(ValueError, match="no row of ours-auto"):
         profile.worst([row for row in rows if row["peer"] == "peft"])
+
+
+def test_the_hosts_part_of_a_launch_is_measured_without_a_gpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "bench" / "launch_host.py"), "--rounds", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "many adapters, q k v" in done.stdout

@@ -55,13 +55,10 @@ class Kernel:
     def __init__(self, name: str, refused: list[int]) -> None:
         self.name, self.refused, self.grids = name, refused, []
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def start(num_stages: int, **_: Any) -> None:
-            self.grids.append(grid)
-            if num_stages in self.refused:
-                raise OutOfResources(300_000, 232_448, "shared memory")
-
-        return start
+    def run(self, *, grid: tuple[int, ...], num_stages: int, **_: Any) -> None:
+        self.grids.append(grid)
+        if num_stages in self.refused:
+            raise OutOfResources(300_000, 232_448, "shared memory")
 
 
 def stages(count: int) -> KernelConfig:
@@ -128,14 +125,11 @@ def test_launchers_take_the_heuristic_where_the_table_does_not_fit(
     real, tried = getattr(module, name), []
 
     class Tight:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            def start(num_stages: int, **arguments: Any) -> None:
-                tried.append(num_stages)
-                if num_stages == 5:
-                    raise OutOfResources(300_000, 232_448, "shared memory")
-                real[grid](num_stages=num_stages, **arguments)
-
-            return start
+        def run(self, *, num_stages: int, **arguments: Any) -> None:
+            tried.append(num_stages)
+            if num_stages == 5:
+                raise OutOfResources(300_000, 232_448, "shared memory")
+            real.run(num_stages=num_stages, **arguments)
 
     monkeypatch.setattr(module, name, Tight())
     x, weight = torch.randn(6, 40), torch.randn(40, 40) / 40**0.5

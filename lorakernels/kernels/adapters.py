@@ -87,13 +87,8 @@ def factor_B(lora_B: torch.Tensor) -> Factor:
 
 
 def factor_args(factors: list[Factor]) -> dict[str, Any]:
-    return {
-        "factors": tuple(factor.tensor for factor in factors),
-        "cols": tuple(factor.cols for factor in factors),
-        "strides_slot": tuple(factor.stride_slot for factor in factors),
-        "strides_rank": tuple(factor.stride_rank for factor in factors),
-        "strides_col": tuple(factor.stride_col for factor in factors),
-    }
+    names = ("factors", "cols", "strides_slot", "strides_rank", "strides_col")
+    return dict(zip(names, zip(*factors, strict=True), strict=True))
 
 
 def plan_args(plan: PlanTensors) -> dict[str, Any]:

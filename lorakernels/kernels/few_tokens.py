@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.dropout import inverse_keep
-from lorakernels.kernels.launch import input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import draw_mask_bytes, load_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.tuning.table import choose
@@ -128,10 +128,10 @@ def few_tokens(
     y = x.new_empty((M, N))
     s = x.new_empty((M, R))
     y_planes, s_planes = planes_for(y, config.SPLIT), planes_for(s, config.SPLIT)
-    drawn = x.new_empty((M, triton.cdiv(K, 8)), dtype=torch.uint8) if threshold else None
+    drawn = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if threshold else None
     launch(
         few_tokens_kernel,
-        (triton.cdiv(N, config.BLOCK_N), triton.cdiv(M, config.BLOCK_M), config.SPLIT),
+        (cdiv(N, config.BLOCK_N), cdiv(M, config.BLOCK_M), config.SPLIT),
         {
             "x_ptr": x,
             "w_ptr": weight,

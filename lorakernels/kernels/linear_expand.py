@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.descriptors import descriptor, fits_descriptor
-from lorakernels.kernels.launch import input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.tuning.config import KernelConfig
@@ -320,8 +320,8 @@ def linear_expand(
     tma = tma and (dot is not None or N * x.element_size() % 16 == 0)
     summed = sum(x.shape[1] for x, _ in pairs)
     config = choose("linear_expand", M, N, summed, R, x.element_size(), x.device, tma=tma)
-    num_blocks_m = triton.cdiv(M, config.BLOCK_M)
-    num_tiles = num_blocks_m * triton.cdiv(N, config.BLOCK_N)
+    num_blocks_m = cdiv(M, config.BLOCK_M)
+    num_tiles = num_blocks_m * cdiv(N, config.BLOCK_N)
     # More pairs than the kernel takes are rare, and a sum in y between two launches would be rounded there too.
     base = (config.cublas and dot is None) or len(pairs) > MAX_PAIRS
     if dot is not None:

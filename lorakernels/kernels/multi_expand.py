@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.adapters import Factor, factor_args, pick_slice, plan_args, rank_mask, rank_offsets, route_args
-from lorakernels.kernels.launch import input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, unpack_mask
 from lorakernels.plan import PlanTensors, num_tiles
@@ -259,7 +259,7 @@ def multi_expand(
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_R": config.BLOCK_R,
     }
-    blocks_n = triton.cdiv(cols, config.BLOCK_N)
+    blocks_n = cdiv(cols, config.BLOCK_N)
     if config.BLOCK_M == 1:
         launch(multi_expand_token_kernel, (T, blocks_n, len(ys)), args, constexprs, config)
         return

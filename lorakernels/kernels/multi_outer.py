@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.adapters import Factor, factor_args, pick_slice, plan_args, rank_offsets
-from lorakernels.kernels.launch import input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, unpack_mask
@@ -137,9 +137,9 @@ def multi_outer(
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_R": config.BLOCK_R,
     }
-    rank_blocks = plan.num_slots * triton.cdiv(R, config.BLOCK_R)
+    rank_blocks = plan.num_slots * cdiv(R, config.BLOCK_R)
     # Slots first: a grid's other axes end at 65,535.
-    grid = (rank_blocks, triton.cdiv(cols, config.BLOCK_N), num_slices * split)
+    grid = (rank_blocks, cdiv(cols, config.BLOCK_N), num_slices * split)
     launch(multi_outer_kernel, grid, args, constexprs, config)
     for plane, gradient in zip(planes, gradients, strict=True):
         sum_planes(plane, gradient.tensor)

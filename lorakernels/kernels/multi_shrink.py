@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.adapters import Factor, factor_args, pick_slice, plan_args, rank_mask, rank_offsets, route_args
-from lorakernels.kernels.launch import input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import draw_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.plan import PlanTensors, num_tiles
@@ -169,7 +169,7 @@ def multi_shrink(
         "multi_shrink", x, plan.num_slots, max(f.cols for f in factors), width, len(xs), tiles=dropout
     )
     s = x.new_empty((config.SPLIT, len(xs), T, width), dtype=torch.float32)
-    mask = x.new_empty((T, triton.cdiv(x.shape[1], 8)), dtype=torch.uint8) if dropout else None
+    mask = x.new_empty((T, cdiv(x.shape[1], 8)), dtype=torch.uint8) if dropout else None
     args = {
         "s_ptr": s,
         "xs": tuple(xs),
@@ -188,7 +188,7 @@ def multi_shrink(
         "BLOCK_K": config.BLOCK_K,
         "BLOCK_R": config.BLOCK_R,
     }
-    blocks = len(xs) * triton.cdiv(width, config.BLOCK_R)
+    blocks = len(xs) * cdiv(width, config.BLOCK_R)
     if config.BLOCK_M == 1:
         launch(multi_shrink_token_kernel, (T, blocks, config.SPLIT), args, constexprs, config)
     else:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lorakernels.kernels.launch import input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
@@ -150,13 +150,13 @@ def _outer(
     config: KernelConfig,
 ) -> None:
     M, N = z.shape
-    num_blocks_n = triton.cdiv(N, config.BLOCK_N)
+    num_blocks_n = cdiv(N, config.BLOCK_N)
     out_planes = None if out is None else planes_for(out, config.SPLIT)
     p_planes = None if p is None else planes_for(p, num_blocks_n)
     sums_planes = None if sums is None else planes_for(sums, config.SPLIT)
     launch(
         outer_kernel,
-        (num_blocks_n, config.SPLIT, triton.cdiv(R, config.BLOCK_R)),
+        (num_blocks_n, config.SPLIT, cdiv(R, config.BLOCK_R)),
         {
             "z_ptr": z,
             "t_ptr": t,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.dropout import inverse_keep
-from lorakernels.kernels.launch import input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import draw_mask_bytes, load_tile, store_tile, unpack_mask
 from lorakernels.tuning.table import choose
@@ -79,10 +79,10 @@ def shrink(
     config = choose("shrink", M, K, K, R, x.element_size(), x.device)
     s = x.new_empty((M, R), dtype=dtype)
     planes = planes_for(s, config.SPLIT)
-    mask = x.new_empty((M, triton.cdiv(K, 8)), dtype=torch.uint8) if threshold else None
+    mask = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if threshold else None
     launch(
         shrink_kernel,
-        (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, config.BLOCK_R), config.SPLIT),
+        (cdiv(M, config.BLOCK_M), cdiv(R, config.BLOCK_R), config.SPLIT),
         {
             "x_ptr": x,
             "a_ptr": lora_A,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lorakernels.kernels.launch import launch
+from lorakernels.kernels.launch import cdiv, launch
 from lorakernels.tuning.config import KernelConfig
 
 _BLOCK = 1024
@@ -37,7 +37,7 @@ def sum_planes(planes: torch.Tensor, out: torch.Tensor) -> None:
         return
     launch(
         sum_planes_kernel,
-        (triton.cdiv(out.numel(), _BLOCK),),
+        (cdiv(out.numel(), _BLOCK),),
         {"planes_ptr": planes, "out_ptr": out, "num_planes": planes.shape[0], "numel": out.numel()},
         {"BLOCK": _BLOCK},
         _CONFIG,
