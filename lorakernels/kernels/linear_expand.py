@@ -23,8 +23,17 @@ from lorakernels.tuning.config import KernelConfig
 from lorakernels.tuning.device import num_processors
 from lorakernels.tuning.table import choose
 
-MAX_PAIRS = 3  # q, k and v
-Pair = tuple[torch.Tensor | None, torch.Tensor | None]
+_NUMBERS = ("", "2", "3")  # behind the arguments of each pair of x and weight in the kernels: q, k and v
+MAX_PAIRS = len(_NUMBERS)
+_POINTERS = {
+    i: (f"x{i}_ptr", f"w{i}_ptr", f"K{i}", f"stride_x{i}m", f"stride_x{i}k", f"stride_w{i}n", f"stride_w{i}k")
+    for i in _NUMBERS
+}
+# What a pair is where there is none.
+_NO_POINTERS: dict[str, Any] = dict.fromkeys(name for names in _POINTERS.values() for name in names)
+_NO_DESCRIPTORS: dict[str, Any] = dict.fromkeys(
+    name for i in _NUMBERS for name in (f"x{i}_desc", f"w{i}_desc", f"K{i}")
+)
 
 
 @triton.jit
@@ -361,17 +370,17 @@ def linear_expand(
         "GROUP_M": config.GROUP_M,
     }
     if config.tma and tma and not base:
-        descriptors: dict[str, Any] = {
+        descriptors: dict[str, Any] = _NO_DESCRIPTORS | {
             "y_desc": None if dot is not None else descriptor(y, (config.BLOCK_M, config.BLOCK_N)),
             "dots_ptr": None if dot is None else out,
         }
-        for i, (x_i, w_i) in _numbered(pairs):
+        for i, (x_i, w_i) in zip(_NUMBERS, pairs, strict=False):
             descriptors |= _pair_descriptors(i, x_i, w_i, w_is_nk, config)
         grid = (min(num_tiles, num_processors(x.device) * config.PROGRAMS_PER_SM),)
         launch(linear_expand_tma_kernel, grid, descriptors | args, {"W_IS_NK": w_is_nk} | constexprs, config)
     else:
-        pointers: dict[str, Any] = {"y_ptr": out}
-        for i, (x_i, w_i) in _numbered(pairs[:1] if base else pairs):
+        pointers: dict[str, Any] = _NO_POINTERS | {"y_ptr": out}
+        for i, (x_i, w_i) in zip(_NUMBERS, pairs[:1] if base else pairs, strict=False):
             pointers |= _pair_pointers(i, x_i, w_i)
         launch(linear_expand_kernel, (num_tiles,), pointers | args, {"HAS_BASE": base} | constexprs, config)
     sum_planes(out, y)
@@ -387,24 +396,14 @@ def _products(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tenso
     return y
 
 
-def _numbered(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[str, Pair]]:
-    """Each pair behind the number that its arguments have in the kernels; None for those that are not there."""
-    given: list[Pair] = [*pairs, *[(None, None)] * (MAX_PAIRS - len(pairs))]
-    return list(zip(("", "2", "3"), given, strict=True))
-
-
 def _pair_descriptors(
-    i: str, x: torch.Tensor | None, weight: torch.Tensor | None, w_is_nk: bool, config: KernelConfig
+    i: str, x: torch.Tensor, weight: torch.Tensor, w_is_nk: bool, config: KernelConfig
 ) -> dict[str, Any]:
-    if x is None or weight is None:
-        return {f"x{i}_desc": None, f"w{i}_desc": None, f"K{i}": None}
     w, block = (weight, (config.BLOCK_N, config.BLOCK_K)) if w_is_nk else (weight.t(), (config.BLOCK_K, config.BLOCK_N))
     x_desc = descriptor(x, (config.BLOCK_M, config.BLOCK_K))
     return {f"x{i}_desc": x_desc, f"w{i}_desc": descriptor(w, block), f"K{i}": x.shape[1]}
 
 
-def _pair_pointers(i: str, x: torch.Tensor | None, weight: torch.Tensor | None) -> dict[str, Any]:
-    strides = (None,) * 4 if x is None or weight is None else (*x.stride(), *weight.stride())
-    names = (f"stride_x{i}m", f"stride_x{i}k", f"stride_w{i}n", f"stride_w{i}k")
-    size = None if x is None else x.shape[1]
-    return {f"x{i}_ptr": x, f"w{i}_ptr": weight, f"K{i}": size, **dict(zip(names, strides, strict=True))}
+def _pair_pointers(i: str, x: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
+    strides = (*x.stride(), *weight.stride())
+    return dict(zip(_POINTERS[i], (x, weight, x.shape[1], *strides), strict=True))
