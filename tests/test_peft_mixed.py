@@ -91,9 +91,9 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     real: Callable[..., Any] = peft_mixed._product
 
-    def spy(pack: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any, rows: int) -> Any:
-        calls.append((pack, x, weight, bias, rows, pack.plan(x.shape[0] // rows)))
-        return real(pack, x, weight, bias, rows)
+    def spy(pack: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> Any:
+        calls.append((pack, x, weight, bias, pack.plan(x[0, ..., 0].numel())))
+        return real(pack, x, weight, bias)
 
     monkeypatch.setattr(peft_mixed, "_product", spy)
     return calls
@@ -239,7 +239,7 @@ def test_generate(fused: list[tuple[Any, ...]]) -> None:
     tokens = torch.randint(1, 64, (len(MIXED), 5))
     ours = generated(fast, tokens, adapter_names=MIXED)
     assert len(fused) == 2 * 7 * 6  # each of the layers' projections, at every step
-    assert len({id(args[5]) for args in fused}) == 4  # one plan for the prompt and one for the steps, by who is there
+    assert len({id(args[4]) for args in fused}) == 4  # one plan for the prompt and one for the steps, by who is there
     assert torch.equal(ours, generated(plain, tokens, adapter_names=MIXED))
     assert not peft_mixed._packs
     for row, name in enumerate(MIXED):

@@ -142,7 +142,7 @@ def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     else:
         if pack.autocast:
             x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(x.device.type))
-        y = ops.as_output(_product(pack, ops.as_matrix(x), weight, bias, x.shape[0]), x)
+        y = _product(pack, x, weight, bias)
     if pack.lora_bias is not None:
         rows, added = pack.lora_bias
         added = added.view(len(rows), *[1] * (y.dim() - 2), -1).expand(-1, *y.shape[1:])
@@ -150,16 +150,18 @@ def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return y
 
 
-def _product(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, rows: int) -> torch.Tensor:
-    """x [rows · tokens, K] to [rows · tokens, N]."""
-    tokens = x.shape[0] // rows
+def _product(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [rows, ..., K] to [rows, ..., N]."""
+    matrix = ops.as_matrix(x)
+    tokens = matrix.shape[0] // x.shape[0]
     if not torch.is_grad_enabled() and ops.runs_directly(x, weight):
-        update = pack.update(x, tokens)
+        update = pack.update(matrix, tokens)
         if update is not None:
-            y = F.linear(x, weight, bias)
-            update(y, x)
-            return y
-    return ops.multi_lora_linear(x, [weight], [bias], [pack.A], [pack.B], pack.plan(tokens), 0.0, "auto")[0]
+            y = F.linear(matrix, weight, bias)
+            update(y, matrix)
+            return ops.as_output(y, x)
+    [y] = ops.multi_lora_linear(matrix, [weight], [bias], [pack.A], [pack.B], pack.plan(tokens), 0.0, "auto")
+    return ops.as_output(y, x)
 
 
 def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> _Pack | None:

@@ -63,7 +63,7 @@ def _compute(
     y, s, mask = implementation(impl, x).forward(
         as_matrix(x), weight, lora_A, lora_B, bias, row_scale, seed, scaling, drop_threshold(dropout_p)
     )
-    return as_output(y, x, in_function=True), s, mask
+    return as_output(y, x), s, mask
 
 
 def _forward(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -376,8 +376,7 @@ def lora_linear(
 ) -> torch.Tensor:
     """The layer on checked arguments; no autograd.Function when nothing needs a gradient."""
     if dropout_p == 0 and row_scale is None and scaling != 0 and is_small(x, weight, lora_A, lora_B, impl):
-        y = reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling)
-        return as_output(y, x)
+        return as_output(reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling), x)
     seed = None
     if dropout_p > 0:
         # On x's device, and read there: the host never waits. randint takes part in checkpointing's

@@ -65,7 +65,7 @@ def _compute(
     ys, s, mask = _implementation(impl, x).forward(
         as_matrix(x), weights, lora_As, lora_Bs, biases, seed, scalings, drop_threshold(dropout_p)
     )
-    return [as_output(y, x, in_function=True) for y in ys], s, mask
+    return [as_output(y, x) for y in ys], s, mask
 
 
 def _forward(x: torch.Tensor, *rest: Any) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
