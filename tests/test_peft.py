@@ -329,6 +329,22 @@ def test_dora_sees_an_edit_of_the_base_weight(x: torch.Tensor, fused: list[dict[
     assert len(fused) == 8
 
 
+def test_dora_sees_what_a_new_adapters_start_did_to_the_base_weight(x: torch.Tensor) -> None:
+    """OLoRA's edits it through `.data`, which leaves neither a version nor an address behind."""
+    plain = peft_model(config(use_dora=True), dtype=torch.float32)
+    fast = accelerated_copy(plain)
+    x = x.float()
+    before = fast(x)
+    for model in (plain, fast):
+        torch.manual_seed(0)
+        model.add_adapter("other", config(init_lora_weights="olora"))
+        model.set_adapter("first")
+    torch.testing.assert_close(fast(x), plain(x))
+    assert not torch.allclose(fast(x), before)
+    restore(fast)
+    assert not integration._norms
+
+
 def test_dora_keeps_nothing_of_the_outputs_size() -> None:
     model = peft_model(config(use_dora=True), dtype=torch.float32).base_model.model.up
     x = torch.randn(512, IN)
@@ -655,6 +671,21 @@ def test_saved_files_are_the_same(tmp_path: Path) -> None:
     saved = files(tmp_path / "accelerated")
     assert saved == files(tmp_path / "plain")
     assert sum(name.endswith(".safetensors") for name in saved) == 2
+
+
+def test_on_meta_tensors(x: torch.Tensor, fused: list[dict[str, Any]]) -> None:
+    for dora in (False, True):
+        model = accelerated_copy(peft_model(config(use_dora=dora))).to("meta")
+        assert model(x.to("meta")).shape == model.base_model.model(x.to("meta")).shape
+    assert fused
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_trace_runs_pefts_forward(x: torch.Tensor, tmp_path: Path) -> None:
+    fast = accelerated_copy(peft_model(config()))
+    traced = torch.jit.trace(fast, x)
+    traced.save(str(tmp_path / "traced.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "traced.pt"))(x), fast(x))
 
 
 def test_copies_and_pickles_stay_accelerated(x: torch.Tensor, fused: list[dict[str, Any]]) -> None:

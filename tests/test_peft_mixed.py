@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -316,6 +317,45 @@ def test_nothing_is_kept_of_a_call_that_raised() -> None:
     with torch.no_grad():
         torch.testing.assert_close(fast(x, adapter_names=names), plain(x, adapter_names=names), rtol=EXACT, atol=EXACT)
     assert not peft_mixed._packs
+
+
+def test_packs_of_an_interrupted_call_go_with_the_next_accelerate_or_restore() -> None:
+    for end in (lk.accelerate, lk.restore):
+        _, fast = models(*ADAPTERS["equal ranks"])
+
+        def interrupted(*_: Any) -> None:
+            raise InterruptedError
+
+        list(fast.base_model.model.children())[-1].register_forward_pre_hook(interrupted)
+        with torch.no_grad(), pytest.raises(InterruptedError):
+            fast(torch.randn(len(MIXED), IN, dtype=torch.float64), adapter_names=MIXED)
+        assert peft_mixed._packs
+        end(fast)
+        assert not peft_mixed._packs
+
+
+def test_two_threads_at_once() -> None:
+    """Each registers its hooks on the layers while the other looks through them."""
+    deep = nn.Sequential(*[nn.Linear(IN, IN) for _ in range(14)])
+    model = get_peft_model(deep, LoraConfig(r=4, target_modules=[str(i) for i in range(14)]), adapter_name="a0").eval()
+    lk.accelerate(model)
+    x = torch.randn(2, IN)
+    faults = []
+
+    def serve() -> None:
+        try:
+            with torch.no_grad():
+                for _ in range(400):
+                    model(x, adapter_names=["a0", BASE])
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
 
 
 def test_what_changes_within_a_call_makes_a_new_pack() -> None:

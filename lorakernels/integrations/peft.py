@@ -35,8 +35,15 @@ class Term(NamedTuple):
     magnitude: torch.Tensor | None  # [N], DoRA's
 
 
-# What is kept of each base weight's norm under DoRA: beside the layers, in which nothing changes but their class.
-_norms: WeakKeyDictionary[nn.Module, NormCache] = WeakKeyDictionary()
+class _Norm(NamedTuple):
+    """What is kept of a base weight's norm under DoRA, and the layer's adapters then."""
+
+    adapters: dict[str, nn.Module]
+    cache: NormCache
+
+
+# Beside the layers, in which nothing changes but their class.
+_norms: WeakKeyDictionary[nn.Module, _Norm] = WeakKeyDictionary()
 
 
 def accelerate(model: nn.Module, *, group: bool | None = None) -> AccelerationReport:
@@ -63,6 +70,8 @@ def accelerate(model: nn.Module, *, group: bool | None = None) -> AccelerationRe
     fused = _fused_linear()
     from peft.tuners.lora.layer import Linear, LoraLayer
 
+    from lorakernels.integrations.peft_mixed import forget_packs
+
     rows = []
     for name, module in _named_modules(model):
         if isinstance(module, LoraLayer):
@@ -70,6 +79,7 @@ def accelerate(model: nn.Module, *, group: bool | None = None) -> AccelerationRe
                 module.__class__ = fused
             if type(module) is fused:
                 siblings.switch(module, group)
+                forget_packs(module)
             reason = _why_not(module)
             rows.append(LayerReport(name, not reason, reason))
     if not rows:
@@ -89,9 +99,13 @@ def restore(model: nn.Module) -> None:
         TypeError: `model` is not a module.
     """
     fused = _fused_linear()
+    from lorakernels.integrations.peft_mixed import forget_packs
+
     for _, module in _named_modules(model):
         if type(module) is fused:
             siblings.switch(module, None)
+            forget_packs(module)
+            _norms.pop(module, None)
             module.__class__ = fused.__base__  # type: ignore[assignment]
 
 
@@ -149,6 +163,8 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
     """x [..., K] to [..., N] by the fused path, or None where PEFT's own forward is to run."""
     if layer._disable_adapters or layer.merged_adapters or not is_plain(x) or x.is_nested:
         return None
+    if torch._C._get_tracing_state() is not None:
+        return None  # torch.jit can keep no autograd.Function
     terms = adapter_terms(layer)
     if isinstance(terms, str) or not terms:
         return None
@@ -200,8 +216,11 @@ def _dora(layer: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     """
     A, B, _, scaling, p, magnitude = term
     assert magnitude is not None
-    cache = _norms.setdefault(layer, NormCache())
-    norm = cache.norm(weight, weight, A, B, scaling, keep=False)  # PEFT and its users edit A and B through `.data`
+    adapters = layer._modules["lora_A"]._modules
+    kept = _norms.get(layer)
+    if kept is None or kept.adapters != adapters:  # a new one's start may edit W through `.data`, as OLoRA's does
+        kept = _norms[layer] = _Norm(dict(adapters), NormCache())
+    norm = kept.cache.norm(weight, weight, A, B, scaling, keep=False)  # A and B are edited through `.data` at any time
     row_scale = magnitude / norm.to(torch.promote_types(weight.dtype, torch.float32))
     if not p:
         return lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, scaling=scaling)
@@ -215,11 +234,15 @@ def takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: list[
     """Whether the fused path computes what PEFT computes with these dtypes; where not, PEFT's forward may raise."""
     if x.dtype not in _DTYPES:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x):
         # It leaves float64 and integers, which a quantised weight may be, alone.
         return weight.dtype is x.dtype or (weight.dtype in _AUTOCAST_DTYPES and x.dtype in _AUTOCAST_DTYPES)
     casting = getattr(layer, "cast_input_dtype_enabled", True)
     return weight.dtype is x.dtype and (casting or all(term.A.dtype is term.B.dtype is x.dtype for term in terms))
+
+
+def autocast_is_on(x: torch.Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)  # which raises for meta
 
 
 def _with_lora_biases(bias: torch.Tensor | None, terms: list[Term], dtype: torch.dtype) -> torch.Tensor | None:

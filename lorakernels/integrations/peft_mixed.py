@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lorakernels import ops
 from lorakernels.functional import lora_linear
-from lorakernels.integrations.peft import adapter_terms, is_plain, takes_dtypes
+from lorakernels.integrations.peft import adapter_terms, autocast_is_on, is_plain, takes_dtypes
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.plan import BASE, BatchPlan
 
@@ -82,7 +82,7 @@ class _Pack:
     def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> bool:
         if self.names != names or weight is not self.weight or weight.dtype is not self.weight_dtype:
             return False
-        if torch.is_grad_enabled() or self.autocast != torch.is_autocast_enabled(x.device.type):
+        if torch.is_grad_enabled() or self.autocast != autocast_is_on(x):
             return False
         dtype = torch.get_autocast_dtype(x.device.type) if self.autocast else x.dtype
         return self.A.dtype is dtype and self.source.is_unchanged(layer)
@@ -98,7 +98,9 @@ class _Pack:
             ranks = self.ranks
             if self.A.is_cpu and self._pads_little(tokens):
                 ranks = (max(ranks),) * len(ranks)
-            self.plans[tokens] = plan = _plan(self.slots, tokens, ranks, self.scalings, self.A.device)
+            device = self.A.device
+            stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+            self.plans[tokens] = plan = _plan(self.slots, tokens, ranks, self.scalings, device, stream)
         return plan
 
     def _pads_little(self, tokens: int) -> bool:
@@ -116,6 +118,8 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
+    if torch._C._get_tracing_state() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None  # a plan is made from lists on the host
     if layer._disable_adapters or layer.merged_adapters or not is_plain(x) or x.is_nested:
         return None
     if type(names) not in (list, tuple) or x.dim() < 2 or x.shape[0] != len(names) or not x.numel():
@@ -174,7 +178,7 @@ def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Ten
         return None
     if not takes_dtypes(layer, x, weight, terms):
         return None
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_is_on(x)
     dtype = x.dtype
     if autocast and torch.float64 not in (x.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -222,22 +226,39 @@ def _registration(layer: Any, names: Sequence[str]) -> Any:
 
     PEFT leaves the hooks of a call that raised, so the newest counts, and what others have kept goes.
     """
-    for hook in reversed(layer._forward_pre_hooks.values()):
+    for hook in reversed(_pre_hooks(layer)):
         if type(hook) is partial and hook.keywords.get("adapter_names") is names:
             found = hook if hook.func.__module__.startswith("peft.") else None
             if found is not None and found not in _packs:
-                for other in layer._forward_pre_hooks.values():
-                    if type(other) is partial:
-                        _packs.pop(other, None)
+                forget_packs(layer)
             return found
     return None
 
 
+def forget_packs(layer: Any) -> None:
+    """Drop what a layer keeps of calls that are over, but for the hooks that PEFT has left of them."""
+    for hook in _pre_hooks(layer):
+        if type(hook) is partial:
+            _packs.pop(hook, None)
+
+
+def _pre_hooks(layer: Any) -> list[Any]:
+    return list(layer._forward_pre_hooks.values())  # a copy: another thread's call may register its own
+
+
 @lru_cache(maxsize=8)
 def _plan(
-    slots: tuple[int, ...], tokens: int, ranks: tuple[int, ...], scalings: tuple[float, ...], device: torch.device
+    slots: tuple[int, ...],
+    tokens: int,
+    ranks: tuple[int, ...],
+    scalings: tuple[float, ...],
+    device: torch.device,
+    stream: int,
 ) -> BatchPlan:
-    """The plan of rows of so many tokens each. Layers with the same adapters share it; it is never updated again."""
+    """The plan of rows of so many tokens each. Layers with the same adapters share it; it is never updated again.
+
+    Of each stream its own, on which it is written and read.
+    """
     with torch.inference_mode(False):
         plan = BatchPlan(len(ranks), len(slots) * tokens, max_rank=max(ranks), device=device)
         plan.update([slot for slot in slots for _ in range(tokens)], ranks, scalings)
