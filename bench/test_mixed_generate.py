@@ -59,7 +59,7 @@ def generates(model: Any, tokens: torch.Tensor, **options: Any) -> Callable[[], 
     return run
 
 
-@pytest.mark.parametrize("batch", ["mixed", "mixed, two rows of the base", "one adapter"])
+@pytest.mark.parametrize("batch", ["in turn", "in any order", "in turn, two rows of the base", "one adapter"])
 def test_mixed_generate(record_ratio: Any, batch: str) -> None:
     torch.manual_seed(0)
     base = llama()
@@ -69,7 +69,8 @@ def test_mixed_generate(record_ratio: Any, batch: str) -> None:
     tokens = torch.randint(1, 2048, (ROWS, PROMPT))
     options: dict[str, Any] = {}
     if batch != "one adapter":
-        names = [f"adapter{i % ADAPTERS}" for i in range(ROWS)]
+        order = np.random.default_rng(0).permutation(ROWS) if "any order" in batch else range(ROWS)
+        names = [f"adapter{i % ADAPTERS}" for i in order]
         if "base" in batch:
             names[3] = names[12] = "__base__"
         options["adapter_names"] = names
