@@ -365,6 +365,35 @@ def test_gradient_of_x(net: Net, base: Net, three: dict[str, Adapter]) -> None:
     torch.testing.assert_close(dx, expected, rtol=0, atol=1e-10)
 
 
+def test_a_backward_within_a_batch_bears_what_is_written_meanwhile_and_none_comes_later(
+    net: Net, base: Net, three: dict[str, Adapter]
+) -> None:
+    store = make_store(net, {"alice": three["alice"]})
+    x = torch.randn(1, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    [expected] = torch.autograd.grad(merged(base, three["alice"]).layers[0](x).sum(), x)  # type: ignore[index]
+    with store.batch(["alice"]):
+        y, late = net.layers[0](x), net.layers[0](x)
+        embedded = net.embed.requires_grad_()(make_ids(1))
+        store.load("bob", three["bob"]), store.evict("bob"), store.load("carol", three["carol"])
+        with store.batch(["carol"]):
+            [dx] = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, expected, rtol=0, atol=1e-10)
+    for of_ended in (late, embedded):
+        with pytest.raises(StaleBatchError, match="backward within `with`"):
+            of_ended.sum().backward()
+
+
+def test_a_compiled_model_is_compiled_once(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
+) -> None:
+    torch._dynamo.reset()
+    compiled, ids = torch.compile(net, backend="eager"), make_ids(2)
+    for i, rows in enumerate((["alice", None], ["bob", "alice"], [None, None], ["carol", "carol"])):
+        with store.batch(rows), torch.compiler.set_stance("fail_on_recompile" if i else "default"), torch.no_grad():
+            expected = alone(base, [three.get(row or "") for row in rows], ids)
+            torch.testing.assert_close(compiled(ids), expected, rtol=0, atol=1e-10)
+
+
 def test_generate_mixed_rows(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -974,14 +1003,44 @@ class Expert(nn.Module):
         return self.picked(self.q_proj(x)[:, 1:].flatten(0, 1))
 
 
-def test_experts_are_refused() -> None:
-    for name, targets in (("experts", ("0",)), ("mixture", ("q_proj", "0"))):
-        net = Expert(name).double()
-        store, adapter = lk.AdapterStore(net), make_adapter(net, 1, targets=targets)
-        if name == "experts":
-            with pytest.raises(lk.AdapterFileError, match="is an expert"):
-                store.load("one", adapter)
-        else:
+@pytest.mark.parametrize("name", ["experts", "expert_0", "expert1", "local_experts", "mixture", "shared_experts"])
+def test_experts_are_refused(name: str) -> None:
+    net = Expert(name).double()
+    store, adapter = lk.AdapterStore(net), make_adapter(net, 1, targets=("q_proj", "0"))
+    if name not in ("mixture", "shared_experts"):
+        with pytest.raises(lk.AdapterFileError, match="is an expert"):
             store.load("one", adapter)
-            with store.batch(["one", None]), pytest.raises(ValueError, match="sent some of the tokens"):
-                net(torch.randn(2, 5, WIDTH, dtype=torch.float64))
+        return
+    store.load("one", adapter)
+    with store.batch(["one", None]), pytest.raises(ValueError, match="sent some of the tokens"):
+        net(torch.randn(2, 5, WIDTH, dtype=torch.float64))
+
+
+class Positions(nn.Module):
+    """A table of positions [1, T], and a layer of all tokens in one dimension."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.add_module(name, nn.Embedding(VOCABULARY, WIDTH))
+        self.table = getattr(self, name)
+        self.up = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(x.shape[1])[None]
+        return self.up((x + self.table(positions)).flatten(0, 1)).view_as(x)
+
+
+def test_an_adapter_of_positions_breaks_no_other_batch() -> None:
+    net = Positions("positions").double()
+    base, adapter = copy.deepcopy(net), make_adapter(net, 1, targets=("up",))
+    store, x = make_store(net, {"one": adapter}), torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    store.load("another", make_adapter(net, 2, targets=("positions",)))
+    store.evict("another")  # the table stays a served module
+    with store.batch(["one", None]):
+        torch.testing.assert_close(net(x), alone(base, [adapter, None], x), rtol=0, atol=1e-10)
+
+
+def test_positions_of_t5_are_refused() -> None:
+    net = Positions("relative_attention_bias")
+    with pytest.raises(lk.AdapterFileError, match="table of positions"):
+        lk.AdapterStore(net).load("one", make_adapter(net, 1, targets=("relative_attention_bias",)))

@@ -111,9 +111,11 @@ class PageClass:
         if self.pool is None:
             with self.writer.writing():
                 pool = torch.zeros(self.num_pages, self.width, dtype=self.dtype, device=self.writer.device)
+                # Counts its versions by itself: other adapters may be written between a forward and its backward.
+                readable = pool.data
             for site in self.sites:
-                site.lora_A = pool[:, site.begin_A : site.begin_A + site.K]
-                site.lora_B = pool[:, site.begin_B : site.begin_B + site.N]
+                site.lora_A = readable[:, site.begin_A : site.begin_A + site.K]
+                site.lora_B = readable[:, site.begin_B : site.begin_B + site.N]
             self.pool = pool
 
     def drop_pool(self) -> None:

@@ -66,11 +66,17 @@ class Batch:
                 shared[key] = _Route(pages.writer.device, [own for own, _ in found], [scaling for _, scaling in found])
             self._routes[pages] = shared[key]
 
+    def check_open(self, site: Site) -> None:
+        if self.closed:
+            raise StaleBatchError(
+                f"module {site.path!r} was called, or is in a backward, for a batch that has ended; call the model "
+                "and backward within `with`"
+            )
+
     def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
-        if self.closed:
-            raise StaleBatchError(f"module {site.path!r} was called for a batch that has ended; call it within `with`")
-        if len(lead) > 1:
+        self.check_open(site)
+        if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
             self._whole = lead
         route = self._routes.get(site.pages)
         if route is None:
@@ -161,18 +167,27 @@ def _plan(site: Site | None, lead: torch.Size) -> BatchPlan | None:
     return None if batch is None or site is None else batch.plan(site, lead)
 
 
+def _within(y: torch.Tensor, site: Site) -> torch.Tensor:
+    """y, whose backward raises once its batch has ended: the pages may be another adapter's by then."""
+    if y.requires_grad:
+        batch = _batches.get()[site.owner]
+        y.register_hook(lambda _: batch.check_open(site))
+    return y
+
+
 class ServedLinear(nn.Linear):
     """A `torch.nn.Linear` that a store has switched: within a batch each token has its own adapter's update."""
 
     _lora_site: Site | None
 
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, x.shape[:-1])
         if plan is None:
             return super().forward(x)
         weight, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
-        return multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias)
+        return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
 
 
 class ServedEmbedding(nn.Embedding):
@@ -180,12 +195,13 @@ class ServedEmbedding(nn.Embedding):
 
     _lora_site: Site | None
 
+    @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, ids.shape)
         if plan is None:
             return super().forward(ids)
-        return multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan)
+        return _within(multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan), site)
 
 
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ServedLinear, nn.Embedding: ServedEmbedding}

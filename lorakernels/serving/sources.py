@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from lorakernels.serving.pages import PageClass, Site
 from lorakernels.serving.served import BASES, served_by
 
 _FACTORS = {nn.Linear: ("lora_A.weight", "lora_B.weight"), nn.Embedding: ("lora_embedding_A", "lora_embedding_B")}
+# experts, expert_0, local_experts; not shared_expert, which is sent every token.
+_EXPERT = re.compile(r"(?!.*shared).*experts?_?[0-9]*")
+# T5's: looked up by query and key position, the same for all rows.
+_POSITIONS = "relative_attention_bias"
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 Tensors = Mapping[str, torch.Tensor]
@@ -175,8 +180,10 @@ def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
         raise AdapterFileError(
             f"module {path!r} has a forward of its own (such as accelerate's hooks), which goes first"
         )
-    if "experts" in path.split("."):
+    if any(_EXPERT.fullmatch(part) for part in path.split(".")):
         raise AdapterFileError(f"module {path!r} is an expert, which is sent some of the tokens; not served")
+    if path.rpartition(".")[2] == _POSITIONS:
+        raise AdapterFileError(f"module {path!r} is a table of positions, which are no rows of a batch; not served")
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise AdapterFileError(
