@@ -1005,6 +1005,21 @@ def test_copies_and_models_of_a_store_that_is_gone_can_be_served(
     assert gone() is None
 
 
+def test_pools_go_with_their_store(net: Net, three: dict[str, Adapter]) -> None:
+    store = make_store(net, three)
+    with store.batch(["alice", None]):
+        net(make_ids(2))
+    pools = [weakref.ref(pages.pool) for pages in store._classes if pages.pool is not None]
+    views = [weakref.ref(site.lora_A) for site in store._sites.values() if site.lora_A is not None]
+    gc.collect()
+    gc.disable()
+    try:
+        del store
+        assert pools and views and not any(one() is not None for one in pools + views)
+    finally:
+        gc.enable()
+
+
 def test_two_models_have_a_batch_each(net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore) -> None:
     draft = make_net()
     other, ids = make_store(draft, three), make_ids(2)

@@ -8,6 +8,7 @@ largest rank: Sheng et al., "S-LoRA", arXiv 2311.03285, section 5.1. A module's 
 from __future__ import annotations
 
 import heapq
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,11 +58,15 @@ class Writer:
     def writing(self) -> Iterator[None]:
         # Not as inference tensors: a batch outside inference mode could not save them for a backward.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self.stream):
-            if self.stream is not None:
-                for event in self._reads.values():
-                    self.stream.wait_event(event)
-                self._reads.clear()  # what this stream does from now on comes after them
+            self.wait_for_reads()
             yield
+
+    def wait_for_reads(self) -> None:
+        """What the side stream does from now on, and whoever has memory of it next, comes after the reads so far."""
+        if self.stream is not None:
+            for event in self._reads.values():
+                self.stream.wait_event(event)
+            self._reads.clear()
 
     def written(self) -> torch.cuda.Event | None:
         """What a reader has to wait for: all writes until now."""
@@ -82,7 +87,8 @@ class PageClass:
 
     def __init__(self, name: str, dtype: torch.dtype, writer: Writer, num_pages: int) -> None:
         self.name, self.dtype, self.writer, self.num_pages = name, dtype, writer, num_pages
-        self.sites: list[Site] = []
+        # Sites hold it; were that in turn, the pool would outlive its store until a collection.
+        self.sites: weakref.WeakSet[Site] = weakref.WeakSet()
         self.width = 0
         self.pool: torch.Tensor | None = None
         self.free = list(range(num_pages))  # a heap: low pages first, so that pages of one adapter mostly lie together
@@ -92,7 +98,7 @@ class PageClass:
         site.begin_A = self.width
         site.begin_B = self._aligned(site.begin_A + site.K)
         self.width = self._aligned(site.begin_B + site.N)
-        self.sites.append(site)
+        self.sites.add(site)
 
     def _aligned(self, begin: int) -> int:
         step = max(_ALIGNMENT // self.dtype.itemsize, 1)

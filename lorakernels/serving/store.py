@@ -19,7 +19,7 @@ from torch import nn
 from lorakernels.config import LoRAConfig, check_rank
 from lorakernels.plan import BASE
 from lorakernels.serving.books import Books, Lease
-from lorakernels.serving.pages import Site, find_sites
+from lorakernels.serving.pages import Site, Writer, find_sites
 from lorakernels.serving.served import BASES, Batch, check_opener, restore, running, serve
 from lorakernels.serving.sources import (
     Tensors,
@@ -94,7 +94,8 @@ class AdapterStore:
         read = partial(read_again, self.model, self._sites, max_rank)
         self._books = Books(DeviceTier(max_adapters), HostTier(host_bytes), read)
         sites = weakref.WeakSet(self._sites.values())  # a model may hold its store
-        weakref.finalize(self, _restore_all, sites).atexit = False
+        writers = {pages.writer for pages in self._classes}
+        weakref.finalize(self, _let_go, sites, writers).atexit = False
         self._numbers = itertools.count()
         self._worker: ThreadPoolExecutor | None = None
         self._prefetches: dict[str, Future[None]] = {}
@@ -290,6 +291,13 @@ class AdapterStore:
 def _restore_all(sites: Iterable[Site]) -> None:
     for site in sites:
         restore(site)
+
+
+def _let_go(sites: Iterable[Site], writers: Iterable[Writer]) -> None:
+    """When nobody has the store any more: its pools are freed next, on the streams that wrote them."""
+    _restore_all(sites)
+    for writer in writers:
+        writer.wait_for_reads()
 
 
 def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | None) -> None:
