@@ -132,8 +132,9 @@ def multi_lora_linear(
     y = x Wᵀ + bias + scaling_slot · (dropout(x) A_slotᵀ) B_slotᵀ (Hu et al., arXiv 2106.09685, section 4.1; batched
     over adapters: Chen et al., "Punica", arXiv 2310.18547). Rows of the base (slot -1, rank 0, scaling 0) are
     torch.nn.functional.linear's to the bit. Differentiable once in every tensor: an adapter's gradient is of its own
-    tokens alone, the other slots' are zero. The backward keeps its own copy of the plan: later updates do not matter.
-    Forward-mode AD and torch.func's derivatives raise.
+    tokens alone, the other slots' are zero. The backward keeps its own copy of the plan: later updates do not matter,
+    but with activation checkpointing, whose recomputation has the plan as it then is: the backward raises RuntimeError
+    after an update, and with `use_reentrant=True` cannot tell. Forward-mode AD and torch.func's derivatives raise.
 
     Args:
         x: [..., K], of as many tokens as the plan's last update; float64, float32, float16 or bfloat16, any strides.
