@@ -484,6 +484,20 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], error_type: type[Exc
         lk.multi_lora_linear(**(given | changes))
 
 
+def test_integers_are_refused() -> None:
+    inputs = make_multi_inputs(MultiCase("integers"), torch.float32)
+    x, A, B, plan = inputs.x, inputs.lora_A[0], inputs.lora_B[0], inputs.plan
+    s, out, weight = lk.lora_shrink(x, A, plan), inputs.dys[0], inputs.weight[0].t()
+    for name, use in {
+        "x": lambda: lk.lora_shrink(x.long(), A, plan),
+        "s": lambda: lk.lora_expand(s.long(), B, plan, out=out),
+        "out": lambda: lk.lora_expand(s, B, plan, out=out.long()),
+        "weight": lambda: multi_lora_embedding(inputs.token_slots.abs(), weight.long(), A, B, plan),
+    }.items():
+        with pytest.raises(TypeError, match=rf"{name} is .* torch.int64; expected a float dtype"):
+            use()
+
+
 def test_what_has_no_gradient_says_so(device: str) -> None:
     inputs = make_multi_inputs(MultiCase("inference"), torch.float32, device)
     inputs.lora_A[0].requires_grad_()

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
 from lorakernels import ops
+from lorakernels.dropout import LEVELS
 from lorakernels.multi import multi_lora_embedding
+from lorakernels.ops.multi_linear import _thresholds
 from lorakernels.reference import multi_lora as reference
 from lorakernels.testing.budget import error
 from lorakernels.testing.guards import canaries
@@ -156,6 +158,12 @@ def test_torchs_default_device_does_not_matter() -> None:
         again = make_multi_inputs(case, torch.float64)
         for y, z in zip(there, run(case, again, again.tensors()), strict=True):
             assert torch.equal(y, z)
+
+
+def test_a_probability_that_nobody_checks_is_clamped() -> None:
+    given = torch.tensor([float("nan"), -1.0, 2.0, float("inf"), 0.5])  # as on a GPU, where the host does not look
+    thresholds = _thresholds(given, torch.zeros(6))
+    assert thresholds.tolist() == [0, 0, LEVELS - 1, LEVELS - 1, LEVELS // 2, 0]
 
 
 @pytest.mark.parametrize("of_embedding", [False, True])

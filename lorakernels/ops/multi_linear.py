@@ -270,7 +270,8 @@ def _thresholds(dropout_p: float | torch.Tensor, scales: torch.Tensor) -> torch.
     """Of 65536 levels, how many are dropped: [S + 1] int32, none for the base."""
     thresholds = scales.new_zeros(scales.shape, dtype=torch.int32)
     if isinstance(dropout_p, torch.Tensor):
-        thresholds[:-1] = (dropout_p.double() * LEVELS).round().clamp(0, LEVELS - 1).to(torch.int32)
+        levels = (dropout_p.double() * LEVELS).round().clamp(0, LEVELS - 1)
+        thresholds[:-1] = levels.nan_to_num().to(torch.int32)  # as an integer NaN is any
     else:
         thresholds[:-1] = min(round(dropout_p * LEVELS), LEVELS - 1)
     return thresholds
