@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import os
+import pickle
 import random
 import threading
 import time
@@ -962,10 +963,15 @@ def test_the_model_stays_itself(net: Net, base: Net, three: dict[str, Adapter]) 
         net(ids)
         twin = copy.deepcopy(net)
         assert torch.equal(twin(ids), base(ids)), "a copy is nobody's to serve"
-        file = io.BytesIO()
-        torch.save(net.embed, file)
-        file.seek(0)
-        assert torch.equal(torch.load(file, weights_only=False)(ids), base.embed(ids))
+        for protocol in (2, pickle.HIGHEST_PROTOCOL):
+            file = io.BytesIO()
+            torch.save(net.embed, file, pickle_protocol=protocol)
+            assert b"lorakernels" not in file.getvalue()
+            file.seek(0)
+            read = torch.load(file, weights_only=False)
+            assert torch.equal(read(ids), base.embed(ids)) and read.__dict__.keys() == base.embed.__dict__.keys()
+        assert [type(module) for module in twin.modules()] == [type(module) for module in base.modules()]
+        assert type(copy.copy(net.embed)) is nn.Embedding and type(net.embed) is ServedEmbedding
         with pytest.raises(RuntimeError, match="in use: alice"):
             store.close()
     assert len(calls) == 2

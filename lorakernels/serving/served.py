@@ -175,10 +175,17 @@ def _within(y: torch.Tensor, site: Site) -> torch.Tensor:
     return y
 
 
-class ServedLinear(nn.Linear):
-    """A `torch.nn.Linear` that a store has switched: within a batch each token has its own adapter's update."""
-
+class _Served(nn.Module):
     _lora_site: Site | None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Of a copy, or of what is in a file: the module as it is without a store."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_lora_site"}
+        return object.__new__, (BASES[type(self)],), state
+
+
+class ServedLinear(_Served, nn.Linear):
+    """A `torch.nn.Linear` that a store has switched: within a batch each token has its own adapter's update."""
 
     @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -190,10 +197,8 @@ class ServedLinear(nn.Linear):
         return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
 
 
-class ServedEmbedding(nn.Embedding):
+class ServedEmbedding(_Served, nn.Embedding):
     """A `torch.nn.Embedding` that a store has switched."""
-
-    _lora_site: Site | None
 
     @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
