@@ -232,6 +232,16 @@ def test_ranks_and_scalings_that_differ_within_a_class(net: Net, base: Net) -> N
         torch.testing.assert_close(net(ids), alone(base, [adapter], ids), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("lora_alpha", [0.0, 1e-50, 1e-44, -1e30])
+def test_scalings_that_float32_cannot_hold(net: Net, base: Net, lora_alpha: float) -> None:
+    config, tensors = make_adapter(net, 5, targets=("embed",), lora_alpha=lora_alpha)
+    up = max(1.0, 1 / abs(lora_alpha or 1))  # for the update to be seen
+    adapter = config, {key: t * up if "embedding_B" in key else t for key, t in tensors.items()}
+    store, ids = make_store(net, {"one": adapter}), make_ids(1)
+    with store.batch(["one"]):
+        torch.testing.assert_close(net.embed(ids), merged(base, adapter).embed(ids), rtol=1e-10, atol=0)  # type: ignore[operator]
+
+
 def test_rows_that_are_repeated_or_packed(
     net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
 ) -> None:
@@ -751,6 +761,35 @@ def test_bad_names(store: lk.AdapterStore, three: dict[str, Adapter], name: Any)
     assert books(store) == before
 
 
+NUMBERS = {"base_model.model.layers.0.up.lora_A.weight": torch.ones(8, WIDTH)}
+BAD_SOURCES: list[tuple[Any, type[Exception], str]] = [
+    (5, TypeError, r"is \(int\); expected a folder, or"),
+    (b"x", TypeError, r"is \(bytes\); expected a folder, or"),
+    (("a", "b"), TypeError, r"is \(str, str\)"),
+    ((lk.LoRAConfig(),), TypeError, r"is \(LoRAConfig\)"),
+    ((lk.LoRAConfig(), [1]), TypeError, r"is \(LoRAConfig, list\)"),
+    ((lk.LoRAConfig(), {key: t.numpy() for key, t in NUMBERS.items()}), TypeError, "up.lora_A.weight' is a ndarray"),
+    ((lk.LoRAConfig(), {key: t.to("meta") for key, t in NUMBERS.items()}), TypeError, "on the meta device"),
+    ("/no/such/folder", lk.AdapterFileError, "is not a folder; expected one with adapter_config.json and [a-z_.]*$"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), BAD_SOURCES, ids=lambda value: str(value)[:30])
+def test_what_is_no_adapter(store: lk.AdapterStore, given: Any, error: type[Exception], message: str) -> None:
+    before = books(store)
+    for put in (store.load, store.replace):
+        with pytest.raises(error, match=message):
+            put("bob", given)
+    assert books(store) == before
+
+
+@pytest.mark.parametrize("method", ["acquire", "pin", "unpin", "evict", "prefetch"])
+@pytest.mark.parametrize("name", [None, 5])
+def test_what_is_no_name(store: lk.AdapterStore, method: str, name: Any) -> None:
+    with pytest.raises(TypeError, match=f"name is {name}; expected the name of an adapter"):
+        getattr(store, method)(name)
+
+
 def test_folders_stay_under_the_root(net: Net, three: dict[str, Adapter], tmp_path: Path) -> None:
     root, outside = tmp_path / "root", write(tmp_path / "outside", three["alice"])
     inside = write(root / "inside", three["alice"])
@@ -901,6 +940,7 @@ BAD_BATCHES: list[tuple[Any, Any, type[Exception], str]] = [
     (["alice"], [8], ValueError, "9 tokens.*expected 8"),
     (["alice"], [4, 5], ValueError, "expected 1 numbers"),
     (["alice"], [-9], ValueError, "expected 1 numbers"),
+    (["alice"], 9, TypeError, "lengths is 9"),
 ]
 
 
@@ -912,6 +952,20 @@ def test_bad_batches(net: Net, store: lk.AdapterStore, rows: Any, lengths: Any, 
     assert books(store) == before
     with store.batch(["alice"]):
         net(make_ids(3))
+
+
+def test_no_graph_is_captured_of_a_batch(net: Net, store: lk.AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, writer = make_ids(1), store._classes[0].writer
+    with store.batch(["alice"]):
+        monkeypatch.setattr(writer, "stream", "as on a GPU")
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match="CUDA graph is being captured"):
+            net(ids)
+        with pytest.raises(RuntimeError, match="CUDA graph is being captured"), store.batch(["alice"]):
+            pass
+        monkeypatch.undo()
+        net(ids)
+    assert not store.stats().in_use
 
 
 def test_nothing_is_computed_for_what_has_ended(net: Net, store: lk.AdapterStore, three: dict[str, Adapter]) -> None:
@@ -982,6 +1036,8 @@ def test_the_model_stays_itself(net: Net, base: Net, three: dict[str, Adapter]) 
         lambda: store.load("alice", three["alice"]),
         lambda: store.acquire("alice"),
         lambda: store.prefetch("a"),
+        lambda: store.evict("alice"),
+        lambda: store.unpin("alice"),
     ):
         with pytest.raises(RuntimeError, match="closed"):
             use()

@@ -68,6 +68,14 @@ class Writer:
                 self.stream.wait_event(event)
             self._reads.clear()
 
+    def check_no_capture(self) -> None:
+        """Raise RuntimeError where the current stream captures a CUDA graph, which would keep a batch's memory."""
+        if self.stream is not None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, whose replays would read the plans and pages of this batch when they "
+                "are another's; capture multi_lora_linear with a BatchPlan of your own, or run batches without graphs"
+            )
+
     def written(self) -> torch.cuda.Event | None:
         """What a reader has to wait for: all writes until now."""
         return None if self.stream is None else self.stream.record_event()

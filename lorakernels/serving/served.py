@@ -76,6 +76,7 @@ class Batch:
     def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
         self.check_open(site)
+        site.pages.writer.check_no_capture()
         if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
             self._whole = lead
         route = self._routes.get(site.pages)
