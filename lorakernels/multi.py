@@ -36,6 +36,7 @@ def lora_shrink(x: torch.Tensor, lora_A: torch.Tensor | Slices, plan: BatchPlan,
         BackendError: `impl="triton"` cannot run here.
     """
     lora_As, single = _slices("lora_A", lora_A)
+    _check_float("x", x)
     _check_plan(plan, x, x.shape[:-1])
     _check_factors("lora_A", lora_As, plan, x, [x.shape[-1]] * len(lora_As), is_B=False)
     _no_gradient("lora_shrink", [x, *lora_As])
@@ -70,8 +71,10 @@ def lora_expand(
     outs, single_out = _slices("out", out)
     if single != single_out or len(lora_Bs) != len(outs):
         raise ValueError(f"there are {len(lora_Bs)} of lora_B and {len(outs)} of out; expected one out for each lora_B")
+    _check_float("s", s)
     given, s = s.shape, s[None] if single else s
     for y in outs:
+        _check_float("out", y)
         if y.dim() != 2 or y.dtype != outs[0].dtype:
             raise ValueError(f"out is {_shape(y)} {y.dtype}; expected [T, N], all of one dtype")
         _check_plan(plan, y, y.shape[:-1])
@@ -132,8 +135,9 @@ def multi_lora_linear(
     y = x Wᵀ + bias + scaling_slot · (dropout(x) A_slotᵀ) B_slotᵀ (Hu et al., arXiv 2106.09685, section 4.1; batched
     over adapters: Chen et al., "Punica", arXiv 2310.18547). Rows of the base (slot -1, rank 0, scaling 0) are
     torch.nn.functional.linear's to the bit. Differentiable once in every tensor: an adapter's gradient is of its own
-    tokens alone, the other slots' are zero. The backward keeps its own copy of the plan: later updates do not matter.
-    Forward-mode AD and torch.func's derivatives raise.
+    tokens alone, the other slots' are zero. The backward keeps its own copy of the plan: later updates do not matter,
+    but with activation checkpointing, whose recomputation has the plan as it then is: the backward raises RuntimeError
+    after an update, and with `use_reentrant=True` cannot tell. Forward-mode AD and torch.func's derivatives raise.
 
     Args:
         x: [..., K], of as many tokens as the plan's last update; float64, float32, float16 or bfloat16, any strides.
@@ -214,6 +218,7 @@ def multi_lora_embedding(
     Raises:
         as `multi_lora_linear`.
     """
+    _check_float("weight", weight)
     if weight.dim() != 2 or ids.is_floating_point():
         raise ValueError(f"ids are {ids.dtype} and weight is {_shape(weight)}; expected integers and [V, N]")
     [lora_A], _ = _slices("lora_A", lora_A)
@@ -236,6 +241,13 @@ def _slices(name: str, given: torch.Tensor | Slices) -> tuple[list[torch.Tensor]
     if not tensors:
         raise ValueError(f"{name} is an empty list; expected a tensor for each slice")
     return [t.squeeze(1) if t.dim() == 4 and t.shape[1] == 1 else t for t in tensors], single
+
+
+def _check_float(name: str, tensor: torch.Tensor) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {_shape(tensor)} {tensor.dtype}; expected a float dtype")
 
 
 def _check_plan(plan: BatchPlan, x: torch.Tensor, lead: Sequence[int]) -> None:

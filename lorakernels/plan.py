@@ -106,22 +106,23 @@ class BatchPlan:
                 raise ValueError(f"{name} is {size!r}; expected a positive integer below 2³⁰")
         self.num_slots, self.max_tokens, self.max_rank, self.num_pages = num_slots, max_tokens, max_rank, num_pages
         self.layout = plan_layout(num_slots, max_tokens)
-        self._buffer = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
-        self.device = self._buffer.device
-        self._scales = torch.zeros(num_slots + 1, dtype=torch.float32, device=self.device)
-        self._pages = None
-        if num_pages is not None:
-            self._pages = torch.zeros(num_slots, max_rank, dtype=torch.int32, device=self.device)
         tiles = num_tiles(max_tokens, num_slots, TILE_HEIGHTS[0])
         most = max(num_slots + 2, max_tokens, max_rank, tiles)
-        self._iota = torch.arange(most, device=self.device)
-        # What was masked where the host does not look: unknown tokens, refused slots.
-        self._masked = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self._pages = None
+        with torch.inference_mode(False):  # inference tensors could not be updated outside that mode
+            self._buffer = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
+            self.device = self._buffer.device
+            self._scales = torch.zeros(num_slots + 1, dtype=torch.float32, device=self.device)
+            if num_pages is not None:
+                self._pages = torch.zeros(num_slots, max_rank, dtype=torch.int32, device=self.device)
+            self._iota = torch.arange(most, device=self.device)
+            # What was masked where the host does not look: unknown tokens, refused slots.
+            self._masked = torch.zeros(2, dtype=torch.int64, device=self.device)
         self._host_checks = self.device.type == "cpu"
         self.num_tokens = 0
         self.version = 0
         self._is_in_graph = False  # a replay of which updates the plan, and its version stays
-        self._snapshot: PlanTensors | None = None
+        self._snapshots: dict[Any, PlanTensors] = {}  # of this version, by the CUDA stream that makes and reads them
         self.tensors = PlanTensors(self._buffer, self._scales, self._pages, num_slots, max_tokens)
         """The plan as it is now and will be after every update: the same memory."""
         self.on_host: Any = None
@@ -135,14 +136,19 @@ class BatchPlan:
         )
 
     def snapshot(self) -> PlanTensors:
-        """The plan of this version, which no update changes: for a backward that may come later. One copy a version."""
+        """The plan of this version, which no update changes: for a backward that may come later.
+
+        One copy a version, and a CUDA stream: another stream would not wait until it is made.
+        """
         if torch.compiler.is_compiling() or self._is_in_graph or self._is_capturing():
             return self._copied()  # a graph that is replayed must copy what it then finds
         if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
             return self._copied()  # tensors of a mode or transform, which may not outlive it
-        if self._snapshot is None or self._snapshot.buffer.is_inference():
-            self._snapshot = self._copied()
-        return self._snapshot
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else None
+        kept = self._snapshots.get(stream)
+        if kept is None or kept.buffer.is_inference():
+            kept = self._snapshots[stream] = self._copied()
+        return kept
 
     @torch.no_grad()
     def update(
@@ -159,7 +165,8 @@ class BatchPlan:
         the base model, and counted for `check`.
 
         Args:
-            token_slots: [T] int32 or int64, T ≤ max_tokens: the slot of each token, -1 for the base model alone.
+            token_slots: [T] int32 or int64, T ≤ max_tokens: the slot of each token, -1 for the base model alone. A
+                CUDA graph was captured for one T: for fewer tokens fill up with -1.
             slot_ranks: [num_slots] integers in 0 … max_rank; 0 is an empty slot, whose tokens are the base model's.
             slot_scalings: [num_slots] numbers. 0 switches a slot off, as rank 0 does.
             page_table: [num_slots, max_rank] int32, of a plan with num_pages: the page of each rank row. What is past
@@ -180,7 +187,7 @@ class BatchPlan:
             refused |= (in_use & ((page_table < 0) | (page_table >= self.num_pages))).any(1)
         if self._host_checks:
             self._refuse(token_slots, unknown, slot_ranks, slot_scalings, refused)
-        self._snapshot = self.on_host = None
+        self._snapshots, self.on_host = {}, None
         self._is_in_graph |= self._is_capturing()
         self._route(token_slots, unknown, slot_ranks, slot_scalings, refused)
         if page_table is not None and self._pages is not None:
@@ -269,6 +276,8 @@ class BatchPlan:
         if (pages is None) != (self.num_pages is None):
             raise PlanError("page_table is for plans with num_pages, which need it in every update")
         if pages is not None:
+            if not isinstance(pages, torch.Tensor):
+                raise TypeError(f"page_table must be a tensor, int32 on {self.device}; got {type(pages).__name__}")
             if tuple(pages.shape) != (self.num_slots, self.max_rank):
                 raise PlanError(f"page_table is {list(pages.shape)}; expected {[self.num_slots, self.max_rank]}")
             if pages.dtype not in (torch.int32, torch.int64) or pages.device != self.device:

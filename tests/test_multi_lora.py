@@ -289,9 +289,10 @@ def test_shrink_and_expand(way: str, paged: bool, device: str) -> None:
 
 @pytest.mark.parametrize("way", PATHS)
 @pytest.mark.parametrize("paged", [False, True])
-def test_embedding(way: str, paged: bool, device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_embedding(way: str, paged: bool, dtype: torch.dtype, device: str) -> None:
     case = MultiCase("words", T=24, K=50, Ns=(16,), paged=paged)
-    inputs = make_multi_inputs(case, torch.float32, device)
+    inputs, rounding = make_multi_inputs(case, dtype, device), torch.finfo(dtype).eps
     ids = torch.randint(50, (4, 6), device=device)
     # As a linear layer of one-hot rows, in float64.
     inputs.x = torch.nn.functional.one_hot(ids.view(-1), 50).to(inputs.x.dtype)
@@ -306,9 +307,9 @@ def test_embedding(way: str, paged: bool, device: str) -> None:
         y = multi_lora_embedding(ids, *leaves, inputs.plan, impl=impl)
         grads = torch.autograd.grad(y, leaves, inputs.dys[0].view(4, 6, -1))
     assert y.shape == (4, 6, 16) and torch.equal(y, plain)
-    assert error(y.view(24, -1), exact["y.0"]) < 1e-6
+    assert error(y.view(24, -1), exact["y.0"]) < rounding
     for grad, name in zip((grads[0].t(), *grads[1:]), ("weight.0", "lora_A.0", "lora_B.0"), strict=True):
-        assert error(grad, exact[name]) < 1e-6, name
+        assert error(grad, exact[name]) < rounding, name
     base = inputs.token_slots < 0
     assert torch.equal(y.view(24, -1)[base], weight[ids.view(-1)[base]])
     nobody = lk.BatchPlan(inputs.plan.num_slots, 1, max_rank=1, num_pages=8 if paged else None, device=device)
@@ -481,6 +482,20 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], error_type: type[Exc
     given |= {"plan": inputs.plan, "bias": inputs.bias[0]}
     with pytest.raises(error_type, match=message):
         lk.multi_lora_linear(**(given | changes))
+
+
+def test_integers_are_refused() -> None:
+    inputs = make_multi_inputs(MultiCase("integers"), torch.float32)
+    x, A, B, plan = inputs.x, inputs.lora_A[0], inputs.lora_B[0], inputs.plan
+    s, out, weight = lk.lora_shrink(x, A, plan), inputs.dys[0], inputs.weight[0].t()
+    for name, use in {
+        "x": lambda: lk.lora_shrink(x.long(), A, plan),
+        "s": lambda: lk.lora_expand(s.long(), B, plan, out=out),
+        "out": lambda: lk.lora_expand(s, B, plan, out=out.long()),
+        "weight": lambda: multi_lora_embedding(inputs.token_slots.abs(), weight.long(), A, B, plan),
+    }.items():
+        with pytest.raises(TypeError, match=rf"{name} is .* torch.int64; expected a float dtype"):
+            use()
 
 
 def test_what_has_no_gradient_says_so(device: str) -> None:

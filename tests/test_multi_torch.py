@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
 from lorakernels import ops
+from lorakernels.dropout import LEVELS
 from lorakernels.multi import multi_lora_embedding
+from lorakernels.ops.multi_linear import _thresholds
 from lorakernels.reference import multi_lora as reference
 from lorakernels.testing.budget import error
 from lorakernels.testing.guards import canaries
@@ -155,6 +158,36 @@ def test_torchs_default_device_does_not_matter() -> None:
         again = make_multi_inputs(case, torch.float64)
         for y, z in zip(there, run(case, again, again.tensors()), strict=True):
             assert torch.equal(y, z)
+
+
+def test_a_probability_that_nobody_checks_is_clamped() -> None:
+    given = torch.tensor([float("nan"), -1.0, 2.0, float("inf"), 0.5])  # as on a GPU, where the host does not look
+    thresholds = _thresholds(given, torch.zeros(6))
+    assert thresholds.tolist() == [0, 0, LEVELS - 1, LEVELS - 1, LEVELS // 2, 0]
+
+
+@pytest.mark.parametrize("of_embedding", [False, True])
+def test_a_plan_updated_before_a_checkpoint_is_recomputed_is_an_error(of_embedding: bool) -> None:
+    case = MultiCase("checkpointed", ranks=EQUAL)
+    inputs = make_multi_inputs(case, torch.float32)
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors().items()}
+    ids = torch.arange(case.T)
+
+    def forward() -> torch.Tensor:
+        if of_embedding:
+            weight = leaves["weight.0"].t()
+            return multi_lora_embedding(ids, weight, leaves["lora_A.0"], leaves["lora_B.0"], inputs.plan)
+        return run(case, inputs, leaves)[0]
+
+    def gradients(y: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(y, [leaves["lora_A.0"], leaves["lora_B.0"]], inputs.dys[0]))
+
+    expected = gradients(forward())
+    checkpointed = [checkpoint(forward, use_reentrant=False) for _ in range(2)]
+    assert all(map(torch.equal, gradients(checkpointed[0]), expected))
+    inputs.plan.update(inputs.token_slots.flip(0), inputs.slot_ranks, inputs.slot_scalings)
+    with pytest.raises(RuntimeError, match="update the plan after the backward, or use another plan"):
+        gradients(checkpointed[1])
 
 
 def test_a_plan_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:

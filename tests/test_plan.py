@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -143,6 +144,26 @@ def test_a_snapshot_is_of_its_version() -> None:
     assert torch.equal(first.buffer, kept) and not torch.equal(plan.snapshot().buffer, kept)
 
 
+def test_a_plan_made_in_inference_mode_is_updated_outside() -> None:
+    with torch.inference_mode():
+        plan = BatchPlan(5, 64, max_rank=4, num_pages=30)
+        plan.update(*arguments(10, 5), torch.zeros(5, 4, dtype=torch.int32))
+    plan.update(*arguments(12, 5), torch.ones(5, 4, dtype=torch.int32))
+    plan.check()
+    assert plan.num_tokens == 12 and plan.tensors.pages.any()
+
+
+def test_a_snapshot_is_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = BatchPlan(5, 64, max_rank=4)
+    plan.update(*arguments(10, 5))
+    streams = iter("aba")
+    monkeypatch.setattr(plan, "device", SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=next(streams)))
+    first, other, again = (plan.snapshot() for _ in range(3))
+    assert first is again is not other and torch.equal(first.buffer, other.buffer)
+
+
 def test_a_snapshot_under_a_mode_or_transform_is_not_kept() -> None:
     plan = BatchPlan(5, 64, max_rank=4)
     plan.update(*arguments(10, 5))
@@ -234,6 +255,7 @@ def test_out_of_range_is_refused_or_masked(changes: dict[str, Any], message: str
         ({"page_table": None}, PlanError, "num_pages"),
         ({"page_table": torch.zeros(2, 5, dtype=torch.int32)}, PlanError, r"expected \[2, 4\]"),
         ({"page_table": torch.zeros(2, 4)}, TypeError, "expected int32"),
+        ({"page_table": [[0] * 4] * 2}, TypeError, "must be a tensor"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lorakernels.ops.library import nothing
-from lorakernels.ops.multi_shared import is_transformed
+from lorakernels.ops.multi_shared import check_stamp, is_transformed, stamp_of
 from lorakernels.plan import BatchPlan
 
 
@@ -15,12 +15,16 @@ class _Expand(torch.autograd.Function):
     """y += S Bᵀ in place, with gradients for y, S and B."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, options: Any, *plan: Any) -> Any:
+    def forward(
+        ctx: Any, y: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, options: Any, *plan_and_stamp: Any
+    ) -> Any:
         num_slots, max_tokens, impl = options
+        *plan, stamp = plan_and_stamp
         torch.ops.lorakernels.multi_lora_expand(s, [lora_B], *plan, num_slots, max_tokens, [y], impl)
         ctx.mark_dirty(y)
         ctx.options = options
-        ctx.save_for_backward(s, lora_B, *plan)
+        ctx.version = None if stamp is None else stamp.item()
+        ctx.save_for_backward(s, lora_B, *plan, stamp)
         return y
 
     @staticmethod
@@ -28,7 +32,8 @@ class _Expand(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("multi_lora_embedding cannot be differentiated twice")
         num_slots, max_tokens, impl = ctx.options
-        s, lora_B, buffer, scales, pages = ctx.saved_tensors
+        s, lora_B, buffer, scales, pages, stamp = ctx.saved_tensors
+        check_stamp("multi_lora_embedding", stamp, ctx.version)
         need_y, need_s, need_B, *_ = ctx.needs_input_grad
         routing = (buffer, torch.ones_like(scales), pages, num_slots, max_tokens)  # the scale is in S
         by_rank = lora_B if pages is not None else lora_B.transpose(1, 2)
@@ -40,7 +45,7 @@ class _Expand(torch.autograd.Function):
                 [dy], None, [lora_B], [by_rank], [lora_B], *routing, s, nothing(dy, torch.uint8),
                 False, False, True, impl,
             )  # fmt: skip
-        return (dy if need_y else None, ds, dB, *[None] * 4)
+        return (dy if need_y else None, ds, dB, *[None] * 5)
 
 
 def multi_lora_embedding(
@@ -66,6 +71,6 @@ def multi_lora_embedding(
     y = torch.nn.functional.embedding(ids, weight)
     if need_grad:
         options = (tensors.num_slots, tensors.max_tokens, impl)
-        return _Expand.apply(y, s, lora_B, options, tensors.buffer, tensors.scales, tensors.pages)
+        return _Expand.apply(y, s, lora_B, options, tensors.buffer, tensors.scales, tensors.pages, stamp_of(plan))
     torch.ops.lorakernels.multi_lora_expand(s, [lora_B], *tensors, [y], impl)
     return y

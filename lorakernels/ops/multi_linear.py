@@ -11,7 +11,17 @@ import torch
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import LEVELS
 from lorakernels.ops.library import library, nothing, runs_directly
-from lorakernels.ops.multi_shared import PLAN, Tensors, implementation_of, is_transformed, on_host, register, width_of
+from lorakernels.ops.multi_shared import (
+    PLAN,
+    Tensors,
+    check_stamp,
+    implementation_of,
+    is_transformed,
+    on_host,
+    register,
+    stamp_of,
+    width_of,
+)
 from lorakernels.plan import BatchPlan, PlanTensors
 from lorakernels.reference import multi_lora as reference_multi_lora
 from lorakernels.reference.product import sum_rows
@@ -148,11 +158,11 @@ class _MultiLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, options: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
         num_slots, max_tokens, num_slices, impl, where = options
-        plan, scales, pages, seed, thresholds, *rest = tensors
+        plan, scales, pages, stamp, seed, thresholds, *rest = tensors
         weights, biases, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(4))
         need_x, _, *needs = ctx.needs_input_grad
         need_weights, need_biases, need_As, need_Bs = (
-            any(needs[5 + i * num_slices : 5 + (i + 1) * num_slices]) for i in range(4)
+            any(needs[6 + i * num_slices : 6 + (i + 1) * num_slices]) for i in range(4)
         )
         call: Any = torch.ops.lorakernels.multi_lora_linear
         if runs_directly(x, *weights, *lora_As, *lora_Bs):
@@ -165,7 +175,8 @@ class _MultiLoRALinear(torch.autograd.Function):
         ctx.needs = need_x, need_weights, need_biases, need_As, need_Bs
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         kept_x = x if need_As or need_weights else None
-        ctx.save_for_backward(kept_x, plan, scales, pages, s, mask, *weights, *lora_As, *lora_Bs)
+        ctx.version = None if stamp is None else stamp.item()
+        ctx.save_for_backward(kept_x, plan, scales, pages, stamp, s, mask, *weights, *lora_As, *lora_Bs)
         return tuple(ys)
 
     @staticmethod
@@ -173,7 +184,8 @@ class _MultiLoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("multi_lora_linear cannot be differentiated twice: use lora_linear for one adapter")
         num_slots, max_tokens, num_slices, impl, where = ctx.options
-        x, plan, scales, pages, s, mask, *rest = ctx.saved_tensors
+        x, plan, scales, pages, stamp, s, mask, *rest = ctx.saved_tensors
+        check_stamp("multi_lora_linear", stamp, ctx.version)
         weights, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(3))
         need_x, need_weights, need_biases, need_As, need_Bs = ctx.needs
         call: Any = torch.ops.lorakernels.multi_lora_linear_backward
@@ -190,9 +202,9 @@ class _MultiLoRALinear(torch.autograd.Function):
             for dy, dtype in zip(dys, ctx.bias_dtypes, strict=True)
         ]
         grads = [*dweights, *dbiases, *(dAs or none), *(dBs or none)]
-        needed = ctx.needs_input_grad[7:]
+        needed = ctx.needs_input_grad[8:]
         kept = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-        return (dx if need_x else None, *[None] * 6, *kept)
+        return (dx if need_x else None, *[None] * 7, *kept)
 
 
 def multi_lora_linear(
@@ -221,7 +233,7 @@ def multi_lora_linear(
         # Dropout changes the scales, which are part of the route.
         where = on_host(plan, implementation_of(impl, x)) if direct and seed is None else {}
         options = (num_slots, max_tokens, len(weights), impl, where)
-        tensors = (buffer, scales, pages, seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
+        tensors = (buffer, scales, pages, stamp_of(plan), seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
         return list(_MultiLoRALinear.apply(x, options, *tensors))
     if direct and seed is None:
         body = implementation_of(impl, x)
@@ -258,7 +270,8 @@ def _thresholds(dropout_p: float | torch.Tensor, scales: torch.Tensor) -> torch.
     """Of 65536 levels, how many are dropped: [S + 1] int32, none for the base."""
     thresholds = scales.new_zeros(scales.shape, dtype=torch.int32)
     if isinstance(dropout_p, torch.Tensor):
-        thresholds[:-1] = (dropout_p.double() * LEVELS).round().clamp(0, LEVELS - 1).to(torch.int32)
+        levels = (dropout_p.double() * LEVELS).round().clamp(0, LEVELS - 1)
+        thresholds[:-1] = levels.nan_to_num().to(torch.int32)  # as an integer NaN is any
     else:
         thresholds[:-1] = min(round(dropout_p * LEVELS), LEVELS - 1)
     return thresholds

@@ -36,6 +36,23 @@ def on_host(plan: BatchPlan, implementation: ModuleType) -> dict[str, Any]:
     return {"where": plan.on_host}
 
 
+def stamp_of(plan: BatchPlan) -> torch.Tensor | None:
+    """The plan's version, for `check_stamp`; None where a graph is traced, in which it would be a constant."""
+    return None if torch.compiler.is_compiling() else torch.tensor(plan.version, device="cpu")
+
+
+def check_stamp(name: str, saved: torch.Tensor | None, version: int | None) -> None:
+    """Raise RuntimeError where a saved plan is of another version than the forward's.
+
+    Of saved tensors alone activation checkpointing gives what it has recomputed, with the plan as it was by then.
+    """
+    if saved is not None and saved.item() != version:
+        raise RuntimeError(
+            f"{name} was recomputed for its backward (activation checkpointing) with version {saved.item()} of the "
+            f"plan; expected version {version}, the forward's: update the plan after the backward, or use another plan"
+        )
+
+
 def width_of(lora_As: Tensors, pages: torch.Tensor | None) -> int:
     return lora_As[0].shape[1] if pages is None else pages.shape[1]
 

@@ -110,7 +110,8 @@ def backward(
             dy = dy_rows[i][segment.rows]
             if s_rows is not None:
                 low_rank = s_rows[i][segment.rows, : segment.rank]
-                _add_rank_rows(dBs[i], plan, segment, low_rank.t() @ dy, is_B=True)
+                # An embedding's S is float32 where its dy has 16 bits.
+                _add_rank_rows(dBs[i], plan, segment, low_rank.t() @ cast(dy, low_rank.dtype), is_B=True)
             if not (need_dx or need_dA):
                 continue
             B = _rank_rows(lora_B, plan, segment, is_B=True).to(dy.dtype)

@@ -65,6 +65,9 @@ class Books:
             raise RuntimeError("the store is closed; make a new one")
 
     def find(self, name: str) -> Version:
+        self.check_open()
+        if not isinstance(name, str):
+            raise TypeError(f"name is {name!r}; expected the name of an adapter, as text")
         if name not in self.current:
             near = difflib.get_close_matches(name, self.current, n=3) or list(self.current)[:3]
             raise KeyError(

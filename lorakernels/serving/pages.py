@@ -8,6 +8,7 @@ largest rank: Sheng et al., "S-LoRA", arXiv 2311.03285, section 5.1. A module's 
 from __future__ import annotations
 
 import heapq
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,11 +58,23 @@ class Writer:
     def writing(self) -> Iterator[None]:
         # Not as inference tensors: a batch outside inference mode could not save them for a backward.
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(self.stream):
-            if self.stream is not None:
-                for event in self._reads.values():
-                    self.stream.wait_event(event)
-                self._reads.clear()  # what this stream does from now on comes after them
+            self.wait_for_reads()
             yield
+
+    def wait_for_reads(self) -> None:
+        """What the side stream does from now on, and whoever has memory of it next, comes after the reads so far."""
+        if self.stream is not None:
+            for event in self._reads.values():
+                self.stream.wait_event(event)
+            self._reads.clear()
+
+    def check_no_capture(self) -> None:
+        """Raise RuntimeError where the current stream captures a CUDA graph, which would keep a batch's memory."""
+        if self.stream is not None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph is being captured, whose replays would read the plans and pages of this batch when they "
+                "are another's; capture multi_lora_linear with a BatchPlan of your own, or run batches without graphs"
+            )
 
     def written(self) -> torch.cuda.Event | None:
         """What a reader has to wait for: all writes until now."""
@@ -82,7 +95,8 @@ class PageClass:
 
     def __init__(self, name: str, dtype: torch.dtype, writer: Writer, num_pages: int) -> None:
         self.name, self.dtype, self.writer, self.num_pages = name, dtype, writer, num_pages
-        self.sites: list[Site] = []
+        # Sites hold it; were that in turn, the pool would outlive its store until a collection.
+        self.sites: weakref.WeakSet[Site] = weakref.WeakSet()
         self.width = 0
         self.pool: torch.Tensor | None = None
         self.free = list(range(num_pages))  # a heap: low pages first, so that pages of one adapter mostly lie together
@@ -92,7 +106,7 @@ class PageClass:
         site.begin_A = self.width
         site.begin_B = self._aligned(site.begin_A + site.K)
         self.width = self._aligned(site.begin_B + site.N)
-        self.sites.append(site)
+        self.sites.add(site)
 
     def _aligned(self, begin: int) -> int:
         step = max(_ALIGNMENT // self.dtype.itemsize, 1)
@@ -111,9 +125,11 @@ class PageClass:
         if self.pool is None:
             with self.writer.writing():
                 pool = torch.zeros(self.num_pages, self.width, dtype=self.dtype, device=self.writer.device)
+                # Counts its versions by itself: other adapters may be written between a forward and its backward.
+                readable = pool.data
             for site in self.sites:
-                site.lora_A = pool[:, site.begin_A : site.begin_A + site.K]
-                site.lora_B = pool[:, site.begin_B : site.begin_B + site.N]
+                site.lora_A = readable[:, site.begin_A : site.begin_A + site.K]
+                site.lora_B = readable[:, site.begin_B : site.begin_B + site.N]
             self.pool = pool
 
     def drop_pool(self) -> None:

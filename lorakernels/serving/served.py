@@ -66,11 +66,18 @@ class Batch:
                 shared[key] = _Route(pages.writer.device, [own for own, _ in found], [scaling for _, scaling in found])
             self._routes[pages] = shared[key]
 
+    def check_open(self, site: Site) -> None:
+        if self.closed:
+            raise StaleBatchError(
+                f"module {site.path!r} was called, or is in a backward, for a batch that has ended; call the model "
+                "and backward within `with`"
+            )
+
     def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
-        if self.closed:
-            raise StaleBatchError(f"module {site.path!r} was called for a batch that has ended; call it within `with`")
-        if len(lead) > 1:
+        self.check_open(site)
+        site.pages.writer.check_no_capture()
+        if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
             self._whole = lead
         route = self._routes.get(site.pages)
         if route is None:
@@ -161,31 +168,46 @@ def _plan(site: Site | None, lead: torch.Size) -> BatchPlan | None:
     return None if batch is None or site is None else batch.plan(site, lead)
 
 
-class ServedLinear(nn.Linear):
-    """A `torch.nn.Linear` that a store has switched: within a batch each token has its own adapter's update."""
+def _within(y: torch.Tensor, site: Site) -> torch.Tensor:
+    """y, whose backward raises once its batch has ended: the pages may be another adapter's by then."""
+    if y.requires_grad:
+        batch = _batches.get()[site.owner]
+        y.register_hook(lambda _: batch.check_open(site))
+    return y
 
+
+class _Served(nn.Module):
     _lora_site: Site | None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Of a copy, or of what is in a file: the module as it is without a store."""
+        state = {name: value for name, value in self.__dict__.items() if name != "_lora_site"}
+        return object.__new__, (BASES[type(self)],), state
+
+
+class ServedLinear(_Served, nn.Linear):
+    """A `torch.nn.Linear` that a store has switched: within a batch each token has its own adapter's update."""
+
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, x.shape[:-1])
         if plan is None:
             return super().forward(x)
         weight, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
-        return multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias)
+        return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
 
 
-class ServedEmbedding(nn.Embedding):
+class ServedEmbedding(_Served, nn.Embedding):
     """A `torch.nn.Embedding` that a store has switched."""
 
-    _lora_site: Site | None
-
+    @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, ids.shape)
         if plan is None:
             return super().forward(ids)
-        return multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan)
+        return _within(multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan), site)
 
 
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ServedLinear, nn.Embedding: ServedEmbedding}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,14 @@ from lorakernels.serving.pages import PageClass, Site
 from lorakernels.serving.served import BASES, served_by
 
 _FACTORS = {nn.Linear: ("lora_A.weight", "lora_B.weight"), nn.Embedding: ("lora_embedding_A", "lora_embedding_B")}
+# experts, expert_0, local_experts; not shared_expert, which is sent every token.
+_EXPERT = re.compile(r"(?!.*shared).*experts?_?[0-9]*")
+# T5's: looked up by query and key position, the same for all rows.
+_POSITIONS = "relative_attention_bias"
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 Tensors = Mapping[str, torch.Tensor]
+Given = str | os.PathLike[str] | tuple[LoRAConfig, Tensors]
 
 
 def check_name(name: Any) -> None:
@@ -32,6 +38,20 @@ def check_name(name: Any) -> None:
         raise ValueError(
             f"adapter name {name!r}: expected text without slashes and control characters, not '.' or '..'"
         )
+
+
+def check_given(given: Any) -> None:
+    """Raise TypeError unless it is None, a path, or a configuration and tensors."""
+    if given is None or isinstance(given, (str, os.PathLike)):
+        return
+    pair = given if isinstance(given, tuple) and len(given) == 2 else (None, None)
+    if not isinstance(pair[0], LoRAConfig) or not isinstance(pair[1], Mapping):
+        kinds = ", ".join(type(one).__name__ for one in given) if isinstance(given, tuple) else type(given).__name__
+        raise TypeError(f"the adapter is ({kinds}); expected a folder, or a LoRAConfig and tensors by PEFT's keys")
+    for key, tensor in pair[1].items():
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            what = "on the meta device" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__qualname__}"
+            raise TypeError(f"tensor {key!r} is {what}; expected a torch.Tensor with its numbers")
 
 
 @dataclass(frozen=True)
@@ -63,6 +83,8 @@ def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | N
 def read_source(model: nn.Module, source: Source) -> Contents:
     """What the files hold, checked against `model`; the same at every reading, or AdapterFileError."""
     _check_inside(source.folder, source.root)
+    if not source.folder.is_dir():
+        raise AdapterFileError(f"{source.folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
     contents = read_contents(plain_copy(model, {}), source.folder)
     if _stamps(source.folder) != source.stamps:
         raise AdapterFileError(
@@ -156,8 +178,13 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
 
 
 def _of_plan(scaling: float, dtype: torch.dtype) -> float:
-    """Plans have their scalings in float32, which for float64 is not enough: then the rest of it goes into B's rows."""
-    return torch.tensor(scaling, dtype=torch.float32, device="cpu").item() if dtype is torch.float64 else scaling
+    """Plans have their scalings in float32, which for float64 is not enough: then the rest of it goes into B's rows.
+
+    All of it where float32 has nothing but 0, which no ratio to it could make good.
+    """
+    if dtype is not torch.float64 or scaling == 0:
+        return scaling
+    return torch.tensor(scaling, dtype=torch.float32, device="cpu").item() or 1.0
 
 
 def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site:
@@ -175,8 +202,10 @@ def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
         raise AdapterFileError(
             f"module {path!r} has a forward of its own (such as accelerate's hooks), which goes first"
         )
-    if "experts" in path.split("."):
+    if any(_EXPERT.fullmatch(part) for part in path.split(".")):
         raise AdapterFileError(f"module {path!r} is an expert, which is sent some of the tokens; not served")
+    if path.rpartition(".")[2] == _POSITIONS:
+        raise AdapterFileError(f"module {path!r} is a table of positions, which are no rows of a batch; not served")
     parent = model.get_submodule(path.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise AdapterFileError(

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lorakernels.config import LoRAConfig, check_rank
+from lorakernels.config import check_rank
 from lorakernels.plan import BASE
 from lorakernels.serving.books import Books, Lease
-from lorakernels.serving.pages import Site, find_sites
+from lorakernels.serving.pages import Site, Writer, find_sites
 from lorakernels.serving.served import BASES, Batch, check_opener, restore, running, serve
 from lorakernels.serving.sources import (
-    Tensors,
+    Given,
+    check_given,
     check_name,
     find_parts,
     find_source,
@@ -36,7 +37,6 @@ from lorakernels.serving.tiers import DeviceTier, HostTier, Version
 
 # Ranks are 8 or 16 mostly, so that room for this many rows an adapter holds max_adapters of them.
 _PAGES_AN_ADAPTER = 16
-Given = str | os.PathLike[str] | tuple[LoRAConfig, Tensors]
 
 
 class AdapterStore:
@@ -94,7 +94,8 @@ class AdapterStore:
         read = partial(read_again, self.model, self._sites, max_rank)
         self._books = Books(DeviceTier(max_adapters), HostTier(host_bytes), read)
         sites = weakref.WeakSet(self._sites.values())  # a model may hold its store
-        weakref.finalize(self, _restore_all, sites).atexit = False
+        writers = {pages.writer for pages in self._classes}
+        weakref.finalize(self, _let_go, sites, writers).atexit = False
         self._numbers = itertools.count()
         self._worker: ThreadPoolExecutor | None = None
         self._prefetches: dict[str, Future[None]] = {}
@@ -123,6 +124,7 @@ class AdapterStore:
                 batch of several cannot compute (DoRA, biases, modules_to_save).
             CapacityError: a rank is over max_rank; there is no room for what must have it: a pinned name, or tensors.
             ValueError: the name is malformed.
+            TypeError: folder is neither a path nor a LoRAConfig and tensors.
         """
         self._put(name, folder, must_exist=False)
 
@@ -164,7 +166,6 @@ class AdapterStore:
         Raises KeyError when there is none of that name.
         """
         with self._books.lock:
-            self._books.check_open()
             self._books.find(name)
             pending = self._prefetches.get(name)
             if pending is None or pending.done():
@@ -196,12 +197,14 @@ class AdapterStore:
             KeyError: there is no adapter of a name.
             CapacityError: they do not fit the device together, or beside what is pinned and in use.
             AdapterFileError: one was to be read again, and its files are gone, or others.
-            StaleBatchError: a lease was released.
-            RuntimeError: a generator opens it.
+            StaleBatchError: a lease was released; later, by a call or backward after the end of the batch.
+            RuntimeError: a generator opens it, or a CUDA graph is being captured.
             TypeError, ValueError: rows or lengths are not what is expected.
         """
         check_opener(sys._getframe())
         _check_rows(rows, lengths)
+        for pages in self._classes:
+            pages.writer.check_no_capture()
         self._await_prefetches([row for row in rows if isinstance(row, str)])
         held = self._books.hold(rows)
         versions = [version for version in dict.fromkeys(held) if version is not None]
@@ -225,6 +228,8 @@ class AdapterStore:
 
         Raises what `batch` does.
         """
+        with self._books.lock:
+            self._books.find(name)
         self._await_prefetches([name])
         [version] = self._books.hold([name])
         assert version is not None
@@ -254,6 +259,7 @@ class AdapterStore:
 
     def _put(self, name: str, given: Given | None, *, must_exist: bool) -> None:
         check_name(name)
+        check_given(given)
         books = self._books
         with books.lock:
             books.check_open()
@@ -292,6 +298,13 @@ def _restore_all(sites: Iterable[Site]) -> None:
         restore(site)
 
 
+def _let_go(sites: Iterable[Site], writers: Iterable[Writer]) -> None:
+    """When nobody has the store any more: its pools are freed next, on the streams that wrote them."""
+    _restore_all(sites)
+    for writer in writers:
+        writer.wait_for_reads()
+
+
 def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | None) -> None:
     if isinstance(rows, str) or not isinstance(rows, Sequence):
         raise TypeError(f"rows is {rows!r}; expected a list with a name, a lease or None for each row")
@@ -300,5 +313,7 @@ def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | Non
             raise TypeError(f"a row is {row!r}; expected an adapter's name, a lease, or None for the base model")
     if lengths is None:
         return
+    if isinstance(lengths, str) or not isinstance(lengths, Sequence):
+        raise TypeError(f"lengths is {lengths!r}; expected a list with the number of tokens of each row")
     if len(lengths) != len(rows) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in lengths):
         raise ValueError(f"lengths is {list(lengths)}; expected {len(rows)} numbers of tokens, one for each row")

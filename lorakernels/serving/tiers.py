@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lorakernels.serving.errors import CapacityError
@@ -51,24 +52,40 @@ class DeviceTier:
     def place(self, rows: Mapping[Version, Rows]) -> None:
         """Bring adapters here, all or none; others that may leave do so for them.
 
+        Where it fails the pools it made go, and those that left for it come back if they are in main memory.
+
         Raises CapacityError where those that stay hold the room, before anything changes.
         """
         leaving = self._leaving(list(rows))
-        for pages in {pages for version in rows for pages in version.parts}:
-            pages.make_pool()  # where memory may run out: before anyone leaves
-        for version in leaving:
-            self.drop(version)
-            self.evictions += 1
+        made = {pages for version in rows for pages in version.parts if pages.pool is None}
         try:
+            for pages in made:
+                pages.make_pool()  # where memory may run out: before anyone leaves
+            for version in leaving:
+                self.drop(version)
             for version, own in rows.items():
-                self.versions[version] = None
-                for pages, part in version.parts.items():
-                    version.pages[pages] = pages.take(part.rank)
-                    pages.write(version.pages[pages], own[pages])
-                version.written = {pages.writer: pages.writer.written() for pages in version.parts}
+                self._enter(version, own)
         except BaseException:
             for version in rows:
                 self.drop(version)
+            for pages in made:
+                pages.drop_pool()
+            for version in leaving:
+                if version.rows is not None and not version.pages:
+                    with suppress(Exception):
+                        self._enter(version, version.rows)
+            raise
+        self.evictions += len(leaving)
+
+    def _enter(self, version: Version, rows: Rows) -> None:
+        try:
+            self.versions[version] = None
+            for pages, part in version.parts.items():
+                version.pages[pages] = pages.take(part.rank)
+                pages.write(version.pages[pages], rows[pages])
+            version.written = {pages.writer: pages.writer.written() for pages in version.parts}
+        except BaseException:
+            self.drop(version)
             raise
 
     def drop(self, version: Version) -> None:
@@ -85,7 +102,7 @@ class DeviceTier:
             for pages, part in version.parts.items():
                 short[pages] = short.get(pages, -len(pages.free)) + part.rank
         leaving: list[Version] = []
-        for version in self.versions:
+        for version in sorted(self.versions, key=lambda version: not version.retired):  # those replaced before others
             lacking = {pages for pages, number in short.items() if number > 0}
             if slots <= 0 and not lacking:
                 break
