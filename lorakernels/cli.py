@@ -6,6 +6,7 @@ Everything heavy is imported inside the functions that run, so that `lorakernels
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -242,20 +243,41 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; a mistake of the user's is one line on stderr."""
+    """Run a command and return its exit status; a mistake of the user's is one line on stderr.
+
+    That the reader of stdout has gone, as `head` does, is no mistake.
+    """
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except SystemExit as error:  # which rich makes of it
+        if isinstance(error.__context__, BrokenPipeError):
+            return 0
+        raise
     except KeyboardInterrupt:
         print("lorakernels: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 0
         if not _is_mistake(error):
             raise
         # str() of a KeyError is its message in quotes.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print("lorakernels:", " ".join(str(message).split()), file=sys.stderr)
         return MISTAKE
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is what broke; what is left to write then goes nowhere, so that the end of Python is quiet."""
+    try:
+        print(flush=True)  # what failed before may be gone from its buffer
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -90,6 +90,35 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == "lorakernels: interrupted\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break otherwise there")
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]], ids=["", "unbuffered"])
+@pytest.mark.parametrize(
+    "arguments", [["tune", "--dry-run", "--shapes", "64x64x64x8", "--jobs", "1"], ["bench", "list"]], ids=" ".join
+)
+def test_a_reader_that_has_gone_is_no_mistake(arguments: list[str], unbuffered: list[str]) -> None:
+    """As `head` does: nobody reads what is printed."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, *unbuffered, "-m", "lorakernels", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=write,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_broken_pipe_is_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raising(BrokenPipeError("of a process that died"), monkeypatch)
+    assert cli.main(["fail"]) == 2
+    assert capsys.readouterr().err == "lorakernels: of a process that died\n"
+
+
 # ------------------------------------------------------------------------------------------- demo
 
 

@@ -89,6 +89,7 @@ def swap_fields(kind: str, swap: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:rank_pattern.'embed':UserWarning")  # not among the targets of every kind
 @pytest.mark.parametrize("prepared", [None, 4, 8], ids=["as it is", "same rank", "padded"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("swap", SWAPS)
@@ -229,3 +230,38 @@ def test_a_kept_norm_follows_the_scaling(tmp_path: Path) -> None:
         lk.set_scale(model, "default", 3)
         kept = model(IDS)
     assert_close(kept, model(IDS))
+
+
+def test_what_is_merged_is_not_the_slots_scaling(tmp_path: Path) -> None:
+    model = lk.prepare_for_hotswap(lk.load_adapter(net(), folder_of(tmp_path, 1)), 8)
+    model.grouped.set_adapter([])  # no grouped weight does what its adapter does
+    weight = model.v_proj.weight.clone()
+    lk.merge(model)
+    model.v_proj.scalings["default"].fill_(9)
+    lk.unmerge(model)
+    assert_close(model.v_proj.weight, weight)
+
+
+@pytest.mark.parametrize("renewed", [True, False])
+def test_moments_of_the_adapter_before(renewed: bool, tmp_path: Path) -> None:
+    """They move the ranks that the new adapter does not have, which its files would lose."""
+    model = lk.load_adapter(net(), folder_of(tmp_path / "first", 1), trainable=True)
+    optimizer = torch.optim.AdamW(lk.trainable_parameters(model))
+    for step in range(2):
+        if step == 1:
+            lk.hotswap_adapter(model, folder_of(tmp_path / "second", 2, r=2))
+            optimizer = torch.optim.AdamW(lk.trainable_parameters(model)) if renewed else optimizer
+        optimizer.zero_grad()
+        model(IDS).square().sum().backward()
+        optimizer.step()
+    if renewed:
+        again = lk.load_adapter(net(), lk.save_adapter(model, tmp_path / "trained"))
+        assert_close(again(IDS), model(IDS))
+    else:
+        for call in (
+            lambda: lk.save_adapter(model, tmp_path / "trained"),
+            lambda: lk.add_weighted_adapter(model, ["default"], [1.0], "again", "cat"),
+        ):
+            with pytest.raises(RuntimeError, match=r"trained past rank 2, .*; make a new optimizer after a hot swap"):
+                call()
+        assert not (tmp_path / "trained").exists()

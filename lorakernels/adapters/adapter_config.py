@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorakernels.config import LoRAConfig
+from lorakernels.config import LoRAConfig, check_modules
 
 # Bigger than any real one by far; a file past it is not read.
 MAX_BYTES = 16 << 20
@@ -88,6 +88,11 @@ def config_from_fields(fields: dict[str, Any], source: str) -> LoRAConfig:
     for name in ("r", "lora_alpha"):
         if name in fields and fields[name] is None:
             raise AdapterFileError(f"{source}: {name} is null; expected a number")
+    for name in ("target_modules", "exclude_modules"):
+        try:
+            check_modules(arguments.get(name), name)
+        except (TypeError, ValueError):  # the file's tensors say which layers are adapted
+            del arguments[name]
     try:
         return LoRAConfig(**arguments)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -105,7 +110,7 @@ def fields_of(config: LoRAConfig) -> dict[str, Any]:
     }
     for name in HANDLED:
         value = getattr(config, name)
-        if isinstance(value, (set, tuple)):
+        if isinstance(value, (set, frozenset, tuple)):
             value = sorted(value)
         fields[name] = dict(value) if name.endswith("_pattern") else value
     if fields["init_lora_weights"] == "kaiming":

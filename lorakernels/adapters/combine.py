@@ -13,12 +13,15 @@ from lorakernels.adapters.inject import (
     activity,
     adapted_layers,
     adapter_configs,
+    adapters_in,
+    config_of,
     layers_of,
     nothing_on_error,
     refuse_changed_base,
+    uncompiled,
 )
 from lorakernels.adapters.rank_slices import by_group, smaller
-from lorakernels.adapters.switch import layers_with, refuse_merged
+from lorakernels.adapters.switch import refuse_merged
 from lorakernels.config import LoRAConfig, check_alpha, check_rank
 from lorakernels.nn.layer import LoRALayer, check_adapter_name
 
@@ -56,10 +59,11 @@ def add_weighted_adapter(
         `model` itself.
 
     Raises:
-        KeyError: the model lacks one of `adapters`.
+        KeyError: the model lacks one of `adapters`, or was not given it as a whole.
         ValueError, TypeError: naming the argument; with "linear", adapters of different ranks; adapters with DoRA, a
             trained bias or modules_to_save, which have no weighted sum.
-        RuntimeError: adapters are merged, or one has changed the base weights.
+        RuntimeError: adapters are merged, one has changed the base weights, or ranks past those of a hot swap have
+            trained.
     """
     check_adapter_name(adapter_name)
     combine = _COMBINATIONS.get(combination_type)
@@ -73,12 +77,12 @@ def add_weighted_adapter(
         check_rank(svd_rank, "svd_rank")
         if combination_type != "svd":
             raise ValueError(f'svd_rank={svd_rank} goes with combination_type="svd"; got {combination_type!r}')
-    configs, layers = adapter_configs(model), adapted_layers(model)
-    if adapter_name in configs:
-        raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(configs)}")
+    compiled, model = model, uncompiled(model)
+    layers = adapted_layers(model)
+    if adapter_name in adapters_in(model):
+        raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(adapters_in(model))}")
     for name in adapters:
-        layers_with(layers, name)
-        _check_can_be_combined(name, configs[name])
+        _check_can_be_combined(name, config_of(model, name))
     refuse_merged(layers)
     refuse_changed_base(model)
 
@@ -100,8 +104,8 @@ def add_weighted_adapter(
         restore_activity()
     config = LoRAConfig(r=max(ranks.values()), lora_alpha=max(ranks.values()), target_modules=sorted(pairs))
     config = describing(config, ranks, dict(ranks))
-    model._lora_configs = {**configs, adapter_name: config}  # type: ignore[assignment]
-    return model
+    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
+    return compiled
 
 
 def _check_can_be_combined(name: str, config: LoRAConfig) -> None:

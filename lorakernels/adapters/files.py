@@ -19,6 +19,8 @@ from lorakernels.adapters.inject import (
     adapted_layers,
     adapter_configs,
     adapter_parameters,
+    adapters_in,
+    config_of,
     freeze_all_but_adapters,
     give_adapter,
     layers_of,
@@ -26,6 +28,7 @@ from lorakernels.adapters.inject import (
     refuse_changed_base,
     refuse_shared_biases,
     replace_modules,
+    uncompiled,
 )
 from lorakernels.adapters.rank_slices import smaller
 from lorakernels.adapters.saved_modules import give_copies, saved_modules, state_of
@@ -40,15 +43,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
 
     One that PiSSA or OLoRA has started is written as a plain adapter of twice the rank for the original base weights.
     Of sharded parameters every process calls this and the first one writes.
-    Raises KeyError, naming the adapters there are, when the model has none of that name, and RuntimeError when another
-    adapter has changed the base weights.
+    Raises KeyError, naming the adapters there are, when the model has none of that name or was not given it as a whole,
+    and RuntimeError when another adapter has changed the base weights, or ranks past those of a hot swap have trained.
     """
-    model = getattr(model, "_orig_mod", model)  # of a compiled model
-    configs = adapter_configs(model)
-    if adapter_name not in configs:
-        raise KeyError(f"the model has no adapter {adapter_name!r}; its adapters: {list(configs)}")
+    model = uncompiled(model)
+    config = config_of(model, adapter_name)
     refuse_changed_base(model, but_by=adapter_name)
-    config = configs[adapter_name]
     tensors: Tensors = {f"{PREFIX}{name}": bias for name, bias in _saved_biases(model, config, adapter_name).items()}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -109,7 +109,7 @@ def load_adapter(
     read.
 
     Args:
-        model: plain, or with adapters from `inject` or `load_adapter`.
+        model: plain, or with adapters from `inject` or `load_adapter`; compiled or not.
         folder: holds adapter_config.json and adapter_model.safetensors. With `hub`, when there is no such folder, the
             name of a repository on the Hugging Face hub, "organisation/name".
         adapter_name: the name it gets in the model.
@@ -125,9 +125,13 @@ def load_adapter(
         ImportError: the hub is asked, and huggingface_hub is not installed.
     """
     check_adapter_name(adapter_name)
+    compiled, model = model, uncompiled(model)
     contents = read_contents(model, local_folder(folder, hub, revision))
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
+    refuse_meta(contents)
+    _refuse_8_bits(contents)
+    earlier = adapters_in(model)
 
     # A model that trains adapters already keeps what trains beside them.
     beside = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
@@ -144,7 +148,7 @@ def load_adapter(
         new = [contents.modules[path] for path in contents.whole if path not in _with_copy(model, adapter_name)]
         made |= give_copies(new, adapter_name)
         replace_modules(model, made)
-        if not adapter_configs(model):
+        if not earlier:
             freeze_all_but_adapters(model, config.bias if trainable else "none")
         else:
             for parameter in beside:
@@ -155,7 +159,7 @@ def load_adapter(
         for bias, value in contents.biases:
             bias.copy_(value)
     set_config(model, adapter_name, contents, [])
-    return model
+    return compiled
 
 
 def set_config(model: nn.Module, adapter_name: str, contents: Contents, unused: list[str]) -> None:
@@ -234,6 +238,27 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
         )
     if any(isinstance(layer.scalings[adapter_name], torch.Tensor) for layer in taken):
         raise AdapterFileError(f"adapter {adapter_name!r} is prepared for hot swaps; use hotswap_adapter")
+
+
+def refuse_meta(contents: Contents) -> None:
+    """Nothing can be put into tensors without values, and what is loaded later would start anew."""
+    for path in [*contents.layers, *contents.whole]:
+        for name, tensor in contents.modules[path].named_parameters():
+            if tensor.device.type == "meta":
+                raise AdapterFileError(
+                    f"{path}.{name} is on the meta device and has no values; put them into the model first"
+                )
+
+
+def _refuse_8_bits(contents: Contents) -> None:
+    """Adapters keep the file's dtype, and torch neither adds nor promotes 8-bit floats."""
+    for path, tensors in contents.layers.items():
+        for suffix, tensor in tensors.items():
+            if tensor.element_size() == 1:
+                raise AdapterFileError(
+                    f"{path}.{suffix} is {tensor.dtype}; expected float64, float32, bfloat16 or float16: convert the "
+                    "file's tensors first"
+                )
 
 
 def _shapes(tensors: Any) -> dict[str, tuple[int, ...]]:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lorakernels.adapters.adapter_config import AdapterFileError
-from lorakernels.adapters.files import copy_whole, set_config
+from lorakernels.adapters.files import copy_whole, refuse_meta, set_config
 from lorakernels.adapters.hub import local_folder
-from lorakernels.adapters.inject import adapted_layers, adapter_configs, refuse_changed_base
+from lorakernels.adapters.inject import adapted_layers, config_of, refuse_changed_base, uncompiled
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import saved_modules
 from lorakernels.adapters.switch import layers_with, refuse_merged, set_scaling
@@ -83,18 +83,20 @@ def hotswap_adapter(
         `model` itself.
 
     Raises:
-        KeyError: the model has no such adapter.
+        KeyError: the model has no such adapter, or was not given it as a whole.
         AdapterFileError: the files are missing, broken, or do not fit the slot: other layers, a higher rank, another
             kind of adapter, numbers that its dtype would round.
         RuntimeError: adapters are merged, or one has changed the base weights.
     """
-    original = getattr(model, "_orig_mod", model)  # of a compiled model
+    original = uncompiled(model)
     layers = adapted_layers(original)
     owners = set(layers_with(layers, adapter_name))
+    config_of(original, adapter_name)
     refuse_merged(layers)
     refuse_changed_base(original)
     contents = read_contents(original, local_folder(folder, hub, revision))
     _check_fits(original, adapter_name, contents)
+    refuse_meta(contents)
 
     paths = {contents.modules[path]: path for path in contents.layers}
     for layer in owners:
@@ -132,7 +134,7 @@ def _copy_into(suffix: str, room: torch.Tensor, value: torch.Tensor, r: int, lay
 
 
 def _check_fits(model: nn.Module, name: str, contents: Contents) -> None:
-    config, slot = contents.config, adapter_configs(model)[name]
+    config, slot = contents.config, config_of(model, name)
     for field in ("use_dora", "lora_bias"):
         if getattr(config, field) != getattr(slot, field):
             raise AdapterFileError(

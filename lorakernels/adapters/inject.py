@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-from lorakernels.adapters.saved_modules import give_copies, saved_modules
-from lorakernels.adapters.targets import find_modules_to_save, find_targets, pattern_value
+from lorakernels.adapters.saved_modules import SavedModule, give_copies, saved_modules
+from lorakernels.adapters.targets import find_modules_to_save, find_targets, pattern_value, warn_of_unused
 from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, adapt
@@ -23,10 +24,10 @@ def inject(
     """Give the target layers of `model` an adapter, in place, and freeze everything else.
 
     In a model that has adapters already the new one is not active until `set_adapter`, and what trains stays the same.
-    Nothing changes when an error is raised.
+    Nothing changes when an error is raised. An entry of `config` that means nothing in `model` gets a warning.
 
     Args:
-        model: any module that holds layers that can be adapted: linear, embedding, convolution.
+        model: any module that holds layers that can be adapted: linear, embedding, convolution; compiled or not.
         config: which layers, and what rank and scale.
         adapter_name: the adapter's name, part of its parameters' names.
         group: whether projections that one module calls with the same x (q, k, v; gate, up) may be computed together,
@@ -38,13 +39,19 @@ def inject(
 
     Raises:
         ValueError: nothing matches (with near names), or the name is taken or malformed, or a layer cannot have
-            such an adapter; one of several adapters trains biases.
-        TypeError: a target is not a layer that can be adapted.
+            such an adapter; one of several adapters trains biases; PiSSA or OLoRA on a weight that is tied, computed
+            at each call, or on the meta device.
+        TypeError: a target is not a layer that can be adapted, or its weight is no plain tensor.
         RuntimeError: adapters are merged, or one in the model has changed the base weights (PiSSA, OLoRA).
     """
+    if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
+        got = " and ".join(f"{type(one).__module__}.{type(one).__qualname__}" for one in (model, config))
+        raise TypeError(f"inject takes a torch.nn.Module and a lorakernels.LoRAConfig; got {got}")
     check_adapter_name(adapter_name)
-    if adapter_name in adapter_configs(model):
-        raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(adapter_configs(model))}")
+    compiled, model = model, uncompiled(model)
+    earlier = adapters_in(model)
+    if adapter_name in earlier:
+        raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(earlier)}")
     refuse_shared_biases(model, config, adapter_name)
     targets = find_targets(model, config)
     whole = find_modules_to_save(model, config.modules_to_save)
@@ -56,11 +63,15 @@ def inject(
     for name, module in targets.items():
         _check_target(name, module, ranks[name], alphas[name], config)
     refuse_changed_base(model)
-    if changes_base(config.init_lora_weights) and adapter_configs(model):
-        raise RuntimeError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which the adapters "
-            f"{list(adapter_configs(model))} were made beside; expected a model without adapters"
-        )
+    if changes_base(config.init_lora_weights):
+        start = f"init_lora_weights={config.init_lora_weights!r}"
+        if earlier:
+            raise RuntimeError(
+                f"{start} changes the base weights, which the adapters {list(earlier)} were made beside; expected a "
+                "model without adapters"
+            )
+        refuse_tied(model, [module.weight for module in targets.values()], start)  # type: ignore[misc]
+    warn_of_unused(model, config, targets)
 
     made: dict[nn.Module, nn.Module] = {}
     restore_activity = activity(model)
@@ -76,14 +87,19 @@ def inject(
                 given.add(module)
         made |= give_copies(whole.values(), adapter_name)
         replace_modules(model, made)
-        if adapter_configs(model):
+        if earlier:
             restore_activity()
         else:
             for wrapper in saved_modules(model).values():
                 wrapper.set_adapter([adapter_name])
             freeze_all_but_adapters(model, config.bias)
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
-    return model
+    return compiled
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that `torch.compile` was given, whose names have no prefix; any other module itself."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: LoRAConfig) -> None:
@@ -100,8 +116,8 @@ def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: Lo
     scaling = scaling_of(alpha, r, config.use_rslora)
     try:
         kind.check_adapter(base, r, scaling, config.init_lora_weights, config.use_dora, config.lora_bias)
-    except ValueError as error:
-        raise ValueError(f"target {name!r}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"target {name!r}: {error}") from error
 
 
 def adaptable() -> str:
@@ -173,12 +189,12 @@ def activity(model: nn.Module) -> Callable[[], None]:
 
 def refuse_shared_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> None:
     """Raise ValueError where two adapters would meet in the base model's biases (PEFT's rule)."""
-    others = {name: other for name, other in adapter_configs(model).items() if name != adapter_name}
-    with_bias = [name for name, one in {**others, adapter_name: config}.items() if one.bias != "none"]
+    others = [name for name in adapters_in(model) if name != adapter_name]
+    with_bias = [name for name, one in {**adapter_configs(model), adapter_name: config}.items() if one.bias != "none"]
     if others and with_bias:
         raise ValueError(
             f"adapter {with_bias[0]!r} trains biases, which are the base model's own, so it can only be alone; the "
-            f'model has {list(others)}. Set bias="none" for all of several adapters'
+            f'model has {others}. Set bias="none" for all of several adapters'
         )
 
 
@@ -191,6 +207,20 @@ def refuse_changed_base(model: nn.Module, but_by: str | None = None) -> None:
             f"adapter {changed_by[0]!r} has changed the base weights (init_lora_weights), so no other can stand beside "
             "it; save_adapter it, delete_adapter it, and load it again as a plain one"
         )
+
+
+def refuse_tied(model: nn.Module, weights: Iterable[torch.Tensor], what: str) -> None:
+    """A weight that another module uses too (a head tied to its embedding) would change there as well."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    for weight in weights:
+        names = owners.get(id(weight), [])
+        if len(names) > 1:
+            raise ValueError(
+                f"{' and '.join(map(repr, names))} share one weight, so {what} would change both; untie them"
+            )
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -209,8 +239,33 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
-    """The configuration of each adapter that `inject` has put into `model`, by name."""
-    return getattr(model, "_lora_configs", {})
+    """The configuration of each adapter that was put into `model` as a whole and is still there, by name."""
+    there = adapters_in(model)
+    return {name: config for name, config in getattr(model, "_lora_configs", {}).items() if name in there}
+
+
+def config_of(model: nn.Module, adapter_name: str) -> LoRAConfig:
+    """The configuration of an adapter; raises KeyError where `model` as a whole was not given it."""
+    paths = [path for path, layer in adapted_layers(model).items() if adapter_name in layer.r]
+    if not paths:
+        raise KeyError(f"the model has no adapter {adapter_name!r}; its adapters: {list(adapters_in(model))}")
+    configs = adapter_configs(model)
+    if adapter_name not in configs:
+        where = ", ".join(map(repr, paths[:3])) + (", …" if len(paths) > 3 else "")
+        raise KeyError(
+            f"adapter {adapter_name!r} is in {where}, but was not put in by inject or load_adapter on this module: "
+            "call it on the module that they were given"
+        )
+    return configs[adapter_name]
+
+
+def adapters_in(model: nn.Module) -> dict[str, None]:
+    """The names of the adapters that the layers and the copies of whole modules in `model` have."""
+    names: dict[str, None] = {}
+    for module in model.modules():
+        if isinstance(module, (LoRALayer, SavedModule)):
+            names |= dict.fromkeys(module.r if isinstance(module, LoRALayer) else module.modules_to_save)
+    return names
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from lorakernels.adapters.inject import activity, adapted_layers
+from lorakernels.adapters.inject import activity, adapted_layers, refuse_tied
 from lorakernels.adapters.switch import set_adapter
-from lorakernels.nn.layer import LoRALayer
 
 
 def merge(model: nn.Module, names: str | list[str] | None = None, *, keep_base: bool = False) -> None:
@@ -21,7 +20,7 @@ def merge(model: nn.Module, names: str | list[str] | None = None, *, keep_base: 
         set_adapter(model, names)
     layers = [layer for layer in adapted_layers(model).values() if layer.active_adapters and not layer.merged]
     try:
-        _refuse_tied(model, layers)
+        refuse_tied(model, [layer.weight for layer in layers], "merging")
         for layer in layers:
             layer.check_merge(keep_base)  # all or none: raises before the first layer changes
     except Exception:
@@ -30,20 +29,6 @@ def merge(model: nn.Module, names: str | list[str] | None = None, *, keep_base: 
         raise
     for layer in layers:
         layer.merge(keep_base=keep_base)
-
-
-def _refuse_tied(model: nn.Module, layers: list[LoRALayer]) -> None:
-    """A weight that another module uses too (a head tied to its embedding) would change there as well."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), []).append(name)
-    for layer in layers:
-        names = owners.get(id(layer.weight), [])
-        if len(names) > 1:
-            raise ValueError(
-                f"{' and '.join(map(repr, names))} share one weight, so merging would change both; untie them"
-            )
 
 
 def unmerge(model: nn.Module) -> None:

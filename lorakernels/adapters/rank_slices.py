@@ -27,6 +27,14 @@ def by_group(A: torch.Tensor, base_layer: nn.Module) -> torch.Tensor:
 
 
 def smaller(suffix: str, tensor: torch.Tensor, r: int, base_layer: nn.Module) -> torch.Tensor:
-    """The first r ranks of a parameter in the shape that an adapter of that rank has."""
+    """The first r ranks of a parameter in the shape that an adapter of that rank has.
+
+    Raises RuntimeError where the others, which the adapter would lose, are not zero.
+    """
     part = used_part(suffix, tensor, r, base_layer)
+    if part.numel() < tensor.numel() and tensor.count_nonzero() > part.count_nonzero():
+        raise RuntimeError(
+            f"{suffix} has trained past rank {r}, that of the adapter that was swapped in: the optimizer still had the "
+            "moments of the one before; make a new optimizer after a hot swap"
+        )
     return part.flatten(0, 1) if part.dim() > tensor.dim() else part

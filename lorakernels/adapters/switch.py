@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
-from lorakernels.adapters.inject import adapted_layers, adapter_configs, replace_modules
+from lorakernels.adapters.inject import adapted_layers, replace_modules
 from lorakernels.adapters.saved_modules import saved_modules
 from lorakernels.config import check_alpha
 from lorakernels.nn.layer import LoRALayer
@@ -16,6 +18,8 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     Raises KeyError for a name that no layer has, and ValueError for two that each have a copy of one whole module
     (modules_to_save), before anything changes.
     """
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names is {names!r}; expected a name or a list of names, [] for none")
     wanted = [names] if isinstance(names, str) else list(names)
     layers = adapted_layers(model)
     for name in wanted:
@@ -58,19 +62,19 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     Raises KeyError for a name that the model does not have, RuntimeError while adapters are merged; nothing changes.
     """
     layers = adapted_layers(model)
-    owners = layers_with(layers, name)
+    copies = [wrapper for wrapper in saved_modules(model).values() if name in wrapper.modules_to_save]
+    # A layer's own delete_adapter may have left the copies alone.
+    owners = [layer for layer in layers.values() if name in layer.r] if copies else layers_with(layers, name)
     refuse_merged(layers)
     for layer in owners:
         layer.delete_adapter(name)
-    for wrapper in saved_modules(model).values():
-        if name in wrapper.modules_to_save:
-            wrapper.delete_adapter(name)
-            if not wrapper.modules_to_save:
-                replace_modules(model, {wrapper: wrapper.original_module})
-    configs = {other: config for other, config in adapter_configs(model).items() if other != name}
-    model._lora_configs = configs  # type: ignore[assignment]
-    if hasattr(model, "_lora_unused"):
-        model._lora_unused.pop(name, None)  # type: ignore[operator,union-attr]
+    for wrapper in copies:
+        wrapper.delete_adapter(name)
+        if not wrapper.modules_to_save:
+            replace_modules(model, {wrapper: wrapper.original_module})
+    for module in model.modules():  # it may have been put into a part of the model
+        for known in ("_lora_configs", "_lora_unused"):
+            module.__dict__.get(known, {}).pop(name, None)
 
 
 def refuse_merged(layers: dict[str, LoRALayer]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -54,6 +55,22 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             f"{excluded}; {_near_names(config.target_modules, modules)}"
         )
     return found
+
+
+def warn_of_unused(model: nn.Module, config: LoRAConfig, targets: Iterable[str]) -> None:
+    """Warn of each entry of `config` that means no module, or no target: a name that is misspelt has no effect."""
+    names = [name for name, _ in plain_modules(model)]
+    unused: list[str] = []
+    for field in ("target_modules", "exclude_modules"):
+        given = getattr(config, field) or ()
+        entries = [[entry] for entry in given] if not isinstance(given, str) else [given] if given != ALL_LINEAR else []
+        unused += [f"{field}={entry!r}" for entry in entries if not any(matches(name, entry) for name in names)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, field):
+            if not any(pattern_value(name, {key: True}, False) for name in targets):
+                unused.append(f"{field}[{key!r}]")
+    if unused:
+        warnings.warn(f"{' and '.join(unused)} matches nothing in {type(model).__name__}, and is ignored", stacklevel=3)
 
 
 def find_modules_to_save(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Module]:

@@ -201,7 +201,7 @@ def _check_layer(path: str, base: nn.Module, tensors: Tensors, r: int, alpha: fl
     try:
         kind.check_adapter(base, r, scaling_of(alpha, r, config.use_rslora), True, config.use_dora, config.lora_bias)
         shapes = kind.adapter_shapes(base, r, config.use_dora, config.lora_bias)
-    except (ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"module {path!r}: {error}") from error
     means = f"use_dora={config.use_dora}, lora_bias={config.lora_bias}"
     if tensors.keys() != shapes.keys():

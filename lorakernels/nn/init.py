@@ -10,6 +10,7 @@ from torch import nn
 
 from lorakernels.config import check_init
 from lorakernels.nn.merging import product, unmerged_weight, wide
+from lorakernels.nn.modules import check_can_change, check_weight_type
 
 if TYPE_CHECKING:
     from lorakernels.nn.layer import LoRALayer
@@ -30,6 +31,19 @@ class Initial(nn.Module):
 def changes_base(init_lora_weights: bool | str) -> bool:
     """Whether a start takes its B A, which is not zero, out of the base weight: PiSSA and OLoRA."""
     return isinstance(init_lora_weights, str) and init_lora_weights.startswith(("pissa", "olora"))
+
+
+def check_base(base_layer: nn.Module, init_lora_weights: bool | str) -> None:
+    """Raise TypeError for a weight in another form, ValueError where a start needs and changes one that it cannot."""
+    weight: Any = base_layer.weight
+    check_weight_type(weight)
+    if changes_base(init_lora_weights):
+        check_can_change(base_layer)
+        if weight.device.type == "meta":
+            raise ValueError(
+                f"init_lora_weights={init_lora_weights!r} starts from the base weight, which is on the meta device and "
+                "has no values; put them into the model first"
+            )
 
 
 def check_start(init_lora_weights: bool | str, N: int, K: int, r: int, scaling: float) -> None:
@@ -99,6 +113,7 @@ def restart(layer: LoRALayer, name: str, init_lora_weights: bool | str) -> None:
     check_start(init_lora_weights, B.shape[0], A.shape[1], r, scaling)
     if changes_base(init_lora_weights):
         assert isinstance(init_lora_weights, str)
+        check_base(layer.base_layer, init_lora_weights)
         refuse_a_second_change(layer, name)
         original = wide(layer._matrix(original_weight(layer)))
         for factor, start in zip((A, B), start_from(original, r, scaling, init_lora_weights), strict=True):

@@ -108,9 +108,13 @@ class LoRALayer(nn.Module):
         use_dora: bool = False,
         lora_bias: bool = False,
     ) -> None:
-        """Raise ValueError where `base_layer` cannot have such an adapter, or not one that starts so."""
+        """Raise ValueError where `base_layer` cannot have such an adapter, or not one that starts so.
+
+        Raises TypeError where its weight is a subclass of torch.Tensor that may hold its numbers in another form.
+        """
         check_init(init_lora_weights)
         check_variant(use_dora, lora_bias, init_lora_weights)
+        init.check_base(base_layer, init_lora_weights)
         shapes = cls.adapter_shapes(base_layer, r, use_dora, lora_bias)
         A, B = list(shapes.values())[:2]
         init.check_start(init_lora_weights, B[0], torch.Size(A).numel() // r, r, scaling)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lorakernels.nn.modules import check_can_change
+
 if TYPE_CHECKING:
     from lorakernels.nn.layer import LoRALayer
 
@@ -92,6 +94,7 @@ def check(layer: LoRALayer, keep_base: bool) -> None:
 def _prepared(layer: LoRALayer, keep_base: bool) -> tuple[dict[str, Merged], torch.Tensor, torch.Tensor | None]:
     """What goes into the layer: the records, the weight, and the bias if it changes. Raises where it cannot."""
     layer._check_mergeable()
+    check_can_change(layer.base_layer)
     records = _records(layer)
     weight = _put_in(layer, records)
     if not keep_base and (_base_scale(records.values(), wide(layer._matrix(layer.weight))[:, :1]) == 0).any():
@@ -99,6 +102,7 @@ def _prepared(layer: LoRALayer, keep_base: bool) -> tuple[dict[str, Merged], tor
     biases = [record.bias for record in records.values() if record.bias is not None]
     if not biases or layer.bias is None:
         return records, weight, None
+    check_can_change(layer.base_layer, "bias")
     bias = sum(biases, wide(layer.bias))
     _check_finite(bias, layer.bias.dtype, records)
     return records, weight, bias
@@ -145,6 +149,8 @@ def _records(layer: LoRALayer) -> dict[str, Merged]:
 def _record(layer: LoRALayer, name: str, weight: torch.Tensor) -> Merged:
     A, B = (factor.detach().clone() for factor in layer._factors(name))
     scaling, tensors = layer.scalings[name], layer.adapter_tensors(name)
+    if isinstance(scaling, torch.Tensor):  # in a slot for hot swaps, where the next value is written into it
+        scaling = scaling.clone()
     bias = wide(tensors["lora_B.bias"].detach()) * scaling if layer.lora_bias[name] else None
     return Merged(A, B, scaling, layer._row_scale(name, weight), bias)
 

@@ -4,11 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def parameter_of(module: Any, name: str) -> Any:
     """`module.name` at a tenth of what `nn.Module.__getattr__` takes; FSDP may have put a plain tensor in its place."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+# A quantised weight is a subclass of torch.Tensor in a plain torch.nn.Linear, as torchao's are.
+_PLAIN_TENSORS = (
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.distributed.tensor.DTensor",
+    "torch._subclasses.fake_tensor.FakeTensor",
+    "torch._subclasses.functional_tensor.FunctionalTensor",
+)
+
+
+def check_weight_type(weight: torch.Tensor) -> None:
+    """Raise TypeError for a weight that holds its numbers in another form."""
+    kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
+    if kind not in _PLAIN_TENSORS:
+        raise TypeError(
+            f"the base weight is a {kind}, which may hold its numbers in another form; expected a torch.Tensor: leave "
+            "this layer unquantised, or use PEFT, which has layers for quantised weights"
+        )
+
+
+def check_can_change(base_layer: Any, name: str = "weight") -> None:
+    """Raise ValueError where what is written into a weight or bias would be lost, since each call makes it anew.
+
+    Pruning, weight_norm and spectral_norm make `weight` out of parameters `weight_orig` or `weight_g`, and a
+    parametrization makes a property of it. FSDP's plain tensor in the parameter's place is the weight itself.
+    """
+    made_of = [other for other in base_layer._parameters if other.startswith(f"{name}_")]
+    if made_of or isinstance(getattr(type(base_layer), name, None), property):
+        raise ValueError(
+            f"the base layer's {name} is computed at each call (pruning, weight_norm, spectral_norm, a "
+            "parametrization), so a change of it would be lost; make it permanent first, such as with "
+            "torch.nn.utils.prune.remove"
+        )
 
 
 def runs_more_than_forward(module: Any) -> bool:
