@@ -34,6 +34,9 @@ class LoRALayer(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.lora_A = nn.ModuleDict()
+        # torch's TransformerEncoderLayer takes a path of evaluation that reads its linears' weights, and would leave the
+        # adapter out, unless a module in it has a hook. This one costs nothing: nobody calls the container.
+        self.lora_A.register_forward_pre_hook(_no_fast_path)
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_initial = nn.ModuleDict()
@@ -404,6 +407,10 @@ class LoRALayer(nn.Module):
         )
         changed = f", base_changed_by={self.base_changed_by}" if self.base_changed_by else ""
         return f"{adapters}, active={self.active_adapters}, merged={self.merged}{changed}"
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """A hook that is there to be seen."""
 
 
 def check_adapter_name(name: Any) -> None:

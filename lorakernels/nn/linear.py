@@ -132,8 +132,9 @@ class LoRALinear(LoRALayer):
         if not names:
             return self.base_layer(x)
         first, *others = names
-        if runs_more_than_forward(self._modules["base_layer"]):
-            # Somebody watches or changes what goes through the base layer: let it run as a module.
+        if runs_more_than_forward(self._modules["base_layer"]) or getattr(x, "is_nested", False):
+            # Somebody watches or changes what goes through the base layer: let it run as a module. The operator takes
+            # no nested tensors, which torch's linear does, and torch's TransformerEncoder makes.
             names = self._running()
             scales, base_scale = self._sum_of_row_scales(names)
             y = self.base_layer(x)
