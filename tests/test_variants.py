@@ -594,6 +594,18 @@ def test_starting_anew_gives_the_base_back_first() -> None:
     ]
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "olora"])
+def test_starting_anew_reaches_kernels_in_channels_last(init: bool | str, use_dora: bool) -> None:
+    layer = ours(Case("conv2d", use_dora=use_dora), torch.float64).to(memory_format=torch.channels_last)
+    x = KINDS["conv2d"].input(torch.float64)
+    before = {name: tensor.clone() for name, tensor in layer.adapter_tensors().items()}
+    expected = layer.base_layer(x)
+    layer.reset_lora_parameters("default", init)
+    assert error(layer(x), expected) < 1e-10
+    assert not any(torch.equal(before[name], tensor) for name, tensor in layer.adapter_tensors().items())
+
+
 def test_the_orthogonal_start() -> None:
     layer = lk.LoRALinear(1000, 1200, r=8, init_lora_weights="orthogonal")
     A, B = (tensor.detach().double() for tensor in layer.adapter_tensors().values())

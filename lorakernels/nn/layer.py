@@ -34,8 +34,8 @@ class LoRALayer(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.lora_A = nn.ModuleDict()
-        # torch's TransformerEncoderLayer takes a path of evaluation that reads its linears' weights, and would leave the
-        # adapter out, unless a module in it has a hook. This one costs nothing: nobody calls the container.
+        # In evaluation torch's TransformerEncoderLayer reads its linears' weights and calls none of them, unless a
+        # module in it has a hook. This one costs nothing: nobody calls the container.
         self.lora_A.register_forward_pre_hook(_no_fast_path)
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
