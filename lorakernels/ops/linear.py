@@ -57,7 +57,8 @@ def _compute(
     """y [..., N], and for the backward S and the mask where there are any."""
     if scaling == 0:
         # Switched off: the base layer's own output to the bit, whatever the adapter holds.
-        return scaled_linear(x, weight, bias, row_scale), None, None
+        y = scaled_linear(x, weight, bias, row_scale)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, None, None  # as in as_output
     if seed is not None:
         seed = seed[:1]  # on sharded tensors there is one a rank
     y, s, mask = implementation(impl, x).forward(
