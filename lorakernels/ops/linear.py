@@ -15,6 +15,7 @@ from lorakernels.ops.library import (
     as_output,
     functorch_is_active,
     implementation,
+    is_batched,
     library,
     nothing,
     runs_directly,
@@ -297,7 +298,7 @@ def _function_backward(ctx: Any, dy: torch.Tensor | None, gradients: Callable[..
     needs = ctx.needs_input_grad[:6]
     *need_tensors, _, need_row_scale = needs
     need_B = need_tensors[3]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (is_batched((dy,)) and not (x is None and need_B)):
         grads = _differentiable_backward(ctx, dy)
         if x is None and need_B:
             raise RuntimeError(
