@@ -667,6 +667,23 @@ def test_a_dilated_convolution_which_peft_cannot_run() -> None:
     assert error(layer(x), expected) < 1e-10
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_that_knows_the_plain_layer_goes_on_working(kind: str) -> None:
+    base = KINDS[kind].make(torch.float32)
+    layer, x = adapt(base, r=KINDS[kind].r, init_lora_weights=False), KINDS[kind].input(torch.float32)
+    for name in base.__constants__:
+        if hasattr(base, name):  # an embedding of torch's has a constant that it lacks
+            assert getattr(layer, name) == getattr(base, name), name
+    assert torch.equal(layer(input=x), layer(x))
+    tied = nn.Parameter(base.weight.clone(), requires_grad=False)
+    layer.weight = tied
+    assert base.weight is tied and layer.weight is tied and "weight" not in layer._parameters
+    if kind != "grouped":
+        layer.merge()
+        with pytest.raises(RuntimeError, match=r"call unmerge\(\) first"):
+            layer.weight = tied
+
+
 def test_the_constructors_take_torchs_arguments() -> None:
     conv = lk.LoRAConv2d(4, 6, 3, r=2, use_dora=True, stride=2, dilation=2, bias=False)
     assert conv(torch.randn(4, 9, 9)).shape == (6, 3, 3) and conv.bias is None

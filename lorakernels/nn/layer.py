@@ -147,13 +147,20 @@ class LoRALayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base weight."""
+        """The base weight. Settable, as the bias is, but not while adapters are merged into it."""
         return parameter_of(self._modules["base_layer"], "weight")
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The base layer's bias."""
         return parameter_of(self._modules["base_layer"], "bias")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("weight", "bias"):
+            return super().__setattr__(name, value)
+        # Tying a weight, `head.weight = table.weight`, goes on meaning what it did.
+        self._refuse_while_merged()
+        setattr(self.base_layer, name, value)
 
     @property
     def adapter_names(self) -> list[str]:
