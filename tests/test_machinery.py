@@ -27,17 +27,36 @@ def layer(**fields: object) -> lk.LoRALinear:
     return made
 
 
-@pytest.mark.parametrize("shape", [(5, 8), (2, 3, 8)])
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 0, 8)])
 @pytest.mark.parametrize("grad", [True, False])
-def test_the_output_may_be_edited_in_place(shape: tuple[int, ...], grad: bool) -> None:
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_bias": True}, {"lora_dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("scaling", [8.0, 0.0])
+def test_the_output_may_be_edited_in_place(
+    shape: tuple[int, ...], grad: bool, fields: dict[str, object], scaling: float
+) -> None:
+    def run(*then: nn.Module) -> torch.Tensor:
+        made = layer(**fields)
+        made.scaling = scaling
+        torch.manual_seed(1)
+        return nn.Sequential(made, *then)(x)
+
     x = torch.randn(shape)
     with torch.set_grad_enabled(grad):
-        expected = layer()(x) * 1
-        assert torch.equal(nn.Sequential(layer(), nn.ReLU(inplace=True))(x), expected.relu())
-        layer()(x).detach_()
-    added = layer()(x) if grad else torch.no_grad()(layer())(x)
+        expected = run() * 1
+        assert torch.equal(run(nn.ReLU(inplace=True)), expected.relu())
+        run().detach_()
+        added = run()
     added += torch.ones(6, requires_grad=True)
     torch.testing.assert_close(added, expected + 1)
+
+
+@pytest.mark.parametrize("member", [0, 1])
+def test_the_outputs_of_a_group_may_be_edited_in_place(member: int) -> None:
+    x, weight, bias = torch.randn(2, 3, 8, requires_grad=True), torch.randn(6, 8), torch.randn(6)
+    A, B = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2)
+    ys = lk.lora_linear_group(x, [weight] * 2, [A] * 2, [B] * 2, biases=[bias] * 2, scalings=[1.0, 0.0])
+    ys[member] += 1
+    ys[member].sum().backward()
 
 
 def test_forward_mode_raises_and_gives_no_wrong_tangent() -> None:

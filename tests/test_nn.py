@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -264,3 +266,25 @@ def test_a_tensor_scaling_stays_one_and_zero_is_the_base() -> None:
     layer.scaling = 0.0
     assert layer.scalings["default"] is scaling and scaling == 0
     assert torch.allclose(layer(x), layer.base_layer(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+@torch.no_grad()
+def test_torchs_fast_path_does_not_leave_a_layer_put_by_hand_out(
+    copied: Callable[[nn.Module], nn.Module], padded: bool
+) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    for layer in model.layers:
+        layer.linear1 = trained(lk.LoRALinear.from_linear(layer.linear1, r=4))
+    model, x = copied(model), torch.randn(2, 5, 16)
+    real = torch.arange(5) < torch.tensor([[5], [3 if padded else 5]])
+    found = model(x, src_key_padding_mask=~real if padded else None)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        expected = model(x, src_key_padding_mask=~real if padded else None)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert error(found[real], expected[real]) < 1e-5

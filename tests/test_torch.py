@@ -349,6 +349,37 @@ def test_func_grad_of_one_argument(argument: str) -> None:
     assert torch.allclose(torch.func.grad(loss)(fixed[argument]), expected)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["plain", "row scale", "group"])
+def test_batched_gradients(kind: str, dropout_p: float, impl: str) -> None:
+    inputs = leaves(row_scale=kind == "row scale")
+    x, weight, A, B, bias, *scale = inputs.tensors().values()
+    if kind == "group":
+        ys = lk.lora_linear_group(
+            x, [weight] * 2, [A] * 2, [B] * 2, biases=[bias, None], dropout_p=dropout_p, impl=impl
+        )
+    else:
+        row_scale = scale[0] if scale else None
+        ys = [lk.lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, dropout_p=dropout_p, impl=impl)]
+    wanted = [tensor for tensor in inputs.tensors().values() if tensor.requires_grad]
+    dys = [torch.randn(3, *y.shape) for y in ys]
+    batched = torch.autograd.grad(ys, wanted, dys, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        each = torch.autograd.grad(ys, wanted, [dy[i] for dy in dys], retain_graph=True)
+        for grad, one in zip(batched, each, strict=True):
+            torch.testing.assert_close(grad[i], one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_dropout": 0.1}], ids=str)
+def test_a_vectorised_jacobian(fields: dict[str, Any]) -> None:
+    layer = lk.LoRALinear(24, 16, r=3, **fields).eval()
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(2, 24)
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(layer, x, vectorize=True), jacobian(layer, x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_gradient_penalty_with_a_frozen_adapter() -> None:
     inputs = leaves(torch.float64)
     x, weight, A, B, bias = (tensor.detach() for tensor in inputs.tensors().values())

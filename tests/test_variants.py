@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import lorakernels as lk
 from lorakernels.nn import dora
@@ -404,6 +405,18 @@ def _new_data(layer: LoRALayer) -> None:
     layer.weight.data = torch.randn_like(layer.weight)
 
 
+def _new_data_twice(layer: LoRALayer) -> None:
+    for _ in range(2):  # the second one where the first one was
+        layer.weight.data = layer.weight.data * 1.5
+
+
+def _stepped_by_a_fused_optimizer(layer: LoRALayer) -> None:
+    tensors = [layer.weight.requires_grad_(), *layer.adapter_tensors().values()]
+    for tensor in tensors:
+        tensor.requires_grad_().grad = torch.randn_like(tensor)
+    torch.optim.SGD(tensors, lr=0.5, fused=True).step()
+
+
 def _loaded(layer: LoRALayer) -> None:
     layer.load_state_dict({name: tensor + 0.5 for name, tensor in layer.state_dict().items()})
 
@@ -420,6 +433,8 @@ CHANGES: dict[str, Callable[[LoRALayer], Any]] = {
     "new weight": _new_parameter,
     "new weight in its place": _new_parameter_on_the_same_memory,
     "new data": _new_data,
+    "new data twice": _new_data_twice,
+    "fused step": _stepped_by_a_fused_optimizer,
     "loaded": _loaded,
     "moved": lambda layer: layer.float(),
     "merged and back": lambda layer: (layer.merge(), layer.unmerge()),
@@ -434,7 +449,7 @@ CHANGES: dict[str, Callable[[LoRALayer], Any]] = {
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
 @torch.no_grad()
 def test_a_cached_norm_is_never_stale(kind: str, change: str) -> None:
-    layer = ours(Case(kind, use_dora=True), torch.float64).eval()
+    layer = ours(Case(kind, use_dora=True), torch.float64).eval().requires_grad_(False)
     x = KINDS[kind].input(torch.float64)
     before = layer(x)
     assert torch.equal(layer(x), before)
@@ -444,8 +459,19 @@ def test_a_cached_norm_is_never_stale(kind: str, change: str) -> None:
     assert change == "merged and back" or not torch.equal(layer(x).double(), before)
 
 
-@pytest.mark.parametrize(("training", "norms"), [(True, 3), (False, 1)])
-def test_what_is_computed_again(training: bool, norms: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.no_grad()
+def test_a_cached_norm_keeps_no_weight_alive() -> None:
+    layer = ours(Case("linear", use_dora=True), torch.float32).eval().requires_grad_(False)
+    layer(KINDS["linear"].input(torch.float32))
+    old = StorageWeakRef(layer.weight.untyped_storage())
+    _new_parameter(layer)
+    assert old.expired()
+
+
+@pytest.mark.parametrize(
+    ("training", "trains", "norms"), [(True, True, 3), (True, False, 3), (False, True, 3), (False, False, 1)]
+)
+def test_what_is_computed_again(training: bool, trains: bool, norms: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = {"row_norm": 0, "lora_weight_norm": 0}
 
     def counted(name: str) -> Callable[..., torch.Tensor]:
@@ -458,6 +484,8 @@ def test_what_is_computed_again(training: bool, norms: int, monkeypatch: pytest.
         return call
 
     layer = ours(Case("linear", use_dora=True), torch.float32).train(training)
+    for tensor in layer.adapter_tensors().values():
+        tensor.requires_grad_(trains)
     for name in counts:
         monkeypatch.setattr(dora, name, counted(name))
     x = KINDS["linear"].input(torch.float32)
@@ -566,6 +594,18 @@ def test_starting_anew_gives_the_base_back_first() -> None:
     ]
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "olora"])
+def test_starting_anew_reaches_kernels_in_channels_last(init: bool | str, use_dora: bool) -> None:
+    layer = ours(Case("conv2d", use_dora=use_dora), torch.float64).to(memory_format=torch.channels_last)
+    x = KINDS["conv2d"].input(torch.float64)
+    before = {name: tensor.clone() for name, tensor in layer.adapter_tensors().items()}
+    expected = layer.base_layer(x)
+    layer.reset_lora_parameters("default", init)
+    assert error(layer(x), expected) < 1e-10
+    assert not any(torch.equal(before[name], tensor) for name, tensor in layer.adapter_tensors().items())
+
+
 def test_the_orthogonal_start() -> None:
     layer = lk.LoRALinear(1000, 1200, r=8, init_lora_weights="orthogonal")
     A, B = (tensor.detach().double() for tensor in layer.adapter_tensors().values())
@@ -625,6 +665,23 @@ def test_a_dilated_convolution_which_peft_cannot_run() -> None:
     expected = layer(x)
     layer.merge()
     assert error(layer(x), expected) < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_code_that_knows_the_plain_layer_goes_on_working(kind: str) -> None:
+    base = KINDS[kind].make(torch.float32)
+    layer, x = adapt(base, r=KINDS[kind].r, init_lora_weights=False), KINDS[kind].input(torch.float32)
+    for name in base.__constants__:
+        if hasattr(base, name):  # an embedding of torch's has a constant that it lacks
+            assert getattr(layer, name) == getattr(base, name), name
+    assert torch.equal(layer(input=x), layer(x))
+    tied = nn.Parameter(base.weight.clone(), requires_grad=False)
+    layer.weight = tied
+    assert base.weight is tied and layer.weight is tied and "weight" not in layer._parameters
+    if kind != "grouped":
+        layer.merge()
+        with pytest.raises(RuntimeError, match=r"call unmerge\(\) first"):
+            layer.weight = tied
 
 
 def test_the_constructors_take_torchs_arguments() -> None:

@@ -230,12 +230,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    # torch's fast path of evaluation reads the weights itself, and would leave the adapter out.
-                    parent.activation_relu_or_gelu = 0
     for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
         if any(isinstance(module, LoRALayer) for module in encoder.modules()):
-            encoder.use_nested_tensor = False  # which only the fast path can take
+            encoder.use_nested_tensor = False  # whose attention needs the fast path, which adapted layers turn off
 
 
 def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:

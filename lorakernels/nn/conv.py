@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lorakernels.nn.dora import scale_product
 from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
-from lorakernels.nn.modules import runs_more_than_forward
+from lorakernels.nn.modules import of_base_layer, runs_more_than_forward
 
 
 class _LoRAConv(LoRALayer):
@@ -32,6 +32,11 @@ class _LoRAConv(LoRALayer):
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
     """
+
+    in_channels, out_channels = of_base_layer("in_channels"), of_base_layer("out_channels")
+    kernel_size, stride, padding = of_base_layer("kernel_size"), of_base_layer("stride"), of_base_layer("padding")
+    dilation, groups, padding_mode = of_base_layer("dilation"), of_base_layer("groups"), of_base_layer("padding_mode")
+    transposed, output_padding = of_base_layer("transposed"), of_base_layer("output_padding")
 
     def __init__(
         self,
@@ -111,8 +116,9 @@ class _LoRAConv(LoRALayer):
                 "which no grouped weight does, so they cannot be merged"
             )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As the base layer: [B, in_channels, ...] to [B, out_channels, ...], with or without the batch."""
+        x = input  # torch's name
         if self.merged:
             self._refuse_training_while_merged()
             return self.base_layer(x)

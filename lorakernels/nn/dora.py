@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from lorakernels.functional import lora_weight_norm, row_norm
@@ -17,8 +18,10 @@ from lorakernels.functional import lora_weight_norm, row_norm
 class _Kept:
     """A norm, and what its sources were when it was computed."""
 
-    sources: tuple[torch.Tensor, ...]  # not weak references: torch cannot swap a parameter that has one
     stamps: list[Any]
+    # While there is a weak reference to a storage no other is made at its address. None to a tensor: torch cannot swap
+    # a parameter that has one.
+    storages: list[StorageWeakRef]
     norm: torch.Tensor
 
 
@@ -26,7 +29,8 @@ class NormCache:
     """‖W + scaling · B A‖ by rows, with what of it need not be computed again.
 
     ‖W‖ is kept from one call to the next, and the whole norm where `keep` says so: until a tensor that they come
-    from is another, lies elsewhere or was edited in place. Not seen is an edit through `.data`.
+    from is another, lies elsewhere or was edited in place. What comes from one that trains is not kept: a fused
+    optimizer's step is not seen. Nor is an edit through `.data`. No tensor but the norms is kept alive.
     """
 
     def __init__(self) -> None:
@@ -62,26 +66,27 @@ class NormCache:
     def _get(
         self, what: str, sources: tuple[torch.Tensor, ...], value: float | None, compute: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
+        if any(tensor.requires_grad for tensor in sources):
+            self._kept.pop(what, None)
+            return compute()
         if not all(map(_can_be_watched, sources)):
             return compute()
-        stamps = [value, *((t._version, t.data_ptr(), t.dtype) for t in sources)]
+        stamps: list[Any] = [value]
+        for t in sources:
+            stamps += t._cdata, t._version, t.untyped_storage()._cdata, t.data_ptr(), t.dtype
         kept = self._kept.get(what)
-        if (
-            kept is not None
-            and kept.stamps == stamps
-            and all(a is b for a, b in zip(kept.sources, sources, strict=True))
-        ):
+        if kept is not None and kept.stamps == stamps:
             return kept.norm
         norm = compute()
-        self._kept[what] = _Kept(sources, stamps, norm)
+        self._kept[what] = _Kept(stamps, [StorageWeakRef(t.untyped_storage()) for t in sources], norm)
         return norm
 
 
 class Magnitude(nn.Module):
     """The learned length of every row of W + scaling · B A; `weight` has PEFT's shape.
 
-    The norm is kept for inference; what is kept goes when the model moves, loads a state dict, or goes from training
-    to evaluation and back.
+    The norm is kept for inference with a frozen adapter; what is kept goes when the model moves, loads a state dict,
+    or goes from training to evaluation and back.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:

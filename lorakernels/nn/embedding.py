@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lorakernels.nn.dora import scale_product
 from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
+from lorakernels.nn.modules import of_base_layer
 
 
 class LoRAEmbedding(LoRALayer):
@@ -33,6 +34,13 @@ class LoRAEmbedding(LoRALayer):
     """
 
     BASE = nn.Embedding
+    num_embeddings, embedding_dim = of_base_layer("num_embeddings"), of_base_layer("embedding_dim")
+    padding_idx, max_norm, norm_type = (
+        of_base_layer("padding_idx"),
+        of_base_layer("max_norm"),
+        of_base_layer("norm_type"),
+    )
+    scale_grad_by_freq, sparse = of_base_layer("scale_grad_by_freq"), of_base_layer("sparse")
 
     def __init__(
         self,
@@ -85,14 +93,6 @@ class LoRAEmbedding(LoRALayer):
     def bias(self) -> None:
         """An embedding has none."""
 
-    @property
-    def num_embeddings(self) -> int:
-        return self.base_layer.num_embeddings  # type: ignore[return-value]
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.base_layer.embedding_dim  # type: ignore[return-value]
-
     def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
         self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.num_embeddings, **factory))
         self.lora_embedding_B[name] = nn.Parameter(torch.empty(self.embedding_dim, r, **factory))
@@ -109,8 +109,9 @@ class LoRAEmbedding(LoRALayer):
     def _from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.t()
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Indices [...] to [..., embedding_dim]."""
+        ids = input  # torch's name
         if self.merged:
             self._refuse_training_while_merged()
             return self.base_layer(ids)

@@ -124,6 +124,9 @@ def restart(layer: LoRALayer, name: str, init_lora_weights: bool | str) -> None:
     else:
         give_back(layer, name)
         layer._start(A, B, init_lora_weights)
+    for parameter, factor in zip(layer.adapter_tensors(name).values(), (A, B), strict=False):
+        if factor is not parameter:  # a matrix of it: a view that overlaps it, or a copy where it is channels_last
+            parameter.copy_(factor.clone().view_as(parameter))
     if layer.lora_bias[name]:
         bias = layer.adapter_tensors(name)["lora_B.bias"]
         bound = r**-0.5 if init_lora_weights is False else 0.0  # as nn.Linear starts its bias

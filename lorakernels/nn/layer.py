@@ -34,6 +34,9 @@ class LoRALayer(nn.Module):
         self.base_layer = base_layer.requires_grad_(False)
         self.train(base_layer.training)
         self.lora_A = nn.ModuleDict()
+        # In evaluation torch's TransformerEncoderLayer reads its linears' weights and calls none of them, unless a
+        # module in it has a hook. This one costs nothing: nobody calls the container.
+        self.lora_A.register_forward_pre_hook(_no_fast_path)
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_initial = nn.ModuleDict()
@@ -148,13 +151,20 @@ class LoRALayer(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base weight."""
+        """The base weight. Settable, as the bias is, but not while adapters are merged into it."""
         return parameter_of(self._modules["base_layer"], "weight")
 
     @property
     def bias(self) -> torch.Tensor | None:
         """The base layer's bias."""
         return parameter_of(self._modules["base_layer"], "bias")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("weight", "bias"):
+            return super().__setattr__(name, value)
+        # Tying a weight, `head.weight = table.weight`, goes on meaning what it did.
+        self._refuse_while_merged()
+        setattr(self.base_layer, name, value)
 
     @property
     def adapter_names(self) -> list[str]:
@@ -408,6 +418,10 @@ class LoRALayer(nn.Module):
         )
         changed = f", base_changed_by={self.base_changed_by}" if self.base_changed_by else ""
         return f"{adapters}, active={self.active_adapters}, merged={self.merged}{changed}"
+
+
+def _no_fast_path(module: nn.Module, args: Any) -> None:
+    """A hook that is there to be seen."""
 
 
 def check_adapter_name(name: Any) -> None:

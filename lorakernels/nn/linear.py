@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lorakernels.functional import lora_linear
 from lorakernels.nn.dora import scale_product
 from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
-from lorakernels.nn.modules import parameter_of, runs_more_than_forward
+from lorakernels.nn.modules import of_base_layer, parameter_of, runs_more_than_forward
 from lorakernels.nn.siblings import Call, from_group
 
 
@@ -35,6 +35,7 @@ class LoRALinear(LoRALayer):
     """
 
     BASE = nn.Linear
+    in_features, out_features = of_base_layer("in_features"), of_base_layer("out_features")
     group_siblings: bool | None = None  # computed with its siblings of the same x, see `lorakernels.nn.siblings`
 
     def __init__(
@@ -97,14 +98,6 @@ class LoRALinear(LoRALayer):
         shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, K), "lora_B.weight": (N, r)}
         return shapes | ({"lora_B.bias": (N,)} if lora_bias else {}) | ({MAGNITUDE: (N,)} if use_dora else {})
 
-    @property
-    def in_features(self) -> int:
-        return self.base_layer.in_features  # type: ignore[return-value]
-
-    @property
-    def out_features(self) -> int:
-        return self.base_layer.out_features  # type: ignore[return-value]
-
     def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
         skip_init = torch.nn.utils.skip_init
         self.lora_A[name] = skip_init(nn.Linear, self.in_features, r, bias=False, **factory)
@@ -121,8 +114,9 @@ class LoRALinear(LoRALayer):
         A, B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         return parameter_of(A, "weight"), parameter_of(B, "weight")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
+        x = input  # torch's name
         if self.merged:
             self._refuse_training_while_merged()
             return self.base_layer(x)
@@ -132,8 +126,9 @@ class LoRALinear(LoRALayer):
         if not names:
             return self.base_layer(x)
         first, *others = names
-        if runs_more_than_forward(self._modules["base_layer"]):
-            # Somebody watches or changes what goes through the base layer: let it run as a module.
+        if runs_more_than_forward(self._modules["base_layer"]) or getattr(x, "is_nested", False):
+            # Somebody watches or changes what goes through the base layer: let it run as a module. The operator takes
+            # no nested tensors, which torch's linear does, and torch's TransformerEncoder makes.
             names = self._running()
             scales, base_scale = self._sum_of_row_scales(names)
             y = self.base_layer(x)

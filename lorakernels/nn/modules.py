@@ -57,3 +57,15 @@ def runs_more_than_forward(module: Any) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def of_base_layer(name: str) -> Any:
+    """A property that is the base layer's, for code that knows the plain layer."""
+
+    def get(layer: Any) -> Any:
+        return getattr(layer.base_layer, name)
+
+    def set_(layer: Any, value: Any) -> None:
+        setattr(layer.base_layer, name, value)
+
+    return property(get, set_)

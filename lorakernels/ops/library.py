@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -57,6 +57,13 @@ def as_output(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def functorch_is_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_batched(dys: Iterable[torch.Tensor]) -> bool:
+    """Whether a backward runs under autograd's own vmap (is_grads_batched=True, vectorize=True), which is not
+    torch.func's: a kernel cannot be in it, nor an `out=`.
+    """
+    return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, dys))
 
 
 def runs_directly(x: torch.Tensor, *others: torch.Tensor) -> bool:

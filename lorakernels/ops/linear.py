@@ -15,6 +15,7 @@ from lorakernels.ops.library import (
     as_output,
     functorch_is_active,
     implementation,
+    is_batched,
     library,
     nothing,
     runs_directly,
@@ -57,7 +58,8 @@ def _compute(
     """y [..., N], and for the backward S and the mask where there are any."""
     if scaling == 0:
         # Switched off: the base layer's own output to the bit, whatever the adapter holds.
-        return scaled_linear(x, weight, bias, row_scale), None, None
+        y = scaled_linear(x, weight, bias, row_scale)
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, None, None  # as in as_output
     if seed is not None:
         seed = seed[:1]  # on sharded tensors there is one a rank
     y, s, mask = implementation(impl, x).forward(
@@ -296,7 +298,7 @@ def _function_backward(ctx: Any, dy: torch.Tensor | None, gradients: Callable[..
     needs = ctx.needs_input_grad[:6]
     *need_tensors, _, need_row_scale = needs
     need_B = need_tensors[3]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or (is_batched((dy,)) and not (x is None and need_B)):
         grads = _differentiable_backward(ctx, dy)
         if x is None and need_B:
             raise RuntimeError(

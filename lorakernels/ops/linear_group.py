@@ -17,6 +17,7 @@ from lorakernels.ops.library import (
     as_matrix,
     as_output,
     functorch_is_active,
+    is_batched,
     library,
     nothing,
     runs_directly,
@@ -325,10 +326,11 @@ def _function_backward(ctx: Any, dys: Sequence[torch.Tensor | None], gradients: 
     tensors = [[kind[i] for i in used] for kind in (weights, lora_As, lora_Bs, parts)]
     scalings = [ctx.group.scalings[i] for i in used]
     given = [dy for dy in dys if dy is not None]
-    if torch.is_grad_enabled():
+    needs_x = x is None and any(needs[2 * len(used) : 3 * len(used)])
+    if torch.is_grad_enabled() or (is_batched(given) and not needs_x):
         *factors, _ = tensors
         dx, *kinds = _differentiable_backward(ctx, given, x, factors, mask, scalings)
-        if x is None and any(needs[2 * len(used) : 3 * len(used)]):
+        if needs_x:
             raise RuntimeError(
                 "the gradient of lora_Bs cannot be differentiated again: x is not kept when neither lora_As nor "
                 "weights need a gradient; call requires_grad_() of a lora_A before the forward"
