@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from types import FrameType, MappingProxyType
 from typing import Any
 
@@ -122,6 +124,8 @@ _batches: ContextVar[_Batches] = ContextVar("lorakernels_batches", default=Mappi
 
 @contextmanager
 def running(owner: object, batch: Batch) -> Iterator[None]:
+    if "torch._dynamo" in sys.modules:
+        _leave_uncompiled()
     batch.outer = _open(_batches.get().get(owner))
     _batches.set({**_batches.get(), owner: batch})
     try:
@@ -188,7 +192,6 @@ class _Served(nn.Module):
 class ServedLinear(_Served, nn.Linear):
     """A `torch.nn.Linear` that a store has switched: within a batch each token has its own adapter's update."""
 
-    @torch.compiler.disable
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, x.shape[:-1])
@@ -201,7 +204,6 @@ class ServedLinear(_Served, nn.Linear):
 class ServedEmbedding(_Served, nn.Embedding):
     """A `torch.nn.Embedding` that a store has switched."""
 
-    @torch.compiler.disable
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, ids.shape)
@@ -211,6 +213,15 @@ class ServedEmbedding(_Served, nn.Embedding):
 
 
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ServedLinear, nn.Embedding: ServedEmbedding}
+
+
+@lru_cache(maxsize=1)
+def _leave_uncompiled() -> None:
+    """Dynamo would compile a served module anew for nearly every batch. Only where it is there: it brings Triton."""
+    for served in _SERVED.values():
+        served.forward = torch.compiler.disable(served.forward)  # type: ignore[method-assign]
+
+
 # What a module was, by what it is.
 BASES = {base: base for base in _SERVED} | {served: base for base, served in _SERVED.items()}
 
