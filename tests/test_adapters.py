@@ -409,6 +409,9 @@ def test_a_model_without_values(tmp_path: Path) -> None:
     with pytest.raises(lk.AdapterFileError, match=r"head\.weight is on the meta device"):
         lk.load_adapter(model, with_head)
     lk.inject(model, lk.LoRAConfig(target_modules=["head"]))  # its start can be made later
+    _, of_the_head = saved(tmp_path / "slot", target_modules=["head"])
+    with pytest.raises(lk.AdapterFileError, match=r"head\.base_layer\.weight is on the meta device"):
+        lk.hotswap_adapter(model, of_the_head)
 
 
 def test_8_bit_adapters_are_refused(tmp_path: Path) -> None:
@@ -555,7 +558,7 @@ def test_merging_is_all_or_nothing() -> None:
     model = trained(lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj", "head"])))
     nn.init.constant_(model.head.lora_A["default"].weight, float("inf"))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match="not finite; nothing changed"):
+    with pytest.raises(ValueError, match=r"^'head': .* not finite; nothing changed"):
         lk.merge(model)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
     assert not any(model.get_submodule(name).merged for name in adapted_names(model))

@@ -18,16 +18,21 @@ def merge(model: nn.Module, names: str | list[str] | None = None, *, keep_base: 
     restore_activity = activity(model)
     if names is not None:
         set_adapter(model, names)
-    layers = [layer for layer in adapted_layers(model).values() if layer.active_adapters and not layer.merged]
+    layers = {
+        path: layer for path, layer in adapted_layers(model).items() if layer.active_adapters and not layer.merged
+    }
     try:
-        refuse_tied(model, [layer.weight for layer in layers], "merging")
-        for layer in layers:
-            layer.check_merge(keep_base)  # all or none: raises before the first layer changes
+        refuse_tied(model, [layer.weight for layer in layers.values()], "merging")
+        for path, layer in layers.items():  # all or none: raises before the first layer changes
+            try:
+                layer.check_merge(keep_base)
+            except ValueError as error:
+                raise ValueError(f"{path!r}: {error}") from error
     except Exception:
         if names is not None:
             restore_activity()
         raise
-    for layer in layers:
+    for layer in layers.values():
         layer.merge(keep_base=keep_base)
 
 

@@ -1,4 +1,4 @@
-"""What any torch module is asked on the way to its forward, quickly: it is asked at every call."""
+"""What any torch module is asked: at every call, quickly, and before it is adapted or its weight changes."""
 
 from __future__ import annotations
 
