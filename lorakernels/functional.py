@@ -68,7 +68,7 @@ def lora_linear(
         # Into B, a [N, r] product that autograd and torch.compile see: no wait for the value.
         lora_B = lora_B * _one_element(scaling).to(lora_B)
         scaling = 1.0
-    elif not -math.inf < scaling < math.inf:  # math.isfinite of a dynamic float breaks the graph
+    elif not _is_finite(scaling):
         raise ValueError(f"scaling is {scaling}; expected a finite number, such as lora_alpha / r")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
@@ -162,7 +162,7 @@ def _member(
     assert lora_A is not None and lora_B is not None
     if isinstance(scaling, torch.Tensor):
         return lora_A, lora_B * _one_element(scaling).to(lora_B), 1.0
-    if not -math.inf < scaling < math.inf:
+    if not _is_finite(scaling):
         raise ValueError(f"scaling is {scaling}; expected a finite number, such as lora_alpha / r")
     return (lora_A, lora_B, scaling) if scaling != 0 else None
 
@@ -344,6 +344,8 @@ def _check(
             "expected one device: move them with .to(x.device)"
         )
     if bias is not None:
+        if not isinstance(bias, torch.Tensor):
+            raise TypeError(f"bias must be a tensor or None; got {type(bias).__name__}")
         if bias.dim() != 1 or bias.shape[0] != N:
             raise ValueError(f"bias is {_shape(bias)}; expected [{N}], for weight {_shape(weight)}")
         if bias.dtype != x.dtype or bias.device != device:
@@ -355,6 +357,13 @@ def _check_row_scale(row_scale: torch.Tensor, x: torch.Tensor, weight: torch.Ten
         raise ValueError(f"row_scale is {_shape(row_scale)}; expected [{weight.shape[0]}], for weight {_shape(weight)}")
     if not row_scale.is_floating_point() or row_scale.device != x.device:
         raise TypeError(f"row_scale is {row_scale.dtype} on {row_scale.device}; expected a float dtype on {x.device}")
+
+
+def _is_finite(scaling: float) -> bool:
+    try:
+        return -math.inf < scaling < math.inf  # math.isfinite of a dynamic float breaks the graph
+    except TypeError:
+        raise TypeError(f"scaling is {scaling!r}; expected a number, such as lora_alpha / r, or a tensor") from None
 
 
 def _one_element(scaling: torch.Tensor) -> torch.Tensor:

@@ -136,8 +136,9 @@ def scale_product(
         y = product(x)
         return y * scale.to(y.dtype)
 
-    # torch.func cannot have the hooks that recomputing hangs on.
-    if torch.is_grad_enabled() and scale.requires_grad and not _transformed():
+    # torch.func cannot have the hooks that recomputing hangs on, nor can an exported graph.
+    needs_grad = torch.is_grad_enabled() and scale.requires_grad
+    if needs_grad and not _transformed() and not torch.compiler.is_exporting():
         return checkpoint(scaled, x, scale, use_reentrant=False, preserve_rng_state=False)
     return scaled(x, scale)
 
