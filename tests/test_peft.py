@@ -94,12 +94,17 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The keyword arguments of every call that took the fused path."""
     calls: list[dict[str, Any]] = []
 
-    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(kwargs)
-        return real(*args, **kwargs)
+    def spy_on(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
 
-    real = integration.lora_linear
-    monkeypatch.setattr(integration, "lora_linear", spy)
+        def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+            calls.append(kwargs)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    spy_on(integration, "lora_linear")
+    spy_on(integration.ops, "small_lora_linear")
     return calls
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ BASE_NAME = "__base__"  # PEFT's, for rows without an adapter
 # `generate`, which is when adapters do not change; with the hook its pack goes.
 _packs: WeakKeyDictionary[Any, _Pack] = WeakKeyDictionary()
 
+_version_of = attrgetter("_version")
 Update = Callable[[torch.Tensor, torch.Tensor], None]  # y, x: adds to y in place
 
 
@@ -37,26 +39,25 @@ class _Source:
 
     def __init__(self, layer: Any, names: list[str], weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         modules = layer._modules
-        self.names = names
         self.lora_A, self.lora_B = dict(modules["lora_A"]._modules), dict(modules["lora_B"]._modules)
         self.weights = [A for A, _ in weights] + [B for _, B in weights]
-        self.scalings = [layer.scaling[name] for name in names]
+        self.scaling = dict(layer.scaling)
         self.dropouts = [d for name in names if getattr(d := modules["lora_dropout"]._modules[name], "p", 0)]
         # A graph is of one call, and a scaling of its own or tensors without a version counter cannot be compared.
         self.may_be_kept = not (
             torch.is_grad_enabled()
             or any(weight.is_inference() for weight in self.weights)
-            or any(isinstance(scaling, torch.Tensor) for scaling in self.scalings)
+            or any(isinstance(scaling, torch.Tensor) for scaling in self.scaling.values())
         )
         if self.may_be_kept:
-            self.versions = [weight._version for weight in self.weights]
+            self.versions = list(map(_version_of, self.weights))
 
     def is_unchanged(self, layer: Any) -> bool:
         return (
-            [weight._version for weight in self.weights] == self.versions
+            list(map(_version_of, self.weights)) == self.versions
             and layer._modules["lora_A"]._modules == self.lora_A
             and layer._modules["lora_B"]._modules == self.lora_B
-            and [layer.scaling.get(name) for name in self.names] == self.scalings
+            and layer.scaling == self.scaling
             and not any([dropout.training for dropout in self.dropouts])
         )
 

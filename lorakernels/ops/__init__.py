@@ -5,7 +5,9 @@ from lorakernels.ops.library import as_matrix as as_matrix
 from lorakernels.ops.library import as_output as as_output
 from lorakernels.ops.library import runs_directly as runs_directly
 from lorakernels.ops.linear import autocast_arguments as autocast_arguments
+from lorakernels.ops.linear import is_small as is_small
 from lorakernels.ops.linear import lora_linear as lora_linear
+from lorakernels.ops.linear import small_lora_linear as small_lora_linear
 from lorakernels.ops.linear_group import autocast_group_arguments as autocast_group_arguments
 from lorakernels.ops.linear_group import lora_linear_group as lora_linear_group
 from lorakernels.ops.multi_embedding import multi_lora_embedding as multi_lora_embedding

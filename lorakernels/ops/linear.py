@@ -336,6 +336,18 @@ def is_small(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B
     )
 
 
+def small_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """The layer where `is_small` says so, with a scaling that is not 0 and dtypes that fit."""
+    return as_output(reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling), x)
+
+
 def _vmap(
     call: Any, info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
 ) -> tuple[Any, tuple[int | None, ...]]:
@@ -378,7 +390,7 @@ def lora_linear(
 ) -> torch.Tensor:
     """The layer on checked arguments; no autograd.Function when nothing needs a gradient."""
     if dropout_p == 0 and row_scale is None and scaling != 0 and is_small(x, weight, lora_A, lora_B, impl):
-        return as_output(reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling), x)
+        return small_lora_linear(x, weight, lora_A, lora_B, bias, scaling)
     seed = None
     if dropout_p > 0:
         # On x's device, and read there: the host never waits. randint takes part in checkpointing's
