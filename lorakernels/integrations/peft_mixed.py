@@ -162,9 +162,9 @@ def _product(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     if not torch.is_grad_enabled() and ops.runs_directly(x, weight):
         update = pack.update(matrix, tokens)
         if update is not None:
-            y = F.linear(matrix, weight, bias)
-            update(y, matrix)
-            return ops.as_output(y, x)
+            y, rows = ops.linear_to_edit(x, weight, bias)
+            update(rows, matrix)
+            return y
     [y] = ops.multi_lora_linear(matrix, [weight], [bias], [pack.A], [pack.B], pack.plan(tokens), 0.0, "auto")
     return ops.as_output(y, x)
 

@@ -3,6 +3,7 @@
 from lorakernels.flops import register_flop_formulas
 from lorakernels.ops.library import as_matrix as as_matrix
 from lorakernels.ops.library import as_output as as_output
+from lorakernels.ops.library import linear_to_edit as linear_to_edit
 from lorakernels.ops.library import runs_directly as runs_directly
 from lorakernels.ops.linear import autocast_arguments as autocast_arguments
 from lorakernels.ops.linear import is_small as is_small

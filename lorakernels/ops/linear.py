@@ -17,6 +17,7 @@ from lorakernels.ops.library import (
     implementation,
     is_batched,
     library,
+    linear_to_edit,
     nothing,
     runs_directly,
     without_autocast,
@@ -345,6 +346,11 @@ def small_lora_linear(
     scaling: float,
 ) -> torch.Tensor:
     """The layer where `is_small` says so, with a scaling that is not 0 and dtypes that fit."""
+    if not torch.is_grad_enabled():
+        y, rows = linear_to_edit(x, weight, bias)
+        s = torch.nn.functional.linear(as_matrix(x), lora_A)
+        rows.addmm_(s, lora_B.t(), alpha=scaling)
+        return y
     return as_output(reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling), x)
 
 
