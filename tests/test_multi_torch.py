@@ -16,6 +16,7 @@ from lorakernels.dropout import LEVELS
 from lorakernels.multi import multi_lora_embedding
 from lorakernels.ops.multi_linear import _thresholds
 from lorakernels.reference import multi_lora as reference
+from lorakernels.reference.multi_grid import Gathered, Grid
 from lorakernels.testing.budget import error
 from lorakernels.testing.guards import canaries
 from lorakernels.testing.multi_cases import MultiCase, MultiInputs, Results, by_token, make_multi_inputs, run_loop
@@ -32,6 +33,15 @@ CASES = (
     (MultiCase("in turn, transposed", T=12, ranks=EQUAL, layout="transposed", batch="in_turn"), "views"),
     (MultiCase("in turn, of larger stacks", T=12, ranks=EQUAL, R=9, batch="in_turn", bias=False), "views"),
     (MultiCase("in turn, pages", T=12, ranks=(2, 5, 1), paged=True, batch="in_turn"), "views"),
+    (MultiCase("rows in turn", T=160, ranks=EQUAL, batch="rows 0 1 2 3 0 1 2 3"), "2 lots of views"),
+    (MultiCase("rows in any order", T=160, ranks=EQUAL, batch="rows 2 0 1 0 3 1 0 2"), "views"),
+    (MultiCase("rows beside the base's", T=176, ranks=EQUAL, batch="rows 0 1 -1 2 3 0 1 2"), "2 lots of views"),
+    (MultiCase("rows, pages", T=160, ranks=(2, 5, 1), paged=True, batch="rows 2 0 1 0 2 1 0 2"), "views"),
+    (
+        MultiCase("rows, slices", T=160, ranks=EQUAL, Ns=(9, 5), layout="every_second", batch="rows 0 3 -1 2 3"),
+        "2 lots of views",
+    ),
+    (MultiCase("rows shorter than a rank", T=160, ranks=EQUAL, batch="rows" + " 2 0 1 3" * 8), "gathered"),
     (MultiCase("in turn, but one", T=11, ranks=EQUAL, batch="in_turn"), "gathered"),
     (MultiCase("each its own", ranks=EQUAL, T=4, batch="each_its_own"), "gathered"),
     (MultiCase("an empty slot", ranks=(6, 0, 6), bias=False), "gathered"),
@@ -54,6 +64,12 @@ def run(case: MultiCase, inputs: MultiInputs, leaves: Results) -> list[torch.Ten
     return lk.multi_lora_linear(x, *rest, inputs.plan, bias=bias)
 
 
+def arrangement(grid: Grid | None) -> str | None:
+    if grid is None or len(grid.lots) > 1:
+        return grid and f"{len(grid.lots)} lots of views"
+    return "gathered" if isinstance(grid.lots[0].rows, Gathered) else "views"
+
+
 @pytest.mark.parametrize(("case", "rows"), CASES, ids=lambda value: str(value))
 def test_values_and_gradients(case: MultiCase, rows: str | None) -> None:
     inputs = make_multi_inputs(case, torch.float64)
@@ -68,12 +84,12 @@ def test_values_and_gradients(case: MultiCase, rows: str | None) -> None:
             outs = [torch.nn.functional.linear(inputs.x, w) for w in inputs.weight]
             lk.lora_expand(s, inputs.lora_B, inputs.plan, out=outs)
     grid = inputs.plan.on_host.grid
-    assert (None if grid is None else "gathered" if grid.steps is None else "views") == rows
+    assert arrangement(grid) == rows
     if rows and len(case.Ns) == 1 and case.layout != "layered":
         update = ops.bound_update(inputs.x, inputs.lora_A[0], inputs.lora_B[0], inputs.plan)
         assert update is not None
         bound = torch.nn.functional.linear(inputs.x, inputs.weight[0], inputs.bias[0] if case.bias else None)
-        update(bound, inputs.x)
+        update(bound, inputs.x.contiguous())
         assert torch.equal(bound, plain[0].detach())
     for i in range(len(case.Ns)):
         in_two_steps = outs[i] + (inputs.bias[i] if case.bias else 0.0)
@@ -105,8 +121,8 @@ def test_an_adapter_touches_no_other_row(case: MultiCase, poison: float) -> None
 def test_long_adapters_beside_short_ones_are_not_padded() -> None:
     case = MultiCase("skewed", T=4000, ranks=(8, 8, 8), K=64, Ns=(64,))
     inputs = make_multi_inputs(case, torch.float32)
-    few = torch.zeros(4000, dtype=torch.int32)
-    few[:2] = torch.tensor([1, 2])
+    few = torch.randint(0, 2, (4000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    few[0] = 2
     for slots, fits in ((torch.arange(4000, dtype=torch.int32) % 3, True), (few, False)):
         inputs.plan.update(slots, inputs.slot_ranks, inputs.slot_scalings)
         run(case, inputs, inputs.tensors())

@@ -78,7 +78,7 @@ class _Pack:
     autocast: bool
     source: _Source
     plans: dict[int, BatchPlan] = field(default_factory=dict)  # by the tokens of a row
-    updates: dict[int, Update | None] = field(default_factory=dict)  # likewise
+    bound: tuple[int, Update | None] = (0, None)  # the tokens of a row, and what adds the update for so many
 
     def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> bool:
         if self.names != names or weight is not self.weight or weight.dtype is not self.weight_dtype:
@@ -88,10 +88,11 @@ class _Pack:
         dtype = torch.get_autocast_dtype(x.device.type) if self.autocast else x.dtype
         return self.A.dtype is dtype and self.source.is_unchanged(layer)
 
-    def update(self, x: torch.Tensor, tokens: int) -> Update | None:
-        if tokens not in self.updates:
-            self.updates[tokens] = ops.bound_update(x, self.A, self.B, self.plan(tokens))
-        return self.updates[tokens]
+    def update(self, x: torch.Tensor) -> Update | None:
+        tokens = x.numel() // (x.shape[0] * x.shape[-1])
+        if tokens != self.bound[0]:
+            self.bound = tokens, ops.bound_update(ops.as_matrix(x), self.A, self.B, self.plan(tokens))
+        return self.bound[1]
 
     def plan(self, tokens: int) -> BatchPlan:
         plan = self.plans.get(tokens)
@@ -157,14 +158,14 @@ def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 
 def _product(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [rows, ..., K] to [rows, ..., N]."""
+    if not torch.is_grad_enabled() and ops.runs_directly(x, weight):
+        update = pack.update(x)
+        if update is not None:
+            y = ops.linear_to_edit(x, weight, bias)
+            update(y, x.contiguous())
+            return y
     matrix = ops.as_matrix(x)
     tokens = matrix.shape[0] // x.shape[0]
-    if not torch.is_grad_enabled() and ops.runs_directly(x, weight):
-        update = pack.update(matrix, tokens)
-        if update is not None:
-            y, rows = ops.linear_to_edit(x, weight, bias)
-            update(rows, matrix)
-            return y
     [y] = ops.multi_lora_linear(matrix, [weight], [bias], [pack.A], [pack.B], pack.plan(tokens), 0.0, "auto")
     return ops.as_output(y, x)
 

@@ -55,10 +55,8 @@ def as_output(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
-def linear_to_edit(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's linear, [..., N], and the same memory as a matrix to add to, where no gradient is kept.
+def linear_to_edit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """torch's linear, [..., N], contiguous and to be added to, where no gradient is kept.
 
     No view either, as `as_output`, whose operator takes 20 µs between the layers of a model; without a bias torch's own
     is none.
@@ -66,7 +64,7 @@ def linear_to_edit(
     y = torch.nn.functional.linear(x, weight, bias)
     if y._is_view():
         y = torch.ops.aten._unsafe_view(y, y.shape)
-    return y, y if y.dim() == 2 else y.view(-1, weight.shape[0])
+    return y.contiguous()
 
 
 def functorch_is_active() -> bool:
@@ -90,7 +88,7 @@ def runs_directly(x: torch.Tensor, *others: torch.Tensor) -> bool:
         and _PLAIN.issuperset(map(type, (x, *others)))  # `all` of a generator takes three times as long
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and (x.is_meta or not torch.is_autocast_enabled(x.device.type))
+        and not (torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type))
         and not torch._C._are_functorch_transforms_active()
     )
 

@@ -347,9 +347,9 @@ def small_lora_linear(
 ) -> torch.Tensor:
     """The layer where `is_small` says so, with a scaling that is not 0 and dtypes that fit."""
     if not torch.is_grad_enabled():
-        y, rows = linear_to_edit(x, weight, bias)
+        y = linear_to_edit(x, weight, bias)
         s = torch.nn.functional.linear(as_matrix(x), lora_A)
-        rows.addmm_(s, lora_B.t(), alpha=scaling)
+        as_matrix(y).addmm_(s, lora_B.t(), alpha=scaling)
         return y
     return as_output(reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling), x)
 

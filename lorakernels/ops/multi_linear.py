@@ -254,16 +254,14 @@ def bound_update(
 
     For whoever infers with the same adapters many times on a CPU: what does not depend on x's numbers is looked up
     here once, which takes `multi_lora_linear` 40 µs between the layers of a model. None where that is the only way.
-    It holds for this version of the plan and of LORAKERNELS_IMPL, and where `runs_directly` does, without gradients.
+    It holds for this version of the plan and of LORAKERNELS_IMPL, and where `runs_directly` does, without gradients;
+    y [..., N] and x [..., K] must be contiguous.
     """
     if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not reference_multi_lora:
         return None
     where: reference_multi_lora.Route = on_host(plan, reference_multi_lora)["where"]
     grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.pages is None else lora_B.shape[0]))
-    if grid is None:
-        return None
-    A, B = grid.factors(lora_A, x.dtype, is_B=False), grid.factors(lora_B, x.dtype, is_B=True)
-    return partial(grid.add, A=A, B=B)
+    return None if grid is None else grid.bound_add(lora_A, lora_B, x.dtype)
 
 
 def _thresholds(dropout_p: float | torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

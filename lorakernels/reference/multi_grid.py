@@ -1,12 +1,19 @@
-"""All adapters of a batch as one batched product, for a CPU: a loop over adapters takes some 20 µs for each."""
+"""All adapters of a batch as few batched products, for a CPU: a loop over adapters takes some 20 µs for each."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
 
 from lorakernels.reference.product import cast
+
+# Fewer tokens a lot are gathered: two batched products take 40 µs before their first number.
+_LOT_TOKENS = 64
+
+Update = Callable[[torch.Tensor, torch.Tensor], None]  # y, x: adds to y in place
 
 
 class Segment(NamedTuple):
@@ -18,27 +25,69 @@ class Segment(NamedTuple):
     rows: slice
 
 
-class Grid(NamedTuple):
-    """The adapters of a batch as one product of [adapters, height, …] matrices, each with tokens of its own alone.
+class Steps(NamedTuple):
+    """Tokens at regular steps, which a view has as [count, height, columns]: token first + i across + j along."""
 
-    An adapter of fewer tokens has its first one again, in rows that nobody reads.
-    """
+    first: int
+    count: int
+    height: int
+    across: int
+    along: int
+
+    def strided(self, row: int, column: int, columns: int) -> tuple[tuple[int, int, int], tuple[int, int, int], int]:
+        """Size, strides and offset of the view of rows [T, columns] with these strides."""
+        return (self.count, self.height, columns), (self.across * row, self.along * row, column), self.first * row
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        size, strides, offset = self.strided(*x.stride(), x.shape[1])
+        return x.as_strided(size, strides, x.storage_offset() + offset)
+
+    def add_product(self, y: torch.Tensor, s: torch.Tensor, B: torch.Tensor, scale: float) -> None:
+        _add_product(self.take(y), s, B, scale)
+
+    def put(self, kept: torch.Tensor, s: torch.Tensor) -> None:
+        self.take(kept).copy_(s)
+
+
+class Gathered(NamedTuple):
+    """Tokens in any order. An adapter of fewer than `height` has its first one again, in rows that nobody reads."""
 
     height: int
+    take_from: torch.Tensor  # [adapters * height] tokens
+    back: torch.Tensor  # where each adapted token's row is in what is taken
+    tokens: torch.Tensor | None  # the adapted ones, ascending; None for all
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, self.take_from).view(-1, self.height, x.shape[1])
+
+    def add_product(self, y: torch.Tensor, s: torch.Tensor, B: torch.Tensor, scale: float) -> None:
+        added = self._by_token(torch.bmm(s, B))
+        if self.tokens is None:
+            y.add_(added, alpha=scale)
+        else:
+            y.index_add_(0, self.tokens, added, alpha=scale)
+
+    def put(self, kept: torch.Tensor, s: torch.Tensor) -> None:
+        if self.tokens is None:
+            kept.copy_(self._by_token(s))
+        else:
+            kept.index_copy_(0, self.tokens, self._by_token(s))
+
+    def _by_token(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.view(-1, rows.shape[2]).index_select(0, self.back)
+
+
+Arranged = tuple[Steps | Gathered, list[Segment]]
+
+
+class Lot(NamedTuple):
+    """Adapters, with repetitions, of equally many tokens each: one product of [adapters, height, …] matrices."""
+
+    rows: Steps | Gathered
     rank: int
-    padding: int  # tokens
-    rank_padding: int
-    steps: tuple[int, int] | None  # from an adapter's first token to the next one's, and to its own next, if all equal
-    take: torch.Tensor | None  # [adapters * height] tokens; None where `steps` tells
-    back: torch.Tensor | None  # where each adapted token's row is in the grid; None likewise
-    tokens: torch.Tensor | None  # the adapted tokens, ascending; None for all
     scale: float | torch.Tensor  # [adapters, 1, 1 or rank], 0 past an adapter's rank
     held: slice | torch.Tensor  # the adapters in their stack; of pages their rank rows, adapters * rank of them
     is_paged: bool
-
-    def fits(self, columns: int) -> bool:
-        """Whether the padding costs less than the loop."""
-        return (self.padding * self.rank + self.rank_padding * self.height) * columns <= 1 << 19
 
     def factors(self, adapters: torch.Tensor, dtype: torch.dtype, *, is_B: bool) -> torch.Tensor:
         """The rank rows [adapters, rank, columns]: views where the slots or pages lie in order, or else a copy."""
@@ -50,60 +99,38 @@ class Grid(NamedTuple):
             by_rank = by_rank[:, : self.rank]
         return cast(self._select(by_rank), dtype)
 
-    def add(self, y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
-        """y [T, N] += scale · (x Aᵀ) B of x [T, K] and `factors`."""
-        s = torch.bmm(self.by_adapter(x), A.mT)
-        if isinstance(self.scale, float):
-            self.expand(s, B, y, self.scale)
-        else:
-            self.expand(s.mul_(cast(self.scale, s.dtype)), B, y, 1.0)
-
     def shrink(self, x: torch.Tensor, A: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """scale · x Aᵀ of x [T, K] and `factors`: [adapters, height, rank]."""
-        s = cast(torch.bmm(self.by_adapter(x), A.mT), dtype)
+        s = cast(torch.bmm(self.rows.take(x), A.mT), dtype)
         return s.mul_(self.scale if isinstance(self.scale, float) else cast(self.scale, dtype))
 
-    def expand(self, s: torch.Tensor, B: torch.Tensor, y: torch.Tensor, scale: float) -> None:
-        """y [T, N] += scale · s B of `factors`; tokens of the base are left alone."""
-        if self.steps is not None:
-            rows = self._strided(y, self.steps)
-            # A product into rows that are not one block would be a loop of products.
-            if rows.is_contiguous():
-                rows.baddbmm_(s, B, alpha=scale)
-            else:
-                rows.add_(torch.bmm(s, B), alpha=scale)
-            return
-        added = self._by_token(torch.bmm(s, B))
-        if self.tokens is None:
-            y.add_(added, alpha=scale)
+    def add(self, y: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
+        """y [T, N] += scale · (x Aᵀ) B of x [T, K] and `factors`; tokens of no adapter here are left alone."""
+        s = torch.bmm(self.rows.take(x), A.mT)
+        if isinstance(self.scale, float):
+            self.rows.add_product(y, s, B, self.scale)
         else:
-            y.index_add_(0, self.tokens, added, alpha=scale)
+            self.rows.add_product(y, s.mul_(cast(self.scale, s.dtype)), B, 1.0)
 
-    def keep(self, s: torch.Tensor, kept: torch.Tensor) -> None:
-        """s [adapters, height, rank] into its tokens' rows of kept [T, at least rank]."""
-        if self.steps is not None:
-            self._strided(kept[:, : self.rank], self.steps).copy_(s)
-        elif self.tokens is None:
-            kept[:, : self.rank] = self._by_token(s)
-        else:
-            kept[:, : self.rank].index_copy_(0, self.tokens, self._by_token(s))
+    def bound_add(self, A: torch.Tensor, B: torch.Tensor) -> Update:
+        """`add` for contiguous y and x of any leading shape, with all looked up that does not depend on them.
 
-    def by_adapter(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, columns] as [adapters, height, columns]: a view where the tokens lie at regular steps, or a copy."""
-        if self.steps is not None:
-            return self._strided(x, self.steps)
-        assert self.take is not None
-        return x.index_select(0, self.take).view(-1, self.height, x.shape[1])
+        Between the layers of a model each operator that is saved, a view too, is 4 µs.
+        """
+        rows, A_t, K, N = self.rows, A.mT, A.shape[2], B.shape[2]
+        if isinstance(rows, Gathered):
+            return lambda y, x: self.add(y.view(-1, N), x.view(-1, K), A, B)
+        x_size, x_strides, x_offset = rows.strided(K, 1, K)
+        y_size, y_strides, y_offset = rows.strided(N, 1, N)
+        scale, scales = (self.scale, None) if isinstance(self.scale, float) else (1.0, cast(self.scale, A.dtype))
 
-    def _strided(self, x: torch.Tensor, steps: tuple[int, int]) -> torch.Tensor:
-        T, columns = x.shape
-        row, column = x.stride()
-        return x.as_strided((T // self.height, self.height, columns), (steps[0] * row, steps[1] * row, column))
+        def add(y: torch.Tensor, x: torch.Tensor) -> None:
+            s = torch.bmm(x.as_strided(x_size, x_strides, x.storage_offset() + x_offset), A_t)
+            if scales is not None:
+                s.mul_(scales)
+            _add_product(y.as_strided(y_size, y_strides, y.storage_offset() + y_offset), s, B, scale)
 
-    def _by_token(self, rows: torch.Tensor) -> torch.Tensor:
-        """[adapters, height, columns] as [adapted tokens, columns]."""
-        assert self.back is not None
-        return rows.view(-1, rows.shape[2]).index_select(0, self.back)
+        return add
 
     def _select(self, adapters: torch.Tensor) -> torch.Tensor:
         if not isinstance(self.held, slice):
@@ -111,46 +138,116 @@ class Grid(NamedTuple):
         return adapters if self.held == slice(0, adapters.shape[0]) else adapters[self.held]
 
 
+class Grid(NamedTuple):
+    """The adapters of a batch as products of a few lots."""
+
+    lots: list[Lot]
+    padding: int  # zeros to multiply, for each column of A and B
+
+    def fits(self, columns: int) -> bool:
+        """Whether the padding costs less than the loop."""
+        return self.padding * columns <= 1 << 19
+
+    def bound_add(self, lora_A: torch.Tensor, lora_B: torch.Tensor, dtype: torch.dtype) -> Update:
+        """What adds the adapters' update to contiguous y [..., N], from contiguous x [..., K] of this dtype."""
+        adds = [
+            lot.bound_add(lot.factors(lora_A, dtype, is_B=False), lot.factors(lora_B, dtype, is_B=True))
+            for lot in self.lots
+        ]
+        if len(adds) == 1:
+            return adds[0]
+
+        def add(y: torch.Tensor, x: torch.Tensor) -> None:
+            for each in adds:
+                each(y, x)
+
+        return add
+
+
 def grid_of(segments: list[Segment], order: list[int], pages: list[list[int]] | None) -> Grid | None:
     """The grid of a batch of len(order) tokens, those of the segments first.
 
     None where there are not several adapters, or a stack's are of several ranks: past them it is not read.
     """
-    T = len(order)
     ranks = [segment.rank for segment in segments]
-    lengths = [segment.rows.stop - segment.rows.start for segment in segments]
     if len(segments) < 2 or (pages is None and min(ranks) < max(ranks)):
         return None
-    rank, height, adapted = max(ranks), max(lengths), sum(lengths)
-    take, back, first = [], [0] * T, 0
-    for i, length in enumerate(lengths):
-        tokens = order[first : first + length]
-        take += tokens + tokens[:1] * (height - length)
-        for row, token in enumerate(tokens, i * height):
-            back[token] = row
+    rank, tokens = max(ranks), _tokens(segments, order)
+    arranged = _regular(segments, tokens, len(order)) or _in_runs(segments, tokens, len(order), rank)
+    arranged = arranged or [(_gathered(tokens, len(order)), segments)]
+    lots, multiplied = [], 0
+    for rows, adapters in arranged:
+        scale, held = _scale(adapters, rank), _held(adapters, rank, pages)
+        lots.append(Lot(rows, rank, scale, held, pages is not None))
+        multiplied += len(adapters) * rows.height * rank
+    return Grid(lots, multiplied - sum(len(each) * rank for each, rank in zip(tokens, ranks, strict=True)))
+
+
+def _tokens(segments: list[Segment], order: list[int]) -> list[list[int]]:
+    ends = list(accumulate(segment.rows.stop - segment.rows.start for segment in segments))
+    return [order[first:end] for first, end in zip([0, *ends], ends, strict=False)]
+
+
+def _regular(segments: list[Segment], tokens: list[list[int]], T: int) -> list[Arranged]:
+    """All adapters at once, if theirs are all tokens and one step leads from each to the next: in order, in turn."""
+    height, across = len(tokens[0]), tokens[1][0]
+    along = tokens[0][1] if height > 1 else 1
+    regular = [[i * across + j * along for j in range(height)] for i in range(len(tokens))]
+    if tokens != regular or len(tokens) * height != T:
+        return []
+    return [(Steps(0, len(tokens), height, across, along), segments)]
+
+
+def _in_runs(segments: list[Segment], tokens: list[list[int]], T: int, rank: int) -> list[Arranged]:
+    """Lots of runs, equally many tokens of one adapter each, as in rows of prompts: an adapter is there for each of
+    its runs. Those in order are views; others are copied, for runs that are no shorter than an adapter has rank rows.
+    """
+    owners = [-1] * T
+    for i, each in enumerate(tokens):
+        for token in each:
+            owners[token] = i
+    runs, first = [], 0
+    for owner, run in groupby(owners):
+        length = len(list(run))
+        if owner >= 0:
+            runs.append((first, length, segments[owner]))
         first += length
-    tokens = sorted(order[:adapted])
-    steps = _steps(take, height) if adapted == len(take) == T else None
-    return Grid(
+    most = sum(map(len, tokens)) // _LOT_TOKENS
+    lots = _lots(runs, in_order=True)
+    if len(lots) > most and min(length for _, length, _ in runs) >= rank:
+        lots = _lots(runs, in_order=False)
+    if len(lots) > most:
+        return []
+    return [(Steps(first, len(each), length, length, 1), each) for first, length, each in lots]
+
+
+def _lots(runs: list[tuple[int, int, Segment]], *, in_order: bool) -> list[tuple[int, int, list[Segment]]]:
+    """First token, tokens of each run, adapters: of runs that follow each other, `in_order` in slots too."""
+    lots: list[tuple[int, int, list[Segment]]] = []
+    end = slot = -1
+    for first, length, segment in runs:
+        follows = first == end and length == lots[-1][1] and (segment.slot == slot + 1 or not in_order)
+        if not follows:
+            lots.append((first, length, []))
+        lots[-1][2].append(segment)
+        end, slot = first + length, segment.slot
+    return lots
+
+
+def _gathered(tokens: list[list[int]], T: int) -> Gathered:
+    height = max(map(len, tokens))
+    take, back = [], [-1] * T
+    for i, each in enumerate(tokens):
+        take += each + each[:1] * (height - len(each))
+        for row, token in enumerate(each, i * height):
+            back[token] = row
+    adapted = [token for token in range(T) if back[token] >= 0]
+    return Gathered(
         height,
-        rank,
-        len(take) - adapted,
-        rank * len(ranks) - sum(ranks),
-        steps,
-        None if steps else torch.tensor(take, device="cpu"),
-        None if steps else torch.tensor([back[token] for token in tokens], device="cpu"),
-        None if adapted == T else torch.tensor(tokens, device="cpu"),
-        _scale(segments, rank),
-        _held(segments, rank, pages),
-        pages is not None,
+        torch.tensor(take, device="cpu"),
+        torch.tensor([back[token] for token in adapted], device="cpu"),
+        None if len(adapted) == T else torch.tensor(adapted, device="cpu"),
     )
-
-
-def _steps(take: list[int], height: int) -> tuple[int, int] | None:
-    """(a, b) if the i-th adapter's j-th token is token i a + j b of all, as in order or in turn."""
-    a, b = take[height], take[min(1, height - 1)]
-    regular = [i * a + j * b for i in range(len(take) // height) for j in range(height)]
-    return (a, b) if take == regular else None
 
 
 def _scale(segments: list[Segment], rank: int) -> float | torch.Tensor:
@@ -167,3 +264,11 @@ def _held(segments: list[Segment], rank: int, pages: list[list[int]] | None) -> 
         held = [pages[s.slot][i if i < s.rank else 0] for s in segments for i in range(rank)]
     in_order = held == list(range(held[0], held[0] + len(held)))
     return slice(held[0], held[0] + len(held)) if in_order else torch.tensor(held, device="cpu")
+
+
+def _add_product(rows: torch.Tensor, s: torch.Tensor, B: torch.Tensor, scale: float) -> None:
+    """A product into rows that are not one block would be a loop of products."""
+    if rows.is_contiguous():
+        rows.baddbmm_(s, B, alpha=scale)
+    else:
+        rows.add_(torch.bmm(s, B), alpha=scale)

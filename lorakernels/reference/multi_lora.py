@@ -40,13 +40,14 @@ def forward(
     if thresholds is None and (grid := where.grid_for(x, columns)) is not None:
         kept = x.new_zeros((len(ys), x.shape[0], width)) if keep_s else None
         for i, (y, lora_A, lora_B) in enumerate(zip(ys, lora_As, lora_Bs, strict=True)):
-            A, B = grid.factors(lora_A, x.dtype, is_B=False), grid.factors(lora_B, x.dtype, is_B=True)
-            if kept is None:
-                grid.add(y, x, A, B)
-            else:
-                s = grid.shrink(x, A, x.dtype)
-                grid.expand(s, B, y, 1.0)
-                grid.keep(s, kept[i])
+            for lot in grid.lots:
+                A, B = lot.factors(lora_A, x.dtype, is_B=False), lot.factors(lora_B, x.dtype, is_B=True)
+                if kept is None:
+                    lot.add(y, x, A, B)
+                else:
+                    s = lot.shrink(x, A, x.dtype)
+                    lot.rows.add_product(y, s, B, 1.0)
+                    lot.rows.put(kept[i, :, : lot.rank], s)
         return ys, kept, None
     rows = where.take(x)
     mask = None
@@ -139,7 +140,9 @@ def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, *, where: Route
     if (grid := where.grid_for(x, x.shape[1])) is not None:
         s = x.new_zeros((len(lora_As), x.shape[0], width), dtype=dtype)
         for i, lora_A in enumerate(lora_As):
-            grid.keep(grid.shrink(x, grid.factors(lora_A, x.dtype, is_B=False), dtype), s[i])
+            for lot in grid.lots:
+                low_rank = lot.shrink(x, lot.factors(lora_A, x.dtype, is_B=False), dtype)
+                lot.rows.put(s[i, :, : lot.rank], low_rank)
         return s
     rows = where.take(x)
     s = x.new_zeros((len(lora_As), rows.shape[0], width), dtype=dtype)
@@ -154,10 +157,11 @@ def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors, *,
     """Add S Bᵀ to each y, in place."""
     where = where or route(plan, s.shape[1])
     grid = where.grid_for(s, s.shape[2] + sum([y.shape[1] for y in ys]))
-    if grid is not None and all(segment.rank == grid.rank for segment in where.segments):
+    if grid is not None and len({segment.rank for segment in where.segments}) == 1:
         for low_rank, lora_B, y in zip(s, lora_Bs, ys, strict=True):
-            rows = cast(grid.by_adapter(low_rank[:, : grid.rank]), y.dtype)
-            grid.expand(rows, grid.factors(lora_B, y.dtype, is_B=True), y, 1.0)
+            for lot in grid.lots:
+                rows = cast(lot.rows.take(low_rank[:, : lot.rank]), y.dtype)
+                lot.rows.add_product(y, rows, lot.factors(lora_B, y.dtype, is_B=True), 1.0)
         return
     for i, (lora_B, y) in enumerate(zip(lora_Bs, ys, strict=True)):
         rows = where.take(s[i])

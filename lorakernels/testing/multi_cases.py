@@ -22,7 +22,7 @@ class MultiCase:
     T: int = 23
     ranks: tuple[int, ...] = (8, 3, 0, 5, 1)
     scalings: tuple[float, ...] | None = None
-    batch: str = "random"  # random, grouped, in_order, in_turn, each_its_own, base, or "slot 3" for that one alone
+    batch: str = "random"  # random, grouped, in_order, in_turn, each_its_own, base, slot 3, or rows 0 -1 2
     R: int = 8
     K: int = 40
     Ns: tuple[int, ...] = (24,)
@@ -126,6 +126,9 @@ def make_multi_inputs(
         slots = torch.randperm(S, generator=generator)[:T].int()
     elif case.batch == "base":
         slots.fill_(-1)
+    elif case.batch.startswith("rows"):
+        rows = torch.tensor([int(slot) for slot in case.batch.split()[1:]], dtype=torch.int32)
+        slots = rows.repeat_interleave(T // len(rows))
     elif case.batch.startswith("slot"):
         slots.fill_(int(case.batch.split()[1]))
     ranks = torch.tensor(case.ranks, dtype=torch.int32)
