@@ -18,6 +18,7 @@ from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft import adapter_terms, autocast_is_on, is_plain, takes_dtypes
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.plan import BASE, BatchPlan
+from lorakernels.reference.product import cast
 
 BASE_NAME = "__base__"  # PEFT's, for rows without an adapter
 
@@ -187,12 +188,12 @@ def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Ten
     rank = max((term.A.shape[0] for term in terms), default=0)
     As, Bs, biases, scalings = [], [], [], []
     for term in terms:
-        scaling, B = term.scaling, term.B.to(dtype).t()
+        scaling, B = term.scaling, cast(term.B, dtype).t()
         # A plan's scalings are finite numbers in float32; others go into B.
         if isinstance(scaling, torch.Tensor) or not math.isfinite(scaling) or dtype is torch.float64:
             scaling, B = 1.0, B * scaling
         scalings.append(float(scaling))
-        As.append(_padded(term.A.to(dtype), rank))
+        As.append(_padded(cast(term.A, dtype), rank))
         Bs.append(_padded(B, rank))
         biases.append(None if term.lora_bias is None else (term.lora_bias * term.scaling).to(dtype))
     slots = tuple(there.index(name) if name in there else BASE for name in names)
