@@ -18,7 +18,7 @@ from lorakernels.bench.registry import Case
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.kernels import lora_linear_group as kernels
 from lorakernels.kernels.launch import record_launches
-from lorakernels.ops import linear as ops_linear
+from lorakernels.ops import small_linear
 from lorakernels.reference.dropout import unpack_mask
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.group_cases import (
@@ -49,7 +49,7 @@ SMALLEST = KernelConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_R=16, GROUP_M=
 @pytest.fixture(autouse=True)
 def _the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not torch's own operators, which small layers on a CPU are made of."""
-    monkeypatch.setattr(ops_linear, "SMALL", 0)
+    monkeypatch.setattr(small_linear, "SMALL", 0)
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def path(name: str, ranks: tuple[int, ...] = (1,)) -> Iterator[str]:
     impl, _, form = name.partition("-")
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(table, "FEW_TOKENS", 1 << 30 if form == "few" else -1)
-        patch.setattr(ops_linear, "SMALL", 1 << 62 if form == "small" else 0)
+        patch.setattr(small_linear, "SMALL", 1 << 62 if form == "small" else 0)
         if impl == "triton":
             whole = max(16, 1 << (max(ranks) - 1).bit_length())
             expand = dataclasses.replace(SMALLEST, tma=form == "tma", cublas=form == "cublas")

@@ -14,7 +14,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lorakernels as lk
-from lorakernels.ops import linear as ops_linear
+from lorakernels.ops import small_linear
 from lorakernels.reference import lora_linear as reference
 from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
 
@@ -24,7 +24,7 @@ IMPLS = ["torch", "triton"]
 @pytest.fixture(autouse=True)
 def _the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not torch's own operators, which small layers on a CPU are made of."""
-    monkeypatch.setattr(ops_linear, "SMALL", 0)
+    monkeypatch.setattr(small_linear, "SMALL", 0)
 
 
 def leaves(dtype: torch.dtype = torch.float32, tokens: int = 20, **fields: object) -> LinearInputs:

@@ -26,7 +26,7 @@ from torch.nn.modules import module as torch_module
 
 from lorakernels import functional
 from lorakernels.nn.modules import runs_more_than_forward
-from lorakernels.ops import linear
+from lorakernels.ops import small_linear
 from lorakernels.tuning.table import FEW_TOKENS
 
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -183,7 +183,7 @@ def _pays(x: torch.Tensor, call: Call) -> bool:
     """Whether a group would be faster: few tokens and small layers are as fast one by one."""
     if x.is_cuda:
         return x.numel() > FEW_TOKENS * x.shape[-1]
-    return x.is_cpu and (call.p > 0 or x.numel() * call.weight.shape[0] >= linear.SMALL)
+    return x.is_cpu and (call.p > 0 or x.numel() * call.weight.shape[0] >= small_linear.SMALL)
 
 
 def _context(x: torch.Tensor, call: Call) -> _Context | None:

@@ -17,21 +17,15 @@ from lorakernels.ops.library import (
     implementation,
     is_batched,
     library,
-    linear_to_edit,
     nothing,
     runs_directly,
     without_autocast,
 )
+from lorakernels.ops.small_linear import is_small, small_lora_linear
 from lorakernels.reference import formula
-from lorakernels.reference import lora_linear as reference_lora_linear
 from lorakernels.reference.dropout import unpack_mask
 from lorakernels.reference.product import scaled_linear, sum_rows
 from lorakernels.sharding import draw_seed
-
-# On a CPU, below this many multiplications M N K, what Python does around torch's own operators costs more than what
-# is saved by writing into them: 84 µs a training step where the Function takes 146 (4 × 16 × 16, the frozen layer 25),
-# 380 beside 435 at 128 × 256 × 256, 925 beside 793 at 16 × 1024 × 1024.
-SMALL = 1 << 24
 
 library.define(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? row_scale, Tensor? seed, "
@@ -323,35 +317,6 @@ def _differentiable_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor |
     dx, *grads = formula.lora_linear_backward(dy2, x2, weight, lora_A, lora_B, ctx.scaling, keep, row_scale)
     assert dx is not None
     return dx.reshape(*dy.shape[:-1], weight.shape[1]), *grads
-
-
-def is_small(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, impl: str) -> bool:
-    """Whether torch's own operators compute the layer faster than the Function, and nobody would see a difference."""
-    return (
-        runs_directly(x, weight, lora_A, lora_B)
-        and x.is_cpu
-        and x.numel() * weight.shape[0] < SMALL
-        and lora_A.dtype is lora_B.dtype is x.dtype  # else their casts would be kept for the backward
-        and torch.autograd.forward_ad._current_level < 0
-        and resolve_impl(impl, x.device, x.dtype) == "torch"
-    )
-
-
-def small_lora_linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """The layer where `is_small` says so, with a scaling that is not 0 and dtypes that fit."""
-    if not torch.is_grad_enabled():
-        y = linear_to_edit(x, weight, bias)
-        s = torch.nn.functional.linear(as_matrix(x), lora_A)
-        as_matrix(y).addmm_(s, lora_B.t(), alpha=scaling)
-        return y
-    return as_output(reference_lora_linear.composed(as_matrix(x), weight, lora_A, lora_B, bias, scaling), x)
 
 
 def _vmap(

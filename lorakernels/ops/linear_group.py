@@ -23,6 +23,7 @@ from lorakernels.ops.library import (
     runs_directly,
     without_autocast,
 )
+from lorakernels.ops.small_linear import is_small
 from lorakernels.reference import formula
 from lorakernels.reference import lora_linear_group as reference_lora_linear_group
 from lorakernels.reference.dropout import unpack_mask
@@ -380,7 +381,7 @@ def lora_linear_group(
 ) -> Tensors:
     """The layers on checked arguments; no autograd.Function when nothing needs a gradient."""
     members = list(zip(weights, lora_As, lora_Bs, biases, scalings, strict=True))
-    small = not dropout_p and all(linear.is_small(x, W, A, B, impl) for W, A, B, _, _ in members)
+    small = not dropout_p and all(is_small(x, W, A, B, impl) for W, A, B, _, _ in members)
     if small or hasattr(x, "device_mesh"):  # no layout of sharded tensors is registered for a group
         return [linear.lora_linear(x, W, A, B, bias, None, c, dropout_p, impl) for W, A, B, bias, c in members]
     seed = None

@@ -15,16 +15,10 @@ from lorakernels.reference.product import cast, linear, scaled_linear, sum_rows
 from lorakernels.reference.weight_norm import project as project
 
 
-def composed(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None,
-    scaling: float,
+def add_update(
+    y: torch.Tensor, x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
 ) -> torch.Tensor:
-    """y [M, N] of x [M, K] and factors of its dtype, by operators whose autograd is torch's own; it keeps x and S."""
-    y = torch.nn.functional.linear(x, weight, bias)
+    """y [M, N] += scaling · (x Aᵀ) Bᵀ of x [M, K] and factors of its dtype; where autograd watches it keeps x and S."""
     return y.addmm_(torch.nn.functional.linear(x, lora_A), lora_B.t(), alpha=scaling)
 
 

@@ -26,20 +26,21 @@ class Segment(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Tokens at regular steps, which a view has as [count, height, columns]: token first + i across + j along."""
+    """Tokens at regular steps, which a view has as [adapters, height, columns]: first + i across + j along."""
 
     first: int
-    count: int
+    adapters: int
     height: int
     across: int
     along: int
 
     def strided(self, row: int, column: int, columns: int) -> tuple[tuple[int, int, int], tuple[int, int, int], int]:
         """Size, strides and offset of the view of rows [T, columns] with these strides."""
-        return (self.count, self.height, columns), (self.across * row, self.along * row, column), self.first * row
+        return (self.adapters, self.height, columns), (self.across * row, self.along * row, column), self.first * row
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        size, strides, offset = self.strided(*x.stride(), x.shape[1])
+        row, column = x.stride()
+        size, strides, offset = self.strided(row, column, x.shape[1])
         return x.as_strided(size, strides, x.storage_offset() + offset)
 
     def add_product(self, y: torch.Tensor, s: torch.Tensor, B: torch.Tensor, scale: float) -> None:
