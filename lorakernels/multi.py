@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -12,6 +12,8 @@ from lorakernels import ops
 from lorakernels.plan import BatchPlan, PlanError
 
 Slices = Sequence[torch.Tensor]
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = "float64, float32, float16 or bfloat16"
 
 
 def lora_shrink(x: torch.Tensor, lora_A: torch.Tensor | Slices, plan: BatchPlan, *, impl: str = "auto") -> torch.Tensor:
@@ -134,10 +136,11 @@ def multi_lora_linear(
 
     y = x Wᵀ + bias + scaling_slot · (dropout(x) A_slotᵀ) B_slotᵀ (Hu et al., arXiv 2106.09685, section 4.1; batched
     over adapters: Chen et al., "Punica", arXiv 2310.18547). Rows of the base (slot -1, rank 0, scaling 0) are
-    torch.nn.functional.linear's to the bit. Differentiable once in every tensor: an adapter's gradient is of its own
-    tokens alone, the other slots' are zero. The backward keeps its own copy of the plan: later updates do not matter,
-    but with activation checkpointing, whose recomputation has the plan as it then is: the backward raises RuntimeError
-    after an update, and with `use_reentrant=True` cannot tell. Forward-mode AD and torch.func's derivatives raise.
+    torch.nn.functional.linear's to the bit, where that sees x as one matrix. Differentiable once in every tensor: an
+    adapter's gradient is of its own tokens alone, the other slots' are zero. The backward keeps its own copy of the
+    plan: later updates do not matter, but with activation checkpointing, whose recomputation has the plan as it then
+    is: the backward raises RuntimeError after an update, and with `use_reentrant=True` cannot tell. Forward-mode AD and
+    torch.func's derivatives raise.
 
     Args:
         x: [..., K], of as many tokens as the plan's last update; float64, float32, float16 or bfloat16, any strides.
@@ -164,9 +167,7 @@ def multi_lora_linear(
     weights, single = _slices("weight", weight)
     lora_As, _ = _slices("lora_A", lora_A)
     lora_Bs, _ = _slices("lora_B", lora_B)
-    biases: list[torch.Tensor | None] = [None] * len(weights)
-    if bias is not None:
-        biases = [bias] if isinstance(bias, torch.Tensor) else list(bias)
+    biases = _biases(bias, len(weights))
     if not len(weights) == len(lora_As) == len(lora_Bs) == len(biases):
         raise ValueError(
             f"there are {len(weights)} weights, {len(lora_As)} of lora_A, {len(lora_Bs)} of lora_B and {len(biases)} "
@@ -182,12 +183,15 @@ def multi_lora_linear(
     _check_plan(plan, x, x.shape[:-1])
     _check_factors("lora_A", lora_As, plan, x, [w.shape[1] for w in weights], is_B=False)
     _check_factors("lora_B", lora_Bs, plan, x, [w.shape[0] for w in weights], is_B=True)
-    if plan.num_pages is None and lora_As[0].shape[1] != lora_Bs[0].shape[2]:
-        raise ValueError(f"lora_A is {_shape(lora_As[0])} and lora_B {_shape(lora_Bs[0])}; expected one R for both")
+    _check_one_rank(lora_As[0], lora_Bs[0], plan)
     dropout = _check_dropout(dropout_p, plan) if training else 0.0
-    ys = ops.multi_lora_linear(_matrix(x), weights, biases, lora_As, lora_Bs, plan, dropout, impl)
+    apart = ops.adds_bias_apart(x)
+    within = _biases(None, len(weights)) if apart else biases
+    ys = ops.multi_lora_linear(_matrix(x), weights, within, lora_As, lora_Bs, plan, dropout, impl)
     if x.dim() != 2:
         ys = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    if apart:
+        ys = [y if bias is None else y + bias for y, bias in zip(ys, biases, strict=True)]
     return ys[0] if single else ys
 
 
@@ -219,13 +223,19 @@ def multi_lora_embedding(
         as `multi_lora_linear`.
     """
     _check_float("weight", weight)
-    if weight.dim() != 2 or ids.is_floating_point():
-        raise ValueError(f"ids are {ids.dtype} and weight is {_shape(weight)}; expected integers and [V, N]")
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        given = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a tensor of int32 or int64; got {given}")
+    if weight.dim() != 2:
+        raise ValueError(f"weight is {_shape(weight)}; expected [V, N]")
+    if not (isinstance(lora_A, torch.Tensor) and isinstance(lora_B, torch.Tensor)):
+        raise TypeError(f"lora_A and lora_B must be tensors; got {type(lora_A).__name__} and {type(lora_B).__name__}")
     [lora_A], _ = _slices("lora_A", lora_A)
     [lora_B], _ = _slices("lora_B", lora_B)
     _check_plan(plan, ids, ids.shape)
     _check_factors("lora_A", [lora_A], plan, weight, [weight.shape[0]], is_B=False)
     _check_factors("lora_B", [lora_B], plan, weight, [weight.shape[1]], is_B=True)
+    _check_one_rank(lora_A, lora_B, plan)
     return ops.multi_lora_embedding(ids.reshape(-1), weight, lora_A, lora_B, plan, impl).view(
         *ids.shape, weight.shape[1]
     )
@@ -234,20 +244,36 @@ def multi_lora_embedding(
 def _slices(name: str, given: torch.Tensor | Slices) -> tuple[list[torch.Tensor], bool]:
     """What was given as a list, and whether it was one tensor; [S, 1, …] as [S, …]."""
     single = isinstance(given, torch.Tensor)
-    tensors = [given] if isinstance(given, torch.Tensor) else list(given)
+    tensors = [given] if isinstance(given, torch.Tensor) else _list(name, given)
     for tensor in tensors:
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor or a list of them; got {type(tensor).__name__}")
+            raise TypeError(f"{name} must be a tensor or a list of them; got a list with {type(tensor).__name__}")
     if not tensors:
         raise ValueError(f"{name} is an empty list; expected a tensor for each slice")
     return [t.squeeze(1) if t.dim() == 4 and t.shape[1] == 1 else t for t in tensors], single
 
 
+def _biases(given: torch.Tensor | Sequence[torch.Tensor | None] | None, num_slices: int) -> list[torch.Tensor | None]:
+    if given is None:
+        return [None] * num_slices
+    biases = [given] if isinstance(given, torch.Tensor) else _list("bias", given)
+    for bias in biases:
+        if not (bias is None or isinstance(bias, torch.Tensor)):
+            raise TypeError(f"bias must be a tensor or a list of them and None; got a list with {type(bias).__name__}")
+    return biases
+
+
+def _list(name: str, given: Sequence[Any]) -> list[Any]:
+    if not isinstance(given, (list, tuple)):
+        raise TypeError(f"{name} must be a tensor or a list of them; got {type(given).__name__}")
+    return list(given)
+
+
 def _check_float(name: str, tensor: torch.Tensor) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} is {_shape(tensor)} {tensor.dtype}; expected a float dtype")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{name} is {_shape(tensor)} {tensor.dtype}; expected {_FLOATS}")
 
 
 def _check_plan(plan: BatchPlan, x: torch.Tensor, lead: Sequence[int]) -> None:
@@ -263,8 +289,8 @@ def _check_plan(plan: BatchPlan, x: torch.Tensor, lead: Sequence[int]) -> None:
 
 
 def _check_bases(x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None]) -> None:
-    if x.dim() < 1 or not x.is_floating_point():
-        raise TypeError(f"x is {_shape(x)} {x.dtype}; expected [..., K] of a float dtype")
+    if x.dim() < 1 or x.dtype not in _DTYPES:
+        raise TypeError(f"x is {_shape(x)} {x.dtype}; expected [..., K] of {_FLOATS}")
     for weight, bias in zip(weights, biases, strict=True):
         if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
             raise ValueError(f"x {_shape(x)} and weight {_shape(weight)} do not fit: expected [..., K] and [N, K]")
@@ -301,8 +327,15 @@ def _check_factors(
             raise ValueError(f"{name} is on {factor.device} and x on {x.device}: move it with .to(x.device)")
 
 
+def _check_one_rank(lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan) -> None:
+    if plan.num_pages is None and lora_A.shape[1] != lora_B.shape[2]:
+        raise ValueError(f"lora_A is {_shape(lora_A)} and lora_B {_shape(lora_B)}; expected one R for both")
+
+
 def _check_dropout(dropout_p: float | torch.Tensor, plan: BatchPlan) -> float | torch.Tensor:
     if not isinstance(dropout_p, torch.Tensor):
+        if not isinstance(dropout_p, (int, float)):
+            raise TypeError(f"dropout_p must be a number or a tensor; got {type(dropout_p).__name__}")
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
         return dropout_p

@@ -322,6 +322,8 @@ def _host_tensor(name: str, values: Sequence[float], dtype: torch.dtype) -> torc
         made = torch.tensor(values, device="cpu")
     except (OverflowError, RuntimeError, ValueError) as error:
         raise PlanError(f"{name} is no list of numbers in range: {error}") from error
+    except TypeError as error:
+        raise TypeError(f"{name} is no list of numbers: {error}") from error
     if made.numel() and (made.is_floating_point() or made.is_complex() or made.dtype is torch.bool):
         raise TypeError(f"{name} has numbers of {made.dtype}; expected {dtype}")
     return made.long()

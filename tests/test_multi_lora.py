@@ -207,6 +207,19 @@ def test_rows_of_the_base_are_the_base_to_the_bit(name: str, way: str, device: s
     assert base.all() or not torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_bases_bias_is_rounded_as_torchs_for_any_strides(dtype: torch.dtype, device: str) -> None:
+    """Torch adds it to the product of such an x by itself, with one rounding more."""
+    case = MultiCase("strided", T=24, K=33, Ns=(40, 17))
+    inputs = make_multi_inputs(case, dtype, device)
+    x = torch.nn.functional.pad(inputs.x, (0, 7)).view(6, 4, 40)[..., :33]
+    ys = lk.multi_lora_linear(x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.plan, bias=inputs.bias)
+    base = (inputs.token_slots < 0).view(6, 4)
+    assert base.any()
+    for y, weight, bias in zip(ys, inputs.weight, inputs.bias, strict=True):
+        assert torch.equal(y[base], torch.nn.functional.linear(x, weight, bias)[base])
+
+
 @pytest.mark.parametrize("way", PATHS)
 @pytest.mark.parametrize("poison", [float("nan"), 1e4])
 def test_an_adapter_touches_no_other_job(poison: float, way: str, device: str) -> None:
@@ -455,7 +468,8 @@ BAD = [
     (_bad(x=torch.zeros(22, 40)), PlanError, "22 tokens"),
     (_bad(x=torch.zeros(23, 39)), ValueError, "do not fit"),
     (_bad(x=torch.zeros(23, 40).half()), TypeError, "expected x's"),
-    (_bad(x=torch.zeros(23, 40).long()), TypeError, "float dtype"),
+    (_bad(x=torch.zeros(23, 40).long()), TypeError, "expected .* of float64, float32"),
+    (_bad(x=torch.zeros(23, 40).to(torch.float8_e4m3fn)), TypeError, "float16 or bfloat16"),
     (_bad(x=[1.0]), TypeError, "x must be a tensor"),
     (_bad(lora_A=torch.zeros(4, 8, 40)), PlanError, "S ≥ 5"),
     (_bad(lora_A=torch.zeros(5, 7, 40)), PlanError, "R ≥ 8"),
@@ -466,9 +480,14 @@ BAD = [
     (_bad(lora_B=torch.zeros(5, 8, 24)), PlanError, "lora_B"),
     (_bad(lora_B=[torch.zeros(5, 24, 8)] * 2), ValueError, "as many of each"),
     (_bad(weight=[]), ValueError, "empty list"),
+    (_bad(weight=None), TypeError, "weight must be a tensor or a list of them; got NoneType"),
+    (_bad(lora_A=[1.0]), TypeError, "got a list with float"),
     (_bad(bias=torch.zeros(23)), ValueError, "bias"),
+    (_bad(bias=1.0), TypeError, "bias must be a tensor or a list of them; got float"),
+    (_bad(bias=[1.0]), TypeError, "got a list with float"),
     (_bad(plan="plan"), TypeError, "BatchPlan"),
     (_bad(dropout_p=1.0), ValueError, "probability"),
+    (_bad(dropout_p="0.1"), TypeError, "dropout_p must be a number or a tensor; got str"),
     (_bad(dropout_p=torch.full((5,), 1.5)), ValueError, "probabilities"),
     (_bad(dropout_p=torch.full((4,), 0.5)), ValueError, r"expected \[5\]"),
     (_bad(impl="cuda"), ValueError, "impl"),
@@ -494,8 +513,30 @@ def test_integers_are_refused() -> None:
         "out": lambda: lk.lora_expand(s, B, plan, out=out.long()),
         "weight": lambda: multi_lora_embedding(inputs.token_slots.abs(), weight.long(), A, B, plan),
     }.items():
-        with pytest.raises(TypeError, match=rf"{name} is .* torch.int64; expected a float dtype"):
+        with pytest.raises(TypeError, match=rf"{name} is .* torch.int64; expected float64, float32"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error_type", "message"),
+    [
+        (_bad(ids=[1, 2]), TypeError, "int32 or int64; got list"),
+        (_bad(ids=torch.zeros(23, dtype=torch.bool)), TypeError, "int32 or int64; got torch.bool"),
+        (_bad(ids=torch.zeros(23, dtype=torch.int16)), TypeError, "int32 or int64; got torch.int16"),
+        (_bad(weight=torch.zeros(40)), ValueError, r"expected \[V, N\]"),
+        (_bad(lora_A=[torch.zeros(5, 8, 40)] * 2), TypeError, "must be tensors; got list"),
+        (_bad(lora_A=torch.zeros(5, 9, 40)), ValueError, "one R for both"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_arguments_of_the_embedding_are_refused(
+    changes: dict[str, Any], error_type: type[Exception], message: str
+) -> None:
+    inputs = make_multi_inputs(MultiCase("bad"), torch.float32)
+    given = {"ids": inputs.token_slots.abs(), "weight": inputs.weight[0].t()}
+    given |= {"lora_A": inputs.lora_A[0], "lora_B": inputs.lora_B[0], "plan": inputs.plan}
+    with pytest.raises(error_type, match=message):
+        multi_lora_embedding(**(given | changes))
 
 
 def test_what_has_no_gradient_says_so(device: str) -> None:

@@ -15,6 +15,7 @@ from lorakernels import ops
 from lorakernels.dropout import LEVELS
 from lorakernels.multi import multi_lora_embedding
 from lorakernels.ops.multi_linear import _thresholds
+from lorakernels.reference import multi_grid
 from lorakernels.reference import multi_lora as reference
 from lorakernels.reference.multi_grid import Gathered, Grid
 from lorakernels.testing.budget import error
@@ -204,6 +205,54 @@ def test_a_plan_updated_before_a_checkpoint_is_recomputed_is_an_error(of_embeddi
     inputs.plan.update(inputs.token_slots.flip(0), inputs.slot_ranks, inputs.slot_scalings)
     with pytest.raises(RuntimeError, match="update the plan after the backward, or use another plan"):
         gradients(checkpointed[1])
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("of_embedding", [False, True])
+def test_batched_gradients(of_embedding: bool, paged: bool, impl: str, device: str) -> None:
+    inputs = make_multi_inputs(MultiCase("batched", T=9, ranks=(3, 2), R=4, paged=paged), torch.float32, device)
+    leaves = [tensor.detach().requires_grad_() for name, tensor in inputs.tensors().items() if name != "bias.0"]
+    x, weight, A, B = leaves
+    if of_embedding:
+        leaves = [A, B]
+        y = multi_lora_embedding(torch.arange(9, device=device), weight.t(), A, B, inputs.plan, impl=impl)
+    else:
+        y = lk.multi_lora_linear(x, weight, A, B, inputs.plan, impl=impl)
+    dys = torch.randn(3, *y.shape, device=device)
+    batched = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        one = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        # NaN past a slot's rank are left alone by both.
+        assert all(torch.equal(grad[i], each) for grad, each in zip(batched, one, strict=True))
+
+
+@pytest.mark.parametrize(("K", "N"), [(0, 5), (5, 0)])
+@pytest.mark.parametrize("paged", [False, True])
+def test_no_columns(paged: bool, K: int, N: int) -> None:
+    inputs = make_multi_inputs(MultiCase("no columns", ranks=EQUAL, K=K, Ns=(N,), paged=paged), torch.float32)
+    [y] = run(MultiCase("no columns", bias=False), inputs, inputs.tensors())
+    assert torch.equal(y, torch.zeros(23, N))
+    assert arrangement(inputs.plan.on_host.grid) == "gathered"
+
+
+def test_meta_tensors_have_shapes() -> None:
+    x, weight, A, B = (torch.empty(shape, device="meta") for shape in ((6, 8), (5, 8), (3, 4, 8), (3, 5, 4)))
+    plan = lk.BatchPlan(3, 6, max_rank=4, device="meta")
+    plan.update(*(torch.zeros(n, dtype=torch.int32, device="meta") for n in (6, 3)), torch.zeros(3, device="meta"))
+    y = lk.multi_lora_linear(x, weight, A.requires_grad_(), B, plan)
+    y.sum().backward()
+    assert y.shape == (6, 5) and A.grad is not None and A.grad.shape == A.shape
+    with torch.no_grad():
+        s = lk.lora_shrink(x, A, plan)
+        assert s.shape == (6, 4) and lk.lora_expand(s, B, plan, out=y).is_meta
+
+
+def test_runs_that_are_no_views_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_grid, "_lots", lambda *_, **__: pytest.fail("listed"))
+    inputs = make_multi_inputs(MultiCase("scattered", T=2000, ranks=EQUAL), torch.float32)
+    run(MultiCase("scattered"), inputs, inputs.tensors())
+    assert arrangement(inputs.plan.on_host.grid) == "gathered"
 
 
 def test_a_plan_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:

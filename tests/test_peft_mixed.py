@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -189,8 +190,27 @@ def test_scaling_as_a_tensor_and_not_finite() -> None:
             layer.scaling["a0"] = torch.tensor(0.3, dtype=torch.float64)
             layer.scaling["a2"] = float("inf")
     ours, theirs = fast(x, adapter_names=names), plain(x, adapter_names=names)
-    torch.testing.assert_close(ours[:3], theirs[:3], rtol=EXACT, atol=EXACT)
-    assert not theirs[3].isfinite().all() and not ours[3].isfinite().all()
+    torch.testing.assert_close(ours, theirs, rtol=EXACT, atol=EXACT, equal_nan=True)
+    assert not theirs[3].isfinite().all()
+
+
+def test_a_scaling_past_float32() -> None:
+    plain, fast = models(config(), config(), dtype=torch.float32)
+    for model in (plain, fast):
+        model.base_model.model.up.scaling["a1"] = 1e39
+    x, names = torch.randn(3, IN), ["a0", "a1", BASE]
+    ours, theirs = fast(x, adapter_names=names), plain(x, adapter_names=names)
+    torch.testing.assert_close(ours, theirs)
+    assert theirs.isfinite().all()
+
+
+def test_base_rows_of_a_transposed_x_are_the_base_to_the_bit() -> None:
+    _, fast = models(config(), config(), dtype=torch.bfloat16)
+    layer, base = fast.base_model.model.up, fast.base_model.model.up.base_layer
+    x = torch.randn(3, IN, 5, dtype=torch.bfloat16).transpose(1, 2)
+    for layout in (x, x.detach().requires_grad_()):
+        y = layer(layout, adapter_names=["a0", BASE, "a1"])
+        assert torch.equal(y[1], base(layout)[1]) and not torch.equal(y[0], base(layout)[0])
 
 
 @pytest.mark.parametrize("poison", [float("nan"), 1e4])
@@ -251,6 +271,23 @@ def test_generate(fused: list[tuple[Any, ...]]) -> None:
             fast.set_adapter(name)
             alone = generated(fast, tokens[row : row + 1])
         assert torch.equal(alone[0], ours[row]), name
+
+
+def test_plans_do_not_add_up_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fast = llama()
+    plans: weakref.WeakSet[Any] = weakref.WeakSet()
+    alive: list[int] = []
+
+    def made(*args: Any, **kwargs: Any) -> Any:
+        plans.add(plan := lk.BatchPlan(*args, **kwargs))
+        alive.append(len(plans))
+        return plan
+
+    monkeypatch.setattr(peft_mixed, "BatchPlan", made)
+    tokens = torch.randint(1, 64, (3, 5))
+    generated(fast, tokens, adapter_names=["a1", BASE, "a2"], use_cache=False, min_new_tokens=24, max_new_tokens=24)
+    # What lru_cache holds, and the last of each layer's.
+    assert len(alive) >= 24 and max(alive) <= 12
 
 
 def test_beams_and_several_sequences() -> None:

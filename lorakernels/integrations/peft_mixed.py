@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any
@@ -26,6 +25,7 @@ BASE_NAME = "__base__"  # PEFT's, for rows without an adapter
 # `generate`, which is when adapters do not change; with the hook its pack goes.
 _packs: WeakKeyDictionary[Any, _Pack] = WeakKeyDictionary()
 
+_LARGEST = torch.finfo(torch.float32).max
 _version_of = attrgetter("_version")
 Update = Callable[[torch.Tensor, torch.Tensor], None]  # y, x: adds to y in place
 
@@ -34,8 +34,8 @@ class _Source:
     """The adapters of one layer as they were packed, and whether they still are those.
 
     Between two products of a model the caches hold nothing of them, and to look at all there is to an adapter took
-    29 µs a layer with eight. Left out is what nobody does while a model runs: giving a weight other memory
-    (`weight.data = …`), or its module another Parameter. The next call of the model sees those too.
+    29 µs a layer with eight. Left out is what nobody does while a model runs: writing into or replacing a weight's
+    `.data`, giving its module another Parameter, or a hook. The next call of the model sees those too.
     """
 
     def __init__(self, layer: Any, names: list[str], weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -78,8 +78,9 @@ class _Pack:
     weight_dtype: torch.dtype
     autocast: bool
     source: _Source
-    plans: dict[int, BatchPlan] = field(default_factory=dict)  # by the tokens of a row
-    bound: tuple[int, Update | None] = (0, None)  # the tokens of a row, and what adds the update for so many
+    # Of the last number of tokens a row, which is another one at each step of a `generate` without a cache.
+    planned: tuple[int, BatchPlan | None] = (0, None)
+    bound: tuple[int, Update | None] = (0, None)  # what adds the update
 
     def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> bool:
         if self.names != names or weight is not self.weight or weight.dtype is not self.weight_dtype:
@@ -96,14 +97,15 @@ class _Pack:
         return self.bound[1]
 
     def plan(self, tokens: int) -> BatchPlan:
-        plan = self.plans.get(tokens)
-        if plan is None:
+        before, plan = self.planned
+        if plan is None or before != tokens:
             ranks = self.ranks
             if self.A.is_cpu and self._pads_little(tokens):
                 ranks = (max(ranks),) * len(ranks)
             device = self.A.device
             stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-            self.plans[tokens] = plan = _plan(self.slots, tokens, ranks, self.scalings, device, stream)
+            plan = _plan(self.slots, tokens, ranks, self.scalings, device, stream)
+            self.planned = tokens, plan
         return plan
 
     def _pads_little(self, tokens: int) -> bool:
@@ -167,8 +169,11 @@ def _product(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
             return y
     matrix = ops.as_matrix(x)
     tokens = matrix.shape[0] // x.shape[0]
-    [y] = ops.multi_lora_linear(matrix, [weight], [bias], [pack.A], [pack.B], pack.plan(tokens), 0.0, "auto")
-    return ops.as_output(y, x)
+    apart = bias if ops.adds_bias_apart(x) else None
+    biases = [None if apart is bias else bias]
+    [y] = ops.multi_lora_linear(matrix, [weight], biases, [pack.A], [pack.B], pack.plan(tokens), 0.0, "auto")
+    y = ops.as_output(y, x)
+    return y if apart is None else y + apart
 
 
 def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> _Pack | None:
@@ -189,8 +194,10 @@ def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Ten
     As, Bs, biases, scalings = [], [], [], []
     for term in terms:
         scaling, B = term.scaling, cast(term.B, dtype).t()
-        # A plan's scalings are finite numbers in float32; others go into B.
-        if isinstance(scaling, torch.Tensor) or not math.isfinite(scaling) or dtype is torch.float64:
+        if not isinstance(scaling, torch.Tensor) and not abs(scaling) <= _LARGEST:
+            return None
+        # A plan's scalings are numbers in float32; others go into B.
+        if isinstance(scaling, torch.Tensor) or dtype is torch.float64:
             scaling, B = 1.0, B * scaling
         scalings.append(float(scaling))
         As.append(_padded(cast(term.A, dtype), rank))

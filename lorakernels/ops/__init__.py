@@ -1,6 +1,7 @@
 """The operators as torch sees them."""
 
 from lorakernels.flops import register_flop_formulas
+from lorakernels.ops.library import adds_bias_apart as adds_bias_apart
 from lorakernels.ops.library import as_matrix as as_matrix
 from lorakernels.ops.library import as_output as as_output
 from lorakernels.ops.library import linear_to_edit as linear_to_edit

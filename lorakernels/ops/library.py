@@ -67,6 +67,11 @@ def linear_to_edit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     return y.contiguous()
 
 
+def adds_bias_apart(x: torch.Tensor) -> bool:
+    """Whether torch's linear adds the bias to such an x's product by itself, with a rounding more."""
+    return x.dim() > 2 and not x.is_contiguous()
+
+
 def functorch_is_active() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -76,6 +81,21 @@ def is_batched(dys: Iterable[torch.Tensor]) -> bool:
     torch.func's: a kernel cannot be in it, nor an `out=`.
     """
     return not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_legacy_batchedtensor, dys))
+
+
+def one_by_one(
+    backward: Callable[..., tuple[Any, ...]], ctx: Any, dys: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """A Function's backward where autograd's own vmap has batched its gradients (`is_batched`): for each by itself."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batches = [torch._remove_batch_dim(dy, level, 1, 0) if is_batched((dy,)) else dy[None] for dy in dys]
+    count = max(map(len, batches))
+    rows = [backward(ctx, *dy) for dy in zip(*(each.expand(count, *each.shape[1:]) for each in batches), strict=True)]
+    return tuple(
+        None if found[0] is None else torch._add_batch_dim(torch.stack(found), 0, level)
+        for found in zip(*rows, strict=True)
+    )
 
 
 def runs_directly(x: torch.Tensor, *others: torch.Tensor) -> bool:

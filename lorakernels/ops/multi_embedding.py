@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lorakernels.ops.library import nothing
+from lorakernels.ops.library import is_batched, nothing, one_by_one
 from lorakernels.ops.multi_shared import check_stamp, is_transformed, stamp_of
 from lorakernels.plan import BatchPlan
 
@@ -31,6 +31,8 @@ class _Expand(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("multi_lora_embedding cannot be differentiated twice")
+        if is_batched((dy,)):
+            return one_by_one(_Expand.backward, ctx, (dy,))
         num_slots, max_tokens, impl = ctx.options
         s, lora_B, buffer, scales, pages, stamp = ctx.saved_tensors
         check_stamp("multi_lora_embedding", stamp, ctx.version)

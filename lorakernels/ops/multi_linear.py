@@ -10,10 +10,11 @@ import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import LEVELS
-from lorakernels.ops.library import library, nothing, runs_directly
+from lorakernels.ops.library import is_batched, library, nothing, one_by_one
 from lorakernels.ops.multi_shared import (
     PLAN,
     Tensors,
+    body_runs_directly,
     check_stamp,
     implementation_of,
     is_transformed,
@@ -165,7 +166,7 @@ class _MultiLoRALinear(torch.autograd.Function):
             any(needs[6 + i * num_slices : 6 + (i + 1) * num_slices]) for i in range(4)
         )
         call: Any = torch.ops.lorakernels.multi_lora_linear
-        if runs_directly(x, *weights, *lora_As, *lora_Bs):
+        if body_runs_directly(x, *weights, *lora_As, *lora_Bs):
             call = partial(_forward, **where)
         ys, s, mask = call(
             x, weights, biases, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, seed, thresholds,
@@ -183,13 +184,15 @@ class _MultiLoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("multi_lora_linear cannot be differentiated twice: use lora_linear for one adapter")
+        if is_batched(dys):
+            return one_by_one(_MultiLoRALinear.backward, ctx, dys)
         num_slots, max_tokens, num_slices, impl, where = ctx.options
         x, plan, scales, pages, stamp, s, mask, *rest = ctx.saved_tensors
         check_stamp("multi_lora_linear", stamp, ctx.version)
         weights, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(3))
         need_x, need_weights, need_biases, need_As, need_Bs = ctx.needs
         call: Any = torch.ops.lorakernels.multi_lora_linear_backward
-        if runs_directly(*dys):
+        if body_runs_directly(*dys):
             call = partial(_backward, **where)
         dx, dAs, dBs = call(
             list(dys), x, weights, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, s, mask,
@@ -222,7 +225,7 @@ def multi_lora_linear(
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs))
     )
-    direct = runs_directly(x, *weights, *lora_As, *lora_Bs)
+    direct = body_runs_directly(x, *weights, *lora_As, *lora_Bs)
     buffer, scales, pages, num_slots, max_tokens = plan.snapshot() if need_grad else plan.tensors
     seed = thresholds = None
     if isinstance(dropout_p, torch.Tensor) or dropout_p > 0:

@@ -10,7 +10,7 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from lorakernels.backend import resolve_impl
-from lorakernels.ops.library import library, without_autocast
+from lorakernels.ops.library import library, runs_directly, without_autocast
 from lorakernels.plan import BatchPlan
 from lorakernels.reference import multi_lora as reference_multi_lora
 
@@ -25,6 +25,11 @@ def implementation_of(impl: str, x: torch.Tensor) -> ModuleType:
     from lorakernels.kernels import multi_lora as kernels_multi_lora
 
     return kernels_multi_lora
+
+
+def body_runs_directly(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """As `runs_directly`, but for meta tensors: a body may read the plan, which then holds no numbers."""
+    return runs_directly(x, *others) and not x.is_meta
 
 
 def on_host(plan: BatchPlan, implementation: ModuleType) -> dict[str, Any]:

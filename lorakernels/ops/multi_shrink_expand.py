@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from lorakernels.ops.library import library, runs_directly
+from lorakernels.ops.library import library
 from lorakernels.ops.multi_shared import (
     PLAN,
     Tensors,
+    body_runs_directly,
     implementation_of,
     on_host,
     refuse_transforms,
@@ -76,7 +77,7 @@ register("multi_lora_expand", _expand, _expand_fake)
 
 def multi_lora_shrink(x: torch.Tensor, lora_As: Tensors, plan: BatchPlan, impl: str) -> torch.Tensor:
     refuse_transforms("lora_shrink")
-    if runs_directly(x, *lora_As):
+    if body_runs_directly(x, *lora_As):
         body = implementation_of(impl, x)
         return body.shrink(x, lora_As, plan.tensors, **on_host(plan, body))
     return torch.ops.lorakernels.multi_lora_shrink(x, lora_As, *plan.tensors, impl)
@@ -86,6 +87,6 @@ def multi_lora_expand(s: torch.Tensor, lora_Bs: Tensors, plan: BatchPlan, outs: 
     refuse_transforms("lora_expand")
     body = implementation_of(impl, outs[0])
     # Kernels write without the dispatcher's knowing, which then has to count the version of each out.
-    if body is reference_multi_lora and runs_directly(s, *lora_Bs, *outs):
+    if body is reference_multi_lora and body_runs_directly(s, *lora_Bs, *outs):
         return reference_multi_lora.expand(s, lora_Bs, plan.tensors, outs, **on_host(plan, body))
     torch.ops.lorakernels.multi_lora_expand(s, lora_Bs, *plan.tensors, outs, impl)

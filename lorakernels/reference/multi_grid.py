@@ -53,13 +53,14 @@ class Steps(NamedTuple):
 class Gathered(NamedTuple):
     """Tokens in any order. An adapter of fewer than `height` has its first one again, in rows that nobody reads."""
 
+    adapters: int
     height: int
     take_from: torch.Tensor  # [adapters * height] tokens
     back: torch.Tensor  # where each adapted token's row is in what is taken
     tokens: torch.Tensor | None  # the adapted ones, ascending; None for all
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
-        return x.index_select(0, self.take_from).view(-1, self.height, x.shape[1])
+        return x.index_select(0, self.take_from).view(self.adapters, self.height, x.shape[1])
 
     def add_product(self, y: torch.Tensor, s: torch.Tensor, B: torch.Tensor, scale: float) -> None:
         added = self._by_token(torch.bmm(s, B))
@@ -75,7 +76,7 @@ class Gathered(NamedTuple):
             kept.index_copy_(0, self.tokens, self._by_token(s))
 
     def _by_token(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.view(-1, rows.shape[2]).index_select(0, self.back)
+        return rows.flatten(0, 1).index_select(0, self.back)
 
 
 Arranged = tuple[Steps | Gathered, list[Segment]]
@@ -94,7 +95,7 @@ class Lot(NamedTuple):
         """The rank rows [adapters, rank, columns]: views where the slots or pages lie in order, or else a copy."""
         if self.is_paged:
             held = self._select(adapters)
-            return cast(held.view(-1, self.rank, held.shape[1]), dtype)
+            return cast(held.view(held.shape[0] // self.rank, self.rank, held.shape[1]), dtype)
         by_rank = adapters.mT if is_B else adapters
         if by_rank.shape[1] != self.rank:
             by_rank = by_rank[:, : self.rank]
@@ -207,13 +208,18 @@ def _in_runs(segments: list[Segment], tokens: list[list[int]], T: int, rank: int
     for i, each in enumerate(tokens):
         for token in each:
             owners[token] = i
+    adapted = sum(map(len, tokens))
+    most = adapted // _LOT_TOKENS
+    # So many runs fit neither kind of lot, and to list them takes 100 ms where 32768 tokens are in any order.
+    count = sum(owner >= 0 and owner != before for before, owner in zip([-1, *owners], owners, strict=False))
+    if count > most * len(segments) and count * rank > adapted:
+        return []
     runs, first = [], 0
     for owner, run in groupby(owners):
         length = len(list(run))
         if owner >= 0:
             runs.append((first, length, segments[owner]))
         first += length
-    most = sum(map(len, tokens)) // _LOT_TOKENS
     lots = _lots(runs, in_order=True)
     if len(lots) > most and min(length for _, length, _ in runs) >= rank:
         lots = _lots(runs, in_order=False)
@@ -244,6 +250,7 @@ def _gathered(tokens: list[list[int]], T: int) -> Gathered:
             back[token] = row
     adapted = [token for token in range(T) if back[token] >= 0]
     return Gathered(
+        len(tokens),
         height,
         torch.tensor(take, device="cpu"),
         torch.tensor([back[token] for token in adapted], device="cpu"),

@@ -112,6 +112,7 @@ def make_multi_inputs(
     """Random tensors, in memory that is NaN everywhere else; past its rank an adapter is NaN too."""
     generator = torch.Generator().manual_seed(seed)
     S, T, R, K = len(case.ranks), case.T, case.R, case.K
+    unit = max(K, 1) ** -0.5
 
     def randn(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, of)
@@ -145,7 +146,7 @@ def make_multi_inputs(
     As, Bs = [], []
     ranks_of_stack = torch.tensor([*case.ranks, *[0] * case.spare], device=device)
     for N in case.Ns:
-        A = randn(S + case.spare, R, K, scale=K**-0.5, of=adapter)
+        A = randn(S + case.spare, R, K, scale=unit, of=adapter)
         B = randn(S + case.spare, N, R, scale=R**-0.5, of=adapter)
         past = torch.arange(R, device=device) >= ranks_of_stack[:, None]
         A.masked_fill_(past[:, :, None], float("nan"))
@@ -157,7 +158,7 @@ def make_multi_inputs(
     activations = "every_second" if case.layout == "every_second" else "contiguous"
     inputs = MultiInputs(
         x=_laid_out(randn(*lead, K), activations),
-        weight=[_laid_out(randn(N, K, scale=K**-0.5), activations) for N in case.Ns],
+        weight=[_laid_out(randn(N, K, scale=unit), activations) for N in case.Ns],
         lora_A=As,
         lora_B=Bs,
         bias=[randn(N) for N in case.Ns] if case.bias else [],
