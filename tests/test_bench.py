@@ -8,8 +8,6 @@ import io
 import json
 import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -382,46 +380,6 @@ def test_data_sheets() -> None:
 
 
 # ------------------------------------------------------------------------------------------- on a GPU machine
-
-
-def gpu_script(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(out)}
-    command = ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-@pytest.mark.parametrize("arguments", [(), ("--cpu",)], ids=["gpu", "cpu"])
-def test_every_command_of_the_gpu_script(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    done = gpu_script(*arguments, "--dry", out=tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    lines = [shlex.split(line) for line in done.stdout.splitlines() if not line.startswith("#")]
-    ours = [line[line.index("lorakernels") + 1 :] for line in lines if "lorakernels" in line]
-    assert {command[0] for command in ours} == {"bench", "tune"} and len(ours) >= 5
-    for command in ours:
-        parsed = cli.parser().parse_args(command)  # SystemExit, if an option is not there
-        if command[0] == "bench" and parsed.action == "run":
-            registry.cases_of(parsed.set)
-            for operation in OPERATIONS.values():
-                choose_peers(parsed.impl, operation, CPU)
-    tables = {
-        name: next((word for word in line if word.startswith("LORAKERNELS_CACHE=")), None)
-        for line in lines
-        for name in ("headline-heuristic", "headline")
-        if "bench" in line and "--out" in line and line[-1].endswith(f"/{name}.json")
-    }
-    # The heuristic is measured without the table that a run before has left.
-    assert tables == {"headline-heuristic": f"LORAKERNELS_CACHE={tmp_path / 'out' / 'no-cache'}", "headline": None}
-    for line in lines:
-        assert all((ROOT / word).exists() for word in line if word.startswith("tests/"))
-    assert any("lorakernels.bench.profile" in line for line in lines) and any("pytest" in line for line in lines)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-def test_wrong_argument_of_the_gpu_script(tmp_path: Path) -> None:
-    done = gpu_script("--fast", out=tmp_path / "out")
-    assert done.returncode == 2 and done.stderr.startswith("usage:")
 
 
 def test_profile_of_the_worst(rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

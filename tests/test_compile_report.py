@@ -117,6 +117,8 @@ def test_a_product_off_the_matrix_units_is_told(report: Any) -> None:
 
 def test_a_large_product_must_load_by_tma(report: Any) -> None:
     (large,) = rows_of(report, "linear_expand_toy", BLOCK_M=1024).values()
+    (twin,) = rows_of(report, "linear_expand_toy", BLOCK_M=512).values()  # the same code under another config
+    assert twin == large | {"config": twin["config"]}
     assert (large["tensor_core"], large["tma"], large["ok"]) == ("wgmma", False, False)
     assert large["why"] == "a large aligned product that does not load by TMA"
     (small,) = rows_of(report, "linear_expand_toy", BLOCK_M=1008).values()
@@ -268,7 +270,7 @@ def test_a_crash_of_the_compiler_costs_its_own_row_only(monkeypatch: pytest.Monk
     names = ["a", "crashes", "b", "crashes", "c"]
     kernels = [compile_report._Task(launch, ARCHS["sm_90"], SimpleNamespace(name=name), {}) for name in names]
     monkeypatch.setattr(compile_report._Task, "key", property(lambda task: id(task)))
-    rows = compile_report._report(kernels, jobs=2)
+    rows = list(compile_report._report(kernels, jobs=2).values())
     assert [row.ok for row in rows] == [name != "crashes" for name in names]
     assert rows[1].why == "does not compile: the compiler crashed"
 

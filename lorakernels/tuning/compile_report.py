@@ -240,8 +240,15 @@ def compile_launch(launch: Launch, arch: str) -> CompileRow:
 def compile_report(
     launches: Iterable[Launch], archs: Sequence[str] = tuple(ARCHS), jobs: int = 2, progress: bool = True
 ) -> list[CompileRow]:
-    """A row for each different launch and each architecture; `jobs` processes compile."""
-    return _report([_specialise(launch, arch) for launch in launches for arch in archs], jobs, progress)
+    """A row for each different launch and each architecture; `jobs` processes compile.
+
+    Launches whose configs differ only in what is not part of the code, such as the grid, are compiled once, and each
+    has its row.
+    """
+    tasks = [_specialise(launch, arch) for launch in launches for arch in archs]
+    rows = _report(tasks, jobs, progress)
+    each = dict.fromkeys((task.key, task.launch.config) for task in tasks)
+    return [dataclasses.replace(rows[key], config=config) for key, config in each]
 
 
 def shipped_report(
@@ -260,7 +267,7 @@ def shipped_report(
     names = sorted({task.source.name for task in tasks})
     if unknown := [name for name in kernels or () if name not in names]:
         raise ValueError(f"there is no kernel {unknown[0]!r}; kernels: {', '.join(names)}")
-    return _report([task for task in tasks if kernels is None or task.source.name in kernels], jobs)
+    return list(_report([task for task in tasks if kernels is None or task.source.name in kernels], jobs).values())
 
 
 def table_launches(arch: str, folder: Path = SHIPPED) -> list[Launch]:
@@ -282,7 +289,8 @@ def table_launches(arch: str, folder: Path = SHIPPED) -> list[Launch]:
     return launches
 
 
-def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> list[CompileRow]:
+def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> dict[tuple[Any, ...], CompileRow]:
+    """By the key of what is compiled."""
     largest: dict[tuple[Any, ...], _Task] = {}  # of launches that make the same code, for what large ones must be
     for task in every:
         if task.key not in largest or task.tokens > largest[task.key].tokens:
@@ -291,7 +299,7 @@ def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> list[Co
     results = in_processes(lambda index: _compile(tasks[index]), len(tasks), jobs)
     rows = dict(tqdm(results, total=len(tasks), desc="compile", unit="kernel", disable=None if progress else True))
     crashed = "does not compile: the compiler crashed"
-    return [rows[index] or task.row(why=crashed) for index, task in enumerate(tasks)]
+    return {key: rows[index] or task.row(why=crashed) for index, (key, task) in enumerate(largest.items())}
 
 
 def report_table(rows: Iterable[CompileRow]) -> Table:
