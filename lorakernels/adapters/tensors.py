@@ -154,21 +154,23 @@ def _take_biases(tensors: Tensors, model: nn.Module, config: LoRAConfig) -> list
     """Take the biases out of a file's tensors, each beside the model's own that it replaces."""
     if config.bias == "none":
         return []
-    own = {_INSIDE.sub("", name): p for name, p in model.named_parameters() if name.endswith("bias")}
-    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+    own = {name: parameter for name, parameter in _parameters(model).items() if name.endswith("bias")}
+    taken: dict[torch.Tensor, tuple[str, torch.Tensor]] = {}
     for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".bias")]:
         name = _INSIDE.sub("", key.removeprefix(PREFIX))
         value = tensors.pop(key)
         if name not in own or own[name].shape != value.shape or not _is_finite(value):
             expected = list(own[name].shape) if name in own else "a bias that the model has"
             raise AdapterFileError(f"{key} is {list(value.shape)}, {value.dtype}; expected finite numbers, {expected}")
-        taken.append((own[name], value))
-    return taken
+        first, other = taken.setdefault(own[name], (key, value))
+        if not torch.equal(value.to(own[name].dtype), other.to(own[name].dtype)):
+            raise AdapterFileError(f"{first} and {key} are one bias of the model, of which the file has two values")
+    return [(bias, value) for bias, (_, value) in taken.items()]
 
 
 def _refuse_the_rest(tensors: Tensors, model: nn.Module) -> None:
     """What is left may only be the base's own weights, which PEFT saves beside adapted embeddings."""
-    own = {_INSIDE.sub("", name): p for name, p in model.named_parameters()} if tensors else {}
+    own = _parameters(model) if tensors else {}
     for key, value in tensors.items():
         weight = own.get(_INSIDE.sub("", key.removeprefix(PREFIX)))
         if weight is None or not key.startswith(PREFIX):
@@ -181,6 +183,11 @@ def _refuse_the_rest(tensors: Tensors, model: nn.Module) -> None:
                 f"{key} is another base weight ({list(value.shape)}) than the model's ({list(weight.shape)}); put it "
                 "into the model first, since other adapters would get it too"
             )
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters by plain names, a tied one under each of its own, as PEFT writes it."""
+    return {_INSIDE.sub("", name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module:
