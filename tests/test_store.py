@@ -269,6 +269,33 @@ def test_no_adapter_is_the_base_to_the_bit(net: Net, base: Net, store: lk.Adapte
         assert torch.equal(lonely.model(ids), base(ids))
 
 
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rows second": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "features second": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "a slice": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "four dimensions": lambda x: x[:, None].transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_no_adapter_is_the_base_to_the_bit_for_any_strides(
+    layout: str, cast: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32)).to(dtype)
+    adapter, x = make_adapter(net, 1, targets=("0",)), LAYOUTS[layout](torch.randn(4, 17, 16, dtype=dtype))
+    store = make_store(net, {"one": adapter})
+    with torch.autocast("cpu", cast, enabled=cast is not None):
+        expected = net(x)
+        with store.batch([None, "one", None, None]):
+            y = net(x)
+    assert y.dtype == expected.dtype and torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
+    if dtype is torch.float64 and cast is None:
+        torch.testing.assert_close(y[1], merged(net, adapter)(x)[1], rtol=0, atol=1e-12)
+
+
 def test_batches_in_each_other_and_in_threads(
     net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
 ) -> None:
@@ -1042,6 +1069,21 @@ def test_the_model_stays_itself(net: Net, base: Net, three: dict[str, Adapter]) 
         with pytest.raises(RuntimeError, match="closed"):
             use()
     make_store(net, three).close()  # the next one has a free model
+
+
+@pytest.mark.parametrize("end", ["close", "gone"])
+def test_a_forward_that_somebody_kept_is_the_base_when_the_store_is_not_there(
+    net: Net, base: Net, three: dict[str, Adapter], end: str
+) -> None:
+    store, ids = make_store(net, three), make_ids(1)
+    for module in (net.embed, net.layers[0].up):  # type: ignore[union-attr]
+        module.forward = (lambda forward: lambda x: forward(x))(module.forward)  # as accelerate's hooks do
+    with store.batch(["alice"]):
+        torch.testing.assert_close(net(ids), alone(base, [three["alice"]], ids), rtol=0, atol=1e-10)
+    if end == "close":
+        store.close()
+    del store
+    assert torch.equal(net(ids), base(ids)) and type(net.embed) is nn.Embedding
 
 
 def test_copies_and_models_of_a_store_that_is_gone_can_be_served(

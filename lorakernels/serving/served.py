@@ -16,6 +16,7 @@ from torch import nn
 
 from lorakernels.multi import multi_lora_embedding, multi_lora_linear
 from lorakernels.nn.modules import parameter_of
+from lorakernels.ops.linear import autocast_arguments
 from lorakernels.plan import BatchPlan
 from lorakernels.serving.errors import StaleBatchError
 from lorakernels.serving.pages import PageClass, Site
@@ -180,6 +181,14 @@ def _within(y: torch.Tensor, site: Site) -> torch.Tensor:
     return y
 
 
+def _cast(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What autocast, where it is on, makes of a linear's arguments: a slice lies flat then."""
+    on = x.device.type
+    if on == "meta" or not torch.is_autocast_enabled(on):
+        return x, weight, bias
+    return autocast_arguments(x, weight, bias, torch.get_autocast_dtype(on))  # type: ignore[return-value]
+
+
 class _Served(nn.Module):
     _lora_site: Site | None
 
@@ -196,9 +205,15 @@ class ServedLinear(_Served, nn.Linear):
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, x.shape[:-1])
         if plan is None:
-            return super().forward(x)
+            return nn.Linear.forward(self, x)  # not super(): a kept bound forward may outlive the class
         weight, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
-        return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
+        beside = None
+        if bias is not None and x.dim() > 2 and not x.is_contiguous():
+            x, weight, bias = _cast(x, weight, bias)
+            # What does not lie flat torch rounds as a product and again as a sum: so must rows of the base.
+            bias, beside = (bias, None) if x.is_contiguous() else (None, bias)
+        y = multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias)
+        return _within(y if beside is None else y + beside, site)
 
 
 class ServedEmbedding(_Served, nn.Embedding):
@@ -208,7 +223,7 @@ class ServedEmbedding(_Served, nn.Embedding):
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, ids.shape)
         if plan is None:
-            return super().forward(ids)
+            return nn.Embedding.forward(self, ids)
         return _within(multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan), site)
 
 
