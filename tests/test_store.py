@@ -1182,6 +1182,52 @@ def test_an_adapter_of_positions_breaks_no_other_batch() -> None:
         torch.testing.assert_close(net(x), alone(base, [adapter, None], x), rtol=0, atol=1e-10)
 
 
+class FlatPositions(nn.Module):
+    """nanoGPT's table of positions [T], and a branch that a row may be sent to before there is any row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(VOCABULARY, WIDTH)
+        self.branch, self.up = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: torch.Tensor, sent: slice) -> torch.Tensor:
+        h = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+        flat = h.flatten(0, 1)
+        flat[sent] = self.branch(flat[sent])
+        return self.up(flat.view_as(h))
+
+
+FLAT: list[tuple[tuple[str, ...], slice, str | None]] = [
+    (("wpe", "up"), slice(0), "'wpe' got 8 ids in one dimension for a batch of 2"),
+    (("wpe",), slice(0), "'wpe' got 8 ids"),
+    (("wpe", "wte"), slice(0), r"'wpe' got 8 tokens where others got \[2, 8\].* or positions"),
+    (("branch", "up"), slice(4, 8), r"'branch' got 4 tokens where others got \[2, 8\]"),
+    (("branch", "up"), slice(16), None),
+]
+
+
+@pytest.mark.parametrize(("targets", "sent", "message"), FLAT, ids=str)
+def test_flat_tokens_that_are_not_all_are_refused_in_any_order(
+    targets: tuple[str, ...], sent: slice, message: str | None
+) -> None:
+    torch.manual_seed(0)
+    net, ids = FlatPositions().double(), make_ids(2, 8)
+    base = copy.deepcopy(net)
+    store = make_store(net, {name: make_adapter(net, i, targets=targets) for i, name in enumerate("ab")})
+    for name in "ab":  # with one adapter there is nothing to know
+        adapter = make_adapter(net, "ab".index(name), targets=targets)
+        with torch.no_grad(), store.batch([name]):
+            expected = merged(base, adapter)(ids[:1], slice(0))
+            torch.testing.assert_close(net(ids[:1], slice(0)), expected, rtol=0, atol=1e-10)
+    with torch.no_grad(), store.batch(["a", "b"]):
+        if message is None:
+            net(ids, sent)
+            return
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                net(ids, sent)
+
+
 def test_positions_of_t5_are_refused() -> None:
     net = Positions("relative_attention_bias")
     with pytest.raises(lk.AdapterFileError, match="table of positions"):

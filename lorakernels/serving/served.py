@@ -60,6 +60,7 @@ class Batch:
         self.slots = torch.tensor(slots, dtype=torch.int32, device="cpu")
         self.lengths = None if lengths is None else list(lengths)
         self._whole: torch.Size | None = None  # the last leading shape that was not flat
+        self._flat: dict[int, str] = {}  # numbers of tokens of flat x before that, and who got them
         self._routes: dict[PageClass, _Route] = {}
         shared: dict[Any, _Route] = {}  # one plan for all classes where the adapters have the same pages
         for pages in dict.fromkeys(pages for adapter in adapters for pages in adapter):
@@ -81,7 +82,9 @@ class Batch:
         self.check_open(site)
         site.pages.writer.check_no_capture()
         if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
-            self._whole = lead
+            for tokens, path in self._flat.items():
+                _refuse_some(path, tokens, lead)
+            self._flat, self._whole = {}, lead
         route = self._routes.get(site.pages)
         if route is None:
             return None
@@ -105,17 +108,31 @@ class Batch:
                 )
             return self.slots.repeat_interleave(torch.tensor(self.lengths, device="cpu"))
         first = lead[0] if lead else 1
-        if len(lead) == 1 and self._whole and tokens not in (self._whole.numel(), self._whole[0]):
-            raise ValueError(
-                f"module {site.path!r} got {tokens} tokens where others got {list(self._whole)}: it is sent some "
-                "of the tokens (an expert), and whose they are cannot be known; load adapters that leave it out"
-            )
+        if len(lead) == 1 and self._whole:
+            _refuse_some(site.path, tokens, self._whole)
+        elif len(lead) == 1 and tokens != rows > 1:
+            if site.base is nn.Embedding:
+                raise ValueError(
+                    f"module {site.path!r} got {tokens} ids in one dimension for a batch of {rows} names, before any "
+                    "module that got rows: they may be positions, which are no rows of a batch; load adapters that "
+                    "leave it out, or give a name, or None, for each of the ids (lengths= for packed sequences)"
+                )
+            self._flat.setdefault(tokens, site.path)
         if first % rows:
             raise ValueError(
                 f"module {site.path!r} got x of leading shape {list(lead)} for a batch of {rows} names; expected a "
                 "multiple of them first: give a name, or None, for each row (lengths= for packed sequences)"
             )
         return self.slots.repeat_interleave(tokens // rows)
+
+
+def _refuse_some(path: str, tokens: int, whole: torch.Size) -> None:
+    """Raise ValueError where a flat x is neither of all tokens nor of one for each row (a pooler's)."""
+    if tokens not in (whole.numel(), whole[0]):
+        raise ValueError(
+            f"module {path!r} got {tokens} tokens where others got {list(whole)}: it is sent some of the tokens (an "
+            "expert) or positions [T], and whose they are cannot be known; load adapters that leave it out"
+        )
 
 
 _Batches = Mapping[object, Batch]
