@@ -922,6 +922,13 @@ def test_ranks_and_dtypes_that_do_not_fit(net: Net, store: lk.AdapterStore, monk
     assert not half.names and half.stats().device_bytes == 0
 
 
+def test_packing_reads_every_number_once(net: Net, store: lk.AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, sizes, real = make_adapter(net, 1), [], torch.Tensor.amax
+    monkeypatch.setattr(torch.Tensor, "amax", lambda tensor: sizes.append(tensor.numel()) or real(tensor))
+    store.load("new", adapter)
+    assert sum(sizes) == sum(tensor.numel() for tensor in adapter[1].values())
+
+
 def test_modules_that_cannot_be_switched(three: dict[str, Adapter]) -> None:
     class Special(nn.Linear):
         pass

@@ -236,9 +236,11 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
         if scaling != of_class:
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * (scaling / of_class)
         own = rows[site.pages][: contents.ranks[path]]
-        own[:, site.begin_A : site.begin_A + site.K] = A
-        own[:, site.begin_B : site.begin_B + site.N] = B.T
-        if not math.isfinite(own.abs().amax().item()):
+        spans = own[:, site.begin_A :][:, : site.K], own[:, site.begin_B :][:, : site.N]
+        for span, factor in zip(spans, (A, B.T), strict=True):
+            span.copy_(factor)
+        # Of the class's row no more than was written: with every layer's, the whole would be read once for each.
+        if not all(math.isfinite(span.abs().amax().item()) for span in spans):
             raise AdapterFileError(
                 f"the adapter of {path!r} has numbers that {own.dtype}, the model's dtype, cannot hold"
             )
