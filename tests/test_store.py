@@ -697,6 +697,7 @@ def test_prefetch_brings_what_the_next_batch_needs(net: Net, three: dict[str, Ad
     reads = store.stats().reads
     store.prefetch("alice")
     store.prefetch("alice")
+    store._prefetches["alice"].exception()  # what has not begun by then, a batch does itself
     with store.batch(["alice"]):
         pass
     stats = store.stats()
@@ -712,6 +713,40 @@ def test_prefetch_brings_what_the_next_batch_needs(net: Net, three: dict[str, Ad
     store.close()
     with pytest.raises(RuntimeError, match="closed"):
         store.prefetch("alice")
+
+
+def test_a_batch_waits_for_no_prefetch_that_has_not_begun(
+    net: Net, base: Net, three: dict[str, Adapter], tmp_path: Path
+) -> None:
+    adapters = {"first": three["alice"], **three}
+    folders = {name: write(tmp_path / name, adapter) for name, adapter in adapters.items()}
+    store, ids = make_store(net, folders, max_adapters=2, host_bytes=0), make_ids(1)
+    before, real = store.stats(), store._books._read
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(source: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(10)
+        return real(source)
+
+    store._books._read = slow
+    for name in adapters:  # of which bob and carol are on the device
+        store.prefetch(name)
+    assert begun.wait(10)
+    first = store._prefetches["first"]
+    try:
+        for name in ("bob", "carol", "alice"):
+            with store.batch([name]):
+                torch.testing.assert_close(net(ids), alone(base, [three[name]], ids), rtol=0, atol=1e-10)
+        assert not first.done() and list(store._prefetches) == ["first"]
+    finally:
+        go_on.set()
+    assert first.exception() is None
+    stats = store.stats()
+    assert (stats.hits - before.hits, stats.misses - before.misses, stats.reads - before.reads) == (2, 1, 2)
+    assert (stats.on_device, stats.in_use) == (2, 0)
+    assert stats.used_bytes == sum(version.nbytes for version in store._books.device.versions)
 
 
 FAILURES: list[tuple[str, type, str]] = [

@@ -290,7 +290,8 @@ class AdapterStore:
         with self._books.lock:
             pending = [self._prefetches.pop(name) for name in set(names) if name in self._prefetches]
         for future in pending:
-            future.exception()  # whatever it was, this use tries again
+            if not future.cancel():  # what waits behind others in the queue this use does itself
+                future.exception()  # whatever it was, this use tries again
 
 
 def _restore_all(sites: Iterable[Site]) -> None:
