@@ -1151,6 +1151,25 @@ def test_copies_and_models_of_a_store_that_is_gone_can_be_served(
     assert gone() is None
 
 
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_store_has_no_copies(net: Net, store: lk.AdapterStore, duplicate: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="cannot be copied or pickled; make one for the copied model"):
+        duplicate(store)
+    gc.collect()
+    assert type(net.embed) is ServedEmbedding
+
+
+def test_a_model_that_holds_its_store_can_be_copied(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
+) -> None:
+    net.store = store
+    twin, ids = copy.deepcopy(net), make_ids(1)
+    assert twin.store is None and torch.equal(twin(ids), base(ids))
+    with store.batch(["bob"]):
+        torch.testing.assert_close(net(ids), alone(base, [three["bob"]], ids), rtol=0, atol=1e-10)
+    del net.store
+
+
 def test_pools_go_with_their_store(net: Net, three: dict[str, Adapter]) -> None:
     store = make_store(net, three)
     with store.batch(["alice", None]):

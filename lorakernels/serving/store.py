@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -99,6 +100,15 @@ class AdapterStore:
         self._numbers = itertools.count()
         self._worker: ThreadPoolExecutor | None = None
         self._prefetches: dict[str, Future[None]] = {}
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """The first of two stores that goes would take the model from the other."""
+        raise TypeError("an AdapterStore cannot be copied or pickled; make one for the copied model")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Where the model that it serves holds it: the copied model has no store, and runs as the base."""
+        if id(self.model) not in memo:
+            self.__reduce_ex__(None)
 
     # -------------------------------------------------------------------------------------- adapters by name
 
