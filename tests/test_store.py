@@ -939,8 +939,13 @@ def test_whole_files_that_a_mixed_batch_cannot_compute(net: Net, store: lk.Adapt
     for i, fields in enumerate(settings):
         config = lk.LoRAConfig(r=2, target_modules=["up"], **fields)
         lk.save_adapter(lk.inject(make_net(), config), tmp_path / str(i))
-        with pytest.raises(lk.AdapterFileError, match=f"{next(iter(fields))}=.* is not served"):
+        with pytest.raises(lk.AdapterFileError, match=f"{next(iter(fields))}=.* is not served.* on another copy"):
             store.load("new", tmp_path / str(i))
+        with pytest.raises(lk.AdapterFileError, match=r"'layers.0.up' is served by an AdapterStore; close\(\) that"):
+            lk.load_adapter(net, tmp_path / str(i))
+        with pytest.raises(TypeError, match=r"'layers.0.up' is served by an AdapterStore; close\(\) that"):
+            lk.inject(net, config)
+        lk.load_adapter(copy.deepcopy(net), tmp_path / str(i))
     assert books(store) == before
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lorakernels.adapters.adapter_config import AdapterFileError, read_config
-from lorakernels.adapters.inject import adaptable
+from lorakernels.adapters.inject import adaptable, served
 from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import by_pattern, find_modules_to_save, owner_of, plain_modules
 from lorakernels.config import LoRAConfig, scaling_of
@@ -197,6 +197,8 @@ def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
     base = layer.base_layer if isinstance(layer, LoRALayer) else layer
+    if type(base) not in LAYERS and served(base):
+        raise AdapterFileError(f"module {path!r} {served(base)}")
     if type(base) not in LAYERS:
         raise AdapterFileError(f"module {path!r} is a {type(layer).__qualname__}; expected one of {adaptable()}")
     return base

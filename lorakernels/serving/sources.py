@@ -156,7 +156,7 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
         if getattr(config, field) not in (off, [], ()):
             raise AdapterFileError(
                 f"{field}={getattr(config, field)!r} is not served in a mixed batch; expected {off!r}. load_adapter "
-                "runs such an adapter alone"
+                "runs such an adapter alone, on another copy of the model"
             )
     largest: dict[PageClass, tuple[int, float]] = {}
     taken: dict[Site, str] = {}
