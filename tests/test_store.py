@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 import lorakernels as lk
 from lorakernels.adapters.adapter_config import write_config
@@ -601,6 +602,23 @@ def test_a_pin_holds_for_the_next_version(net: Net, three: dict[str, Adapter]) -
         assert books(store) == before
 
 
+def test_a_pin_is_of_what_is_on_the_device_whatever_comes_between(
+    net: Net, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, real, times = make_store(net, three, max_adapters=1), lk.AdapterStore.acquire, [0, 1]
+
+    def replaced(self: lk.AdapterStore, name: str) -> Any:
+        lease = real(self, name)
+        if times.pop():
+            self.replace(name, three["bob"])  # waits in main memory: the old version has the only slot
+        return lease
+
+    monkeypatch.setattr(lk.AdapterStore, "acquire", replaced)
+    store.pin("alice")
+    assert not times and [(v.name, v.pinned) for v in store._books.device.versions] == [("alice", True)]
+    assert store._books.current["alice"].pinned and store.stats().pinned == 1 and not store.stats().in_use
+
+
 def test_a_new_version_takes_the_place_of_the_old_one(net: Net, three: dict[str, Adapter]) -> None:
     store = make_store(net, three, max_adapters=3)
     store.replace("carol", three["bob"])  # the most recently used
@@ -1154,6 +1172,21 @@ def test_copies_and_models_of_a_store_that_is_gone_can_be_served(
     del twin
     gc.collect()
     assert gone() is None
+
+
+class Same(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+def test_a_class_on_top_of_a_served_one_stays(net: Net, base: Net, three: dict[str, Adapter]) -> None:
+    store, ids, up = make_store(net, three), make_ids(1), net.layers[0].up
+    parametrize.register_parametrization(up, "weight", Same())  # type: ignore[arg-type]
+    kind = type(up)
+    with store.batch(["bob"]):
+        torch.testing.assert_close(net(ids), alone(base, [three["bob"]], ids), rtol=0, atol=1e-10)
+    store.close()
+    assert type(net.layers[0].up) is kind and torch.equal(net(ids), base(ids))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])

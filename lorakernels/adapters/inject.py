@@ -129,7 +129,7 @@ def adaptable() -> str:
 
 def served(module: nn.Module) -> str:
     """What to say of a module that an AdapterStore has given a class of its own; nothing of others."""
-    if "_lora_site" not in module.__dict__:
+    if module.__dict__.get("_lora_site") is None:
         return ""
     return "is served by an AdapterStore; close() that first, or use another copy of the model"
 

@@ -270,5 +270,6 @@ def serve(site: Site) -> None:
 
 def restore(site: Site) -> None:
     if served_by(site.module) is site:
-        site.module.__class__ = site.base
+        if type(site.module) is _SERVED[site.base]:  # not where a parametrization or FSDP has put a class on top
+            site.module.__class__ = site.base
         del site.module._lora_site

@@ -159,8 +159,11 @@ class AdapterStore:
 
         Raises KeyError when there is none of that name, and CapacityError when there is no room.
         """
-        with self.acquire(name), self._books.lock:
-            self._books.find(name).pinned = True
+        while True:
+            with self.acquire(name) as lease, self._books.lock:
+                if self._books.find(name) is lease.held:  # and no new version has come, which may be elsewhere
+                    lease.held.pinned = True
+                    return
 
     def unpin(self, name: str) -> None:
         """Let an adapter leave the device again. Raises KeyError when there is none of that name."""
