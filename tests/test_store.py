@@ -8,6 +8,7 @@ import contextvars
 import copy
 import gc
 import io
+import itertools
 import json
 import os
 import pickle
@@ -30,8 +31,9 @@ import lorakernels as lk
 from lorakernels.adapters.adapter_config import write_config
 from lorakernels.config import scaling_of
 from lorakernels.serving.errors import CapacityError, StaleBatchError
-from lorakernels.serving.pages import PageClass
+from lorakernels.serving.pages import PageClass, Writer
 from lorakernels.serving.served import ServedEmbedding, ServedLinear
+from lorakernels.serving.tiers import HostTier, Version
 
 VOCABULARY, WIDTH, INNER = 13, 8, 12
 ALL = ("q_proj", "up", "down", "embed")
@@ -828,6 +830,70 @@ def test_what_left_for_a_load_that_fails_comes_back(
     assert books(store) == before and store.stats().evictions == 0
     with store.batch(["alice"]):
         torch.testing.assert_close(net(ids), alone(base, [three["alice"]], ids), rtol=0, atol=1e-10)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt once, after a call of its choice."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> None:
+        self.left, real = 0, getattr(owner, method)
+
+        def interrupted(*args: Any) -> Any:
+            result = real(*args)
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(owner, method, interrupted)
+
+
+def test_an_interrupted_batch_holds_nothing(
+    store: lk.AdapterStore, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, interrupt = list(three), Interrupt(monkeypatch, Version, "__hash__")  # on nearly every line
+    for call in itertools.count(1):
+        before, batch, interrupt.left = books(store), store.batch(names), call
+        try:
+            batch.__enter__()
+        except KeyboardInterrupt:
+            interrupt.left = 0
+            assert books(store) == before and not any(version.refs for version in before[0].values())
+            continue
+        interrupt.left = 0
+        batch.__exit__(None, None, None)
+        break
+    assert call > 2 * len(names)
+
+
+def test_an_interrupted_load_changes_nothing(
+    net: Net, base: Net, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, ids = make_store(net, {"one": three["alice"]}), make_ids(1)
+    before, interrupt = books(store), Interrupt(monkeypatch, HostTier, "keep")
+    for name in ("new", "one"):
+        interrupt.left = 1
+        with pytest.raises(KeyboardInterrupt):
+            store.load(name, three["alice"])
+        with store.batch(["one"]):
+            torch.testing.assert_close(net(ids), alone(base, [three["alice"]], ids), rtol=0, atol=1e-10)
+        assert books(store) == before
+
+
+def test_pages_that_cannot_be_zeroed_are_free(
+    net: Net, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(net, {"alice": three["alice"]})
+    for _ in range(2):
+        interrupt = Interrupt(monkeypatch, Writer, "wait_for_reads")
+        interrupt.left = 1
+        with pytest.raises(KeyboardInterrupt):
+            store.evict("alice")
+        monkeypatch.undo()
+        stats = store.stats()
+        assert (stats.used_bytes, stats.on_device) == (0, 0)
+        assert all(sorted(pages.free) == list(range(pages.num_pages)) for pages in store._classes)
+        store.load("alice", three["alice"])
 
 
 # ------------------------------------------------------------------------------------------- what is refused

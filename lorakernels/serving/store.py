@@ -220,9 +220,9 @@ class AdapterStore:
             pages.writer.check_no_capture()
         self._await_prefetches([row for row in rows if isinstance(row, str)])
         held = self._books.hold(rows)
-        versions = [version for version in dict.fromkeys(held) if version is not None]
-        slots = {version: slot for slot, version in enumerate(versions)}
         try:
+            versions = [version for version in dict.fromkeys(held) if version is not None]
+            slots = {version: slot for slot, version in enumerate(versions)}
             for version in versions:
                 for writer, written in version.written.items():
                     writer.before_reads(written)
@@ -232,9 +232,11 @@ class AdapterStore:
                 yield
         finally:
             with self._books.lock:
-                for writer in {writer for version in versions for writer in version.written}:
-                    writer.after_reads()
-                self._books.release(versions)
+                try:
+                    for writer in {writer for version in held if version is not None for writer in version.written}:
+                        writer.after_reads()
+                finally:
+                    self._books.release(dict.fromkeys(version for version in held if version is not None))
 
     def acquire(self, name: str) -> Lease:
         """Hold the version that a name means now, on the device, until the lease is released.
