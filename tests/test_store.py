@@ -20,12 +20,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lorakernels as lk
 from lorakernels.adapters.adapter_config import write_config
@@ -254,7 +256,7 @@ def test_rows_that_are_repeated_or_packed(
         torch.testing.assert_close(net(ids), expected, rtol=0, atol=1e-10)
         torch.testing.assert_close(net(ids.flatten()), expected.flatten(0, 1), rtol=0, atol=1e-10)
     packed = ids.flatten()[None]
-    with store.batch(["bob", None, "alice"], lengths=[4, 0, 14]):
+    with store.batch(["bob", None, "alice"], lengths=list(np.array([4, 0, 14]))):
         y = net(packed)[0]
     expected = torch.cat([merged(base, three["bob"])(packed[0, :4]), merged(base, three["alice"])(packed[0, 4:])])
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
@@ -422,6 +424,21 @@ def test_a_backward_within_a_batch_bears_what_is_written_meanwhile_and_none_come
     for of_ended in (late, embedded):
         with pytest.raises(StaleBatchError, match="backward within `with`"):
             of_ended.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_within_a_batch(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore, use_reentrant: bool
+) -> None:
+    x = torch.randn(1, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    [expected] = torch.autograd.grad(merged(base, three["bob"]).layers[0](x).square().sum(), x)  # type: ignore[index]
+    with store.batch(["bob"]):
+        late = checkpoint(net.layers[0], x, use_reentrant=use_reentrant)
+        checkpoint(net.layers[0], x, use_reentrant=use_reentrant).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-10)
+    if not use_reentrant:
+        with pytest.raises((StaleBatchError, CheckpointError)):
+            late.sum().backward()
 
 
 def test_a_compiled_model_is_compiled_once(
@@ -1098,6 +1115,8 @@ BAD_BATCHES: list[tuple[Any, Any, type[Exception], str]] = [
     (["alice"], [8], ValueError, "9 tokens.*expected 8"),
     (["alice"], [4, 5], ValueError, "expected 1 numbers"),
     (["alice"], [-9], ValueError, "expected 1 numbers"),
+    (["alice"], [9.0], ValueError, "expected 1 numbers"),
+    (["alice"], [True], ValueError, "expected 1 numbers"),
     (["alice"], 9, TypeError, "lengths is 9"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import sys
 import time
@@ -215,7 +216,7 @@ class AdapterStore:
             TypeError, ValueError: rows or lengths are not what is expected.
         """
         check_opener(sys._getframe())
-        _check_rows(rows, lengths)
+        numbers = _check_rows(rows, lengths)
         for pages in self._classes:
             pages.writer.check_no_capture()
         self._await_prefetches([row for row in rows if isinstance(row, str)])
@@ -227,7 +228,7 @@ class AdapterStore:
                 for writer, written in version.written.items():
                     writer.before_reads(written)
             routings = [version.routing() for version in versions]
-            batch = Batch([BASE if version is None else slots[version] for version in held], routings, lengths)
+            batch = Batch([BASE if version is None else slots[version] for version in held], routings, numbers)
             with running(self._owner, batch):
                 yield
         finally:
@@ -321,15 +322,21 @@ def _let_go(sites: Iterable[Site], writers: Iterable[Writer]) -> None:
         writer.wait_for_reads()
 
 
-def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | None) -> None:
+def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | None) -> list[int] | None:
+    """The lengths as numbers of Python's own; raises for what a batch cannot be of."""
     if isinstance(rows, str) or not isinstance(rows, Sequence):
         raise TypeError(f"rows is {rows!r}; expected a list with a name, a lease or None for each row")
     for row in rows:
         if row is not None and not isinstance(row, (str, Lease)):
             raise TypeError(f"a row is {row!r}; expected an adapter's name, a lease, or None for the base model")
     if lengths is None:
-        return
+        return None
     if isinstance(lengths, str) or not isinstance(lengths, Sequence):
         raise TypeError(f"lengths is {lengths!r}; expected a list with the number of tokens of each row")
-    if len(lengths) != len(rows) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in lengths):
+    try:
+        numbers = [-1 if isinstance(n, bool) else operator.index(n) for n in lengths]
+    except TypeError:  # of fractions, and of what is no number
+        numbers = []
+    if len(numbers) != len(rows) or any(n < 0 for n in numbers):
         raise ValueError(f"lengths is {list(lengths)}; expected {len(rows)} numbers of tokens, one for each row")
+    return numbers
