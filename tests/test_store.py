@@ -752,6 +752,16 @@ def test_prefetch_brings_what_the_next_batch_needs(net: Net, three: dict[str, Ad
         store.prefetch("alice")
 
 
+def test_a_prefetch_takes_no_room_from_a_batch(net: Net, three: dict[str, Adapter]) -> None:
+    store = make_store(net, three, max_adapters=1)
+    for _ in range(20):
+        for name in 20 * list(three):
+            store.prefetch(name)
+        with store.batch(["alice"]):  # whose slot a prefetch may be using
+            pass
+    store.close()
+
+
 def test_a_batch_waits_for_no_prefetch_that_has_not_begun(
     net: Net, base: Net, three: dict[str, Adapter], tmp_path: Path
 ) -> None:

@@ -185,7 +185,7 @@ class AdapterStore:
             if pending is None or pending.done():
                 if self._worker is None:
                     self._worker = ThreadPoolExecutor(1, thread_name_prefix="lorakernels-prefetch")
-                self._prefetches[name] = self._worker.submit(self._fetch, name)
+                self._prefetches[name] = self._worker.submit(self._books.fetch, name)
 
     def stats(self) -> StoreStats:
         """Counts, bytes and times until now."""
@@ -297,10 +297,6 @@ class AdapterStore:
             for path in contents.layers:
                 serve(self._sites[path])
             books.count_load(start, reads=source is not None)
-
-    def _fetch(self, name: str) -> None:
-        held = self._books.hold([name], count=False)
-        self._books.release(version for version in held if version is not None)
 
     def _await_prefetches(self, names: Sequence[str]) -> None:
         with self._books.lock:
