@@ -539,3 +539,45 @@ def test_a_shared_module_to_save_goes_by_any_of_its_names(to_save: list[str], tm
     save_file(tensors | other, tmp_path / WEIGHTS)
     with pytest.raises(lk.AdapterFileError, match="are one module"):
         lk.load_adapter(shared(), tmp_path)
+
+
+class Tied(nn.Module):
+    """A head with the weight of the embedding, and a bias that has a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.embed_tokens, self.lm_head = nn.Embedding(10, 6), nn.Linear(6, 10)
+        self.lm_head.weight = self.embed_tokens.weight  # type: ignore[assignment]
+        self.bias = self.lm_head.bias
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.embed_tokens(ids))
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+@pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_tied_parameters_go_by_any_of_their_names(targets: list[str], bias: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, bias=bias)
+    theirs = shake(peft.get_peft_model(Tied().double(), config, autocast_adapter_dtype=False)).eval()
+    theirs.save_pretrained(tmp_path)
+    assert f"{PREFIX}lm_head.base_layer.weight" in load_file(tmp_path / WEIGHTS)
+    for ours in (lk.load_adapter(Tied().double(), tmp_path), Tied().double()):
+        lk.load_adapter(ours, tmp_path)  # into one that has it, too
+        assert_close(ours(IDS), theirs(IDS))
+        assert ours.lm_head.bias is ours.bias
+    if bias == "none":
+        store = lk.AdapterStore(model := Tied().double())
+        store.load("one", tmp_path)
+        with store.batch(["one", None]):
+            assert_close(model(IDS), torch.stack([theirs(IDS)[0], Tied().double()(IDS)[1]]))
+    if bias == "all":
+        change(lambda t: t[f"{PREFIX}bias"].add_(1))(tmp_path)
+        with pytest.raises(lk.AdapterFileError, match="are one bias of the model, of which the file has two values"):
+            lk.load_adapter(Tied().double(), tmp_path)

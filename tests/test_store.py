@@ -8,6 +8,7 @@ import contextvars
 import copy
 import gc
 import io
+import itertools
 import json
 import os
 import pickle
@@ -19,18 +20,22 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lorakernels as lk
 from lorakernels.adapters.adapter_config import write_config
 from lorakernels.config import scaling_of
 from lorakernels.serving.errors import CapacityError, StaleBatchError
-from lorakernels.serving.pages import PageClass
+from lorakernels.serving.pages import PageClass, Writer
 from lorakernels.serving.served import ServedEmbedding, ServedLinear
+from lorakernels.serving.tiers import HostTier, Version
 
 VOCABULARY, WIDTH, INNER = 13, 8, 12
 ALL = ("q_proj", "up", "down", "embed")
@@ -251,7 +256,7 @@ def test_rows_that_are_repeated_or_packed(
         torch.testing.assert_close(net(ids), expected, rtol=0, atol=1e-10)
         torch.testing.assert_close(net(ids.flatten()), expected.flatten(0, 1), rtol=0, atol=1e-10)
     packed = ids.flatten()[None]
-    with store.batch(["bob", None, "alice"], lengths=[4, 0, 14]):
+    with store.batch(["bob", None, "alice"], lengths=list(np.array([4, 0, 14]))):
         y = net(packed)[0]
     expected = torch.cat([merged(base, three["bob"])(packed[0, :4]), merged(base, three["alice"])(packed[0, 4:])])
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-10)
@@ -267,6 +272,33 @@ def test_no_adapter_is_the_base_to_the_bit(net: Net, base: Net, store: lk.Adapte
     lonely = lk.AdapterStore(make_net())
     with lonely.batch([None]):
         assert torch.equal(lonely.model(ids), base(ids))
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rows second": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "features second": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "a slice": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "four dimensions": lambda x: x[:, None].transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cast", [None, torch.bfloat16], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_no_adapter_is_the_base_to_the_bit_for_any_strides(
+    layout: str, cast: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32)).to(dtype)
+    adapter, x = make_adapter(net, 1, targets=("0",)), LAYOUTS[layout](torch.randn(4, 17, 16, dtype=dtype))
+    store = make_store(net, {"one": adapter})
+    with torch.autocast("cpu", cast, enabled=cast is not None):
+        expected = net(x)
+        with store.batch([None, "one", None, None]):
+            y = net(x)
+    assert y.dtype == expected.dtype and torch.equal(y[[0, 2, 3]], expected[[0, 2, 3]])
+    if dtype is torch.float64 and cast is None:
+        torch.testing.assert_close(y[1], merged(net, adapter)(x)[1], rtol=0, atol=1e-12)
 
 
 def test_batches_in_each_other_and_in_threads(
@@ -392,6 +424,21 @@ def test_a_backward_within_a_batch_bears_what_is_written_meanwhile_and_none_come
     for of_ended in (late, embedded):
         with pytest.raises(StaleBatchError, match="backward within `with`"):
             of_ended.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_within_a_batch(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore, use_reentrant: bool
+) -> None:
+    x = torch.randn(1, 3, WIDTH, dtype=torch.float64, requires_grad=True)
+    [expected] = torch.autograd.grad(merged(base, three["bob"]).layers[0](x).square().sum(), x)  # type: ignore[index]
+    with store.batch(["bob"]):
+        late = checkpoint(net.layers[0], x, use_reentrant=use_reentrant)
+        checkpoint(net.layers[0], x, use_reentrant=use_reentrant).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=0, atol=1e-10)
+    if not use_reentrant:
+        with pytest.raises((StaleBatchError, CheckpointError)):
+            late.sum().backward()
 
 
 def test_a_compiled_model_is_compiled_once(
@@ -574,6 +621,23 @@ def test_a_pin_holds_for_the_next_version(net: Net, three: dict[str, Adapter]) -
         assert books(store) == before
 
 
+def test_a_pin_is_of_what_is_on_the_device_whatever_comes_between(
+    net: Net, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, real, times = make_store(net, three, max_adapters=1), lk.AdapterStore.acquire, [0, 1]
+
+    def replaced(self: lk.AdapterStore, name: str) -> Any:
+        lease = real(self, name)
+        if times.pop():
+            self.replace(name, three["bob"])  # waits in main memory: the old version has the only slot
+        return lease
+
+    monkeypatch.setattr(lk.AdapterStore, "acquire", replaced)
+    store.pin("alice")
+    assert not times and [(v.name, v.pinned) for v in store._books.device.versions] == [("alice", True)]
+    assert store._books.current["alice"].pinned and store.stats().pinned == 1 and not store.stats().in_use
+
+
 def test_a_new_version_takes_the_place_of_the_old_one(net: Net, three: dict[str, Adapter]) -> None:
     store = make_store(net, three, max_adapters=3)
     store.replace("carol", three["bob"])  # the most recently used
@@ -670,6 +734,7 @@ def test_prefetch_brings_what_the_next_batch_needs(net: Net, three: dict[str, Ad
     reads = store.stats().reads
     store.prefetch("alice")
     store.prefetch("alice")
+    store._prefetches["alice"].exception()  # what has not begun by then, a batch does itself
     with store.batch(["alice"]):
         pass
     stats = store.stats()
@@ -685,6 +750,50 @@ def test_prefetch_brings_what_the_next_batch_needs(net: Net, three: dict[str, Ad
     store.close()
     with pytest.raises(RuntimeError, match="closed"):
         store.prefetch("alice")
+
+
+def test_a_prefetch_takes_no_room_from_a_batch(net: Net, three: dict[str, Adapter]) -> None:
+    store = make_store(net, three, max_adapters=1)
+    for _ in range(20):
+        for name in 20 * list(three):
+            store.prefetch(name)
+        with store.batch(["alice"]):  # whose slot a prefetch may be using
+            pass
+    store.close()
+
+
+def test_a_batch_waits_for_no_prefetch_that_has_not_begun(
+    net: Net, base: Net, three: dict[str, Adapter], tmp_path: Path
+) -> None:
+    adapters = {"first": three["alice"], **three}
+    folders = {name: write(tmp_path / name, adapter) for name, adapter in adapters.items()}
+    store, ids = make_store(net, folders, max_adapters=2, host_bytes=0), make_ids(1)
+    before, real = store.stats(), store._books._read
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(source: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            assert go_on.wait(10)
+        return real(source)
+
+    store._books._read = slow
+    for name in adapters:  # of which bob and carol are on the device
+        store.prefetch(name)
+    assert begun.wait(10)
+    first = store._prefetches["first"]
+    try:
+        for name in ("bob", "carol", "alice"):
+            with store.batch([name]):
+                torch.testing.assert_close(net(ids), alone(base, [three[name]], ids), rtol=0, atol=1e-10)
+        assert not first.done() and list(store._prefetches) == ["first"]
+    finally:
+        go_on.set()
+    assert first.exception() is None
+    stats = store.stats()
+    assert (stats.hits - before.hits, stats.misses - before.misses, stats.reads - before.reads) == (2, 1, 2)
+    assert (stats.on_device, stats.in_use) == (2, 0)
+    assert stats.used_bytes == sum(version.nbytes for version in store._books.device.versions)
 
 
 FAILURES: list[tuple[str, type, str]] = [
@@ -748,6 +857,70 @@ def test_what_left_for_a_load_that_fails_comes_back(
     assert books(store) == before and store.stats().evictions == 0
     with store.batch(["alice"]):
         torch.testing.assert_close(net(ids), alone(base, [three["alice"]], ids), rtol=0, atol=1e-10)
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt once, after a call of its choice."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, method: str) -> None:
+        self.left, real = 0, getattr(owner, method)
+
+        def interrupted(*args: Any) -> Any:
+            result = real(*args)
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(owner, method, interrupted)
+
+
+def test_an_interrupted_batch_holds_nothing(
+    store: lk.AdapterStore, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, interrupt = list(three), Interrupt(monkeypatch, Version, "__hash__")  # on nearly every line
+    for call in itertools.count(1):
+        before, batch, interrupt.left = books(store), store.batch(names), call
+        try:
+            batch.__enter__()
+        except KeyboardInterrupt:
+            interrupt.left = 0
+            assert books(store) == before and not any(version.refs for version in before[0].values())
+            continue
+        interrupt.left = 0
+        batch.__exit__(None, None, None)
+        break
+    assert call > 2 * len(names)
+
+
+def test_an_interrupted_load_changes_nothing(
+    net: Net, base: Net, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, ids = make_store(net, {"one": three["alice"]}), make_ids(1)
+    before, interrupt = books(store), Interrupt(monkeypatch, HostTier, "keep")
+    for name in ("new", "one"):
+        interrupt.left = 1
+        with pytest.raises(KeyboardInterrupt):
+            store.load(name, three["alice"])
+        with store.batch(["one"]):
+            torch.testing.assert_close(net(ids), alone(base, [three["alice"]], ids), rtol=0, atol=1e-10)
+        assert books(store) == before
+
+
+def test_pages_that_cannot_be_zeroed_are_free(
+    net: Net, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(net, {"alice": three["alice"]})
+    for _ in range(2):
+        interrupt = Interrupt(monkeypatch, Writer, "wait_for_reads")
+        interrupt.left = 1
+        with pytest.raises(KeyboardInterrupt):
+            store.evict("alice")
+        monkeypatch.undo()
+        stats = store.stats()
+        assert (stats.used_bytes, stats.on_device) == (0, 0)
+        assert all(sorted(pages.free) == list(range(pages.num_pages)) for pages in store._classes)
+        store.load("alice", three["alice"])
 
 
 # ------------------------------------------------------------------------------------------- what is refused
@@ -877,8 +1050,13 @@ def test_whole_files_that_a_mixed_batch_cannot_compute(net: Net, store: lk.Adapt
     for i, fields in enumerate(settings):
         config = lk.LoRAConfig(r=2, target_modules=["up"], **fields)
         lk.save_adapter(lk.inject(make_net(), config), tmp_path / str(i))
-        with pytest.raises(lk.AdapterFileError, match=f"{next(iter(fields))}=.* is not served"):
+        with pytest.raises(lk.AdapterFileError, match=f"{next(iter(fields))}=.* is not served.* on another copy"):
             store.load("new", tmp_path / str(i))
+        with pytest.raises(lk.AdapterFileError, match=r"'layers.0.up' is served by an AdapterStore; close\(\) that"):
+            lk.load_adapter(net, tmp_path / str(i))
+        with pytest.raises(TypeError, match=r"'layers.0.up' is served by an AdapterStore; close\(\) that"):
+            lk.inject(net, config)
+        lk.load_adapter(copy.deepcopy(net), tmp_path / str(i))
     assert books(store) == before
 
 
@@ -893,6 +1071,13 @@ def test_ranks_and_dtypes_that_do_not_fit(net: Net, store: lk.AdapterStore, monk
     with pytest.raises(lk.AdapterFileError, match=r"float16.*cannot hold"):
         half.load("new", _changed(make_adapter(net, 1), lambda t: t * 1e6))
     assert not half.names and half.stats().device_bytes == 0
+
+
+def test_packing_reads_every_number_once(net: Net, store: lk.AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, sizes, real = make_adapter(net, 1), [], torch.Tensor.amax
+    monkeypatch.setattr(torch.Tensor, "amax", lambda tensor: sizes.append(tensor.numel()) or real(tensor))
+    store.load("new", adapter)
+    assert sum(sizes) == sum(tensor.numel() for tensor in adapter[1].values())
 
 
 def test_modules_that_cannot_be_switched(three: dict[str, Adapter]) -> None:
@@ -940,6 +1125,8 @@ BAD_BATCHES: list[tuple[Any, Any, type[Exception], str]] = [
     (["alice"], [8], ValueError, "9 tokens.*expected 8"),
     (["alice"], [4, 5], ValueError, "expected 1 numbers"),
     (["alice"], [-9], ValueError, "expected 1 numbers"),
+    (["alice"], [9.0], ValueError, "expected 1 numbers"),
+    (["alice"], [True], ValueError, "expected 1 numbers"),
     (["alice"], 9, TypeError, "lengths is 9"),
 ]
 
@@ -1044,6 +1231,21 @@ def test_the_model_stays_itself(net: Net, base: Net, three: dict[str, Adapter]) 
     make_store(net, three).close()  # the next one has a free model
 
 
+@pytest.mark.parametrize("end", ["close", "gone"])
+def test_a_forward_that_somebody_kept_is_the_base_when_the_store_is_not_there(
+    net: Net, base: Net, three: dict[str, Adapter], end: str
+) -> None:
+    store, ids = make_store(net, three), make_ids(1)
+    for module in (net.embed, net.layers[0].up):  # type: ignore[union-attr]
+        module.forward = (lambda forward: lambda x: forward(x))(module.forward)  # as accelerate's hooks do
+    with store.batch(["alice"]):
+        torch.testing.assert_close(net(ids), alone(base, [three["alice"]], ids), rtol=0, atol=1e-10)
+    if end == "close":
+        store.close()
+    del store
+    assert torch.equal(net(ids), base(ids)) and type(net.embed) is nn.Embedding
+
+
 def test_copies_and_models_of_a_store_that_is_gone_can_be_served(
     net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
 ) -> None:
@@ -1065,6 +1267,40 @@ def test_copies_and_models_of_a_store_that_is_gone_can_be_served(
     del twin
     gc.collect()
     assert gone() is None
+
+
+class Same(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+def test_a_class_on_top_of_a_served_one_stays(net: Net, base: Net, three: dict[str, Adapter]) -> None:
+    store, ids, up = make_store(net, three), make_ids(1), net.layers[0].up
+    parametrize.register_parametrization(up, "weight", Same())  # type: ignore[arg-type]
+    kind = type(up)
+    with store.batch(["bob"]):
+        torch.testing.assert_close(net(ids), alone(base, [three["bob"]], ids), rtol=0, atol=1e-10)
+    store.close()
+    assert type(net.layers[0].up) is kind and torch.equal(net(ids), base(ids))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_store_has_no_copies(net: Net, store: lk.AdapterStore, duplicate: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="cannot be copied or pickled; make one for the copied model"):
+        duplicate(store)
+    gc.collect()
+    assert type(net.embed) is ServedEmbedding
+
+
+def test_a_model_that_holds_its_store_can_be_copied(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore
+) -> None:
+    net.store = store
+    twin, ids = copy.deepcopy(net), make_ids(1)
+    assert twin.store is None and torch.equal(twin(ids), base(ids))
+    with store.batch(["bob"]):
+        torch.testing.assert_close(net(ids), alone(base, [three["bob"]], ids), rtol=0, atol=1e-10)
+    del net.store
 
 
 def test_pools_go_with_their_store(net: Net, three: dict[str, Adapter]) -> None:
@@ -1138,6 +1374,52 @@ def test_an_adapter_of_positions_breaks_no_other_batch() -> None:
     store.evict("another")  # the table stays a served module
     with store.batch(["one", None]):
         torch.testing.assert_close(net(x), alone(base, [adapter, None], x), rtol=0, atol=1e-10)
+
+
+class FlatPositions(nn.Module):
+    """nanoGPT's table of positions [T], and a branch that a row may be sent to before there is any row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(VOCABULARY, WIDTH)
+        self.branch, self.up = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, ids: torch.Tensor, sent: slice) -> torch.Tensor:
+        h = self.wte(ids) + self.wpe(torch.arange(ids.shape[1]))
+        flat = h.flatten(0, 1)
+        flat[sent] = self.branch(flat[sent])
+        return self.up(flat.view_as(h))
+
+
+FLAT: list[tuple[tuple[str, ...], slice, str | None]] = [
+    (("wpe", "up"), slice(0), "'wpe' got 8 ids in one dimension for a batch of 2"),
+    (("wpe",), slice(0), "'wpe' got 8 ids"),
+    (("wpe", "wte"), slice(0), r"'wpe' got 8 tokens where others got \[2, 8\].* or positions"),
+    (("branch", "up"), slice(4, 8), r"'branch' got 4 tokens where others got \[2, 8\]"),
+    (("branch", "up"), slice(16), None),
+]
+
+
+@pytest.mark.parametrize(("targets", "sent", "message"), FLAT, ids=str)
+def test_flat_tokens_that_are_not_all_are_refused_in_any_order(
+    targets: tuple[str, ...], sent: slice, message: str | None
+) -> None:
+    torch.manual_seed(0)
+    net, ids = FlatPositions().double(), make_ids(2, 8)
+    base = copy.deepcopy(net)
+    store = make_store(net, {name: make_adapter(net, i, targets=targets) for i, name in enumerate("ab")})
+    for name in "ab":  # with one adapter there is nothing to know
+        adapter = make_adapter(net, "ab".index(name), targets=targets)
+        with torch.no_grad(), store.batch([name]):
+            expected = merged(base, adapter)(ids[:1], slice(0))
+            torch.testing.assert_close(net(ids[:1], slice(0)), expected, rtol=0, atol=1e-10)
+    with torch.no_grad(), store.batch(["a", "b"]):
+        if message is None:
+            net(ids, sent)
+            return
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                net(ids, sent)
 
 
 def test_positions_of_t5_are_refused() -> None:

@@ -106,6 +106,8 @@ def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: Lo
     """Raise where a target cannot have the adapter that `config` describes."""
     base = module.base_layer if isinstance(module, LoRALayer) else module
     kind = LAYERS.get(type(base))
+    if kind is None and served(base):
+        raise TypeError(f"target {name!r} {served(base)}")
     if kind is None:
         raise TypeError(
             f"target {name!r} is a {type(module).__module__}.{type(module).__qualname__}; expected exactly one of "
@@ -123,6 +125,13 @@ def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: Lo
 def adaptable() -> str:
     """The layers that can be adapted, in words."""
     return ", ".join(f"torch.nn.{base.__name__}" for base in LAYERS)
+
+
+def served(module: nn.Module) -> str:
+    """What to say of a module that an AdapterStore has given a class of its own; nothing of others."""
+    if module.__dict__.get("_lora_site") is None:
+        return ""
+    return "is served by an AdapterStore; close() that first, or use another copy of the model"
 
 
 def give_adapter(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lorakernels.adapters.adapter_config import AdapterFileError, read_config
-from lorakernels.adapters.inject import adaptable
+from lorakernels.adapters.inject import adaptable, served
 from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import by_pattern, find_modules_to_save, owner_of, plain_modules
 from lorakernels.config import LoRAConfig, scaling_of
@@ -154,21 +154,23 @@ def _take_biases(tensors: Tensors, model: nn.Module, config: LoRAConfig) -> list
     """Take the biases out of a file's tensors, each beside the model's own that it replaces."""
     if config.bias == "none":
         return []
-    own = {_INSIDE.sub("", name): p for name, p in model.named_parameters() if name.endswith("bias")}
-    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+    own = {name: parameter for name, parameter in _parameters(model).items() if name.endswith("bias")}
+    taken: dict[torch.Tensor, tuple[str, torch.Tensor]] = {}
     for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".bias")]:
         name = _INSIDE.sub("", key.removeprefix(PREFIX))
         value = tensors.pop(key)
         if name not in own or own[name].shape != value.shape or not _is_finite(value):
             expected = list(own[name].shape) if name in own else "a bias that the model has"
             raise AdapterFileError(f"{key} is {list(value.shape)}, {value.dtype}; expected finite numbers, {expected}")
-        taken.append((own[name], value))
-    return taken
+        first, other = taken.setdefault(own[name], (key, value))
+        if not torch.equal(value.to(own[name].dtype), other.to(own[name].dtype)):
+            raise AdapterFileError(f"{first} and {key} are one bias of the model, of which the file has two values")
+    return [(bias, value) for bias, (_, value) in taken.items()]
 
 
 def _refuse_the_rest(tensors: Tensors, model: nn.Module) -> None:
     """What is left may only be the base's own weights, which PEFT saves beside adapted embeddings."""
-    own = {_INSIDE.sub("", name): p for name, p in model.named_parameters()} if tensors else {}
+    own = _parameters(model) if tensors else {}
     for key, value in tensors.items():
         weight = own.get(_INSIDE.sub("", key.removeprefix(PREFIX)))
         if weight is None or not key.startswith(PREFIX):
@@ -183,6 +185,11 @@ def _refuse_the_rest(tensors: Tensors, model: nn.Module) -> None:
             )
 
 
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters by plain names, a tied one under each of its own, as PEFT writes it."""
+    return {_INSIDE.sub("", name): p for name, p in model.named_parameters(remove_duplicate=False)}
+
+
 def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module:
     """The layer that a path means, without its adapters."""
     layer = modules.get(path)
@@ -190,6 +197,8 @@ def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
     base = layer.base_layer if isinstance(layer, LoRALayer) else layer
+    if type(base) not in LAYERS and served(base):
+        raise AdapterFileError(f"module {path!r} {served(base)}")
     if type(base) not in LAYERS:
         raise AdapterFileError(f"module {path!r} is a {type(layer).__qualname__}; expected one of {adaptable()}")
     return base

@@ -84,18 +84,23 @@ class Books:
         version.pinned = old is not None and old.pinned
         freed = old if old is not None and not old.refs else None  # what leaves main memory for the new one
         self.host.check(version, freed)
-        if old is not None:
-            old.retired = True  # pinned or not, it may leave for the new one
         try:
-            self.device.place({version: rows})
-        except CapacityError:
-            if version.pinned:
-                raise
+            if old is not None:
+                old.retired = True  # pinned or not, it may leave for the new one
+            try:
+                self.device.place({version: rows})
+            except CapacityError:
+                if version.pinned:
+                    raise
+            self.host.keep(version, rows, freed)
+            self.current[version.name] = version
+        except BaseException:
+            if self.current.get(version.name) is not version:
+                self._drop(version)
+            raise
         finally:
             if old is not None:
                 old.retired = False
-        self.host.keep(version, rows, freed)
-        self.current[version.name] = version
         if old is not None:
             self._retire(old)
 
@@ -103,23 +108,43 @@ class Books:
         self._retire(self.find(name))
         del self.current[name]
 
-    def hold(self, wanted: Sequence[str | Lease | None], *, count: bool = True) -> list[Version | None]:
-        """The versions that names and leases mean, each referred to once more, and all on the device."""
+    def fetch(self, name: str) -> None:
+        """Bring an adapter to the device and hold nothing: a hint takes no room that a batch wants meanwhile."""
+        start = time.perf_counter()
         with self.lock:
-            self.check_open()
-            held = [self._meant(one) for one in wanted]
-            versions = [version for version in dict.fromkeys(held) if version is not None]
-            for version in versions:
-                version.refs += 1
-            self.in_use.update(versions)
-            if count:
+            version = self.find(name)
+            rows, source = version.rows, version.source
+            if version.pages:
+                self.device.touch(version)
+                return
+        reads = rows is None
+        if rows is None:
+            assert source is not None, "what has no source stays in main memory"
+            rows = self._read(source)
+        with self.lock:
+            if self.current.get(name) is version and not version.pages:
+                self.device.place({version: rows})
+                self.host.keep(version, rows)
+                self.count_load(start, reads)
+
+    def hold(self, wanted: Sequence[str | Lease | None]) -> list[Version | None]:
+        """The versions that names and leases mean, each referred to once more, and all on the device."""
+        counted: list[Version] = []
+        try:
+            with self.lock:
+                self.check_open()
+                held = [self._meant(one) for one in wanted]
+                versions = [version for version in dict.fromkeys(held) if version is not None]
+                for version in versions:
+                    version.refs += 1
+                    counted.append(version)
+                self.in_use.update(versions)
                 on_device = sum(bool(version.pages) for version in versions)
                 self.hits += on_device
                 self.misses += len(versions) - on_device
-        try:
             self._bring(versions)
         except BaseException:
-            self.release(versions)
+            self.release(counted)
             raise
         return held
 

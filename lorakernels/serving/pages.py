@@ -151,11 +151,13 @@ class PageClass:
     def give_back(self, pages: Sequence[int]) -> None:
         """Zeroed: whoever came to read a page that is nobody's would find the base model, not another's adapter."""
         assert self.pool is not None
-        with self.writer.writing():
-            for begin, end in _runs(pages):
-                self.pool[pages[begin] : pages[begin] + end - begin].zero_()
-        for page in pages:
-            heapq.heappush(self.free, page)
+        try:
+            with self.writer.writing():
+                for begin, end in _runs(pages):
+                    self.pool[pages[begin] : pages[begin] + end - begin].zero_()
+        finally:
+            for page in pages:
+                heapq.heappush(self.free, page)
 
 
 def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from lorakernels.multi import multi_lora_embedding, multi_lora_linear
 from lorakernels.nn.modules import parameter_of
+from lorakernels.ops.linear import autocast_arguments
 from lorakernels.plan import BatchPlan
 from lorakernels.serving.errors import StaleBatchError
 from lorakernels.serving.pages import PageClass, Site
@@ -59,6 +60,7 @@ class Batch:
         self.slots = torch.tensor(slots, dtype=torch.int32, device="cpu")
         self.lengths = None if lengths is None else list(lengths)
         self._whole: torch.Size | None = None  # the last leading shape that was not flat
+        self._flat: dict[int, str] = {}  # numbers of tokens of flat x before that, and who got them
         self._routes: dict[PageClass, _Route] = {}
         shared: dict[Any, _Route] = {}  # one plan for all classes where the adapters have the same pages
         for pages in dict.fromkeys(pages for adapter in adapters for pages in adapter):
@@ -80,7 +82,9 @@ class Batch:
         self.check_open(site)
         site.pages.writer.check_no_capture()
         if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
-            self._whole = lead
+            for tokens, path in self._flat.items():
+                _refuse_some(path, tokens, lead)
+            self._flat, self._whole = {}, lead
         route = self._routes.get(site.pages)
         if route is None:
             return None
@@ -104,17 +108,31 @@ class Batch:
                 )
             return self.slots.repeat_interleave(torch.tensor(self.lengths, device="cpu"))
         first = lead[0] if lead else 1
-        if len(lead) == 1 and self._whole and tokens not in (self._whole.numel(), self._whole[0]):
-            raise ValueError(
-                f"module {site.path!r} got {tokens} tokens where others got {list(self._whole)}: it is sent some "
-                "of the tokens (an expert), and whose they are cannot be known; load adapters that leave it out"
-            )
+        if len(lead) == 1 and self._whole:
+            _refuse_some(site.path, tokens, self._whole)
+        elif len(lead) == 1 and tokens != rows > 1:
+            if site.base is nn.Embedding:
+                raise ValueError(
+                    f"module {site.path!r} got {tokens} ids in one dimension for a batch of {rows} names, before any "
+                    "module that got rows: they may be positions, which are no rows of a batch; load adapters that "
+                    "leave it out, or give a name, or None, for each of the ids (lengths= for packed sequences)"
+                )
+            self._flat.setdefault(tokens, site.path)
         if first % rows:
             raise ValueError(
                 f"module {site.path!r} got x of leading shape {list(lead)} for a batch of {rows} names; expected a "
                 "multiple of them first: give a name, or None, for each row (lengths= for packed sequences)"
             )
         return self.slots.repeat_interleave(tokens // rows)
+
+
+def _refuse_some(path: str, tokens: int, whole: torch.Size) -> None:
+    """Raise ValueError where a flat x is neither of all tokens nor of one for each row (a pooler's)."""
+    if tokens not in (whole.numel(), whole[0]):
+        raise ValueError(
+            f"module {path!r} got {tokens} tokens where others got {list(whole)}: it is sent some of the tokens (an "
+            "expert) or positions [T], and whose they are cannot be known; load adapters that leave it out"
+        )
 
 
 _Batches = Mapping[object, Batch]
@@ -180,6 +198,14 @@ def _within(y: torch.Tensor, site: Site) -> torch.Tensor:
     return y
 
 
+def _cast(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What autocast, where it is on, makes of a linear's arguments: a slice lies flat then."""
+    on = x.device.type
+    if on == "meta" or not torch.is_autocast_enabled(on):
+        return x, weight, bias
+    return autocast_arguments(x, weight, bias, torch.get_autocast_dtype(on))  # type: ignore[return-value]
+
+
 class _Served(nn.Module):
     _lora_site: Site | None
 
@@ -196,9 +222,15 @@ class ServedLinear(_Served, nn.Linear):
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, x.shape[:-1])
         if plan is None:
-            return super().forward(x)
+            return nn.Linear.forward(self, x)  # not super(): a kept bound forward may outlive the class
         weight, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
-        return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
+        beside = None
+        if bias is not None and x.dim() > 2 and not x.is_contiguous():
+            x, weight, bias = _cast(x, weight, bias)
+            # What does not lie flat torch rounds as a product and again as a sum: so must rows of the base.
+            bias, beside = (bias, None) if x.is_contiguous() else (None, bias)
+        y = multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias)
+        return _within(y if beside is None else y + beside, site)
 
 
 class ServedEmbedding(_Served, nn.Embedding):
@@ -208,7 +240,7 @@ class ServedEmbedding(_Served, nn.Embedding):
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, ids.shape)
         if plan is None:
-            return super().forward(ids)
+            return nn.Embedding.forward(self, ids)
         return _within(multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan), site)
 
 
@@ -238,5 +270,6 @@ def serve(site: Site) -> None:
 
 def restore(site: Site) -> None:
     if served_by(site.module) is site:
-        site.module.__class__ = site.base
+        if type(site.module) is _SERVED[site.base]:  # not where a parametrization or FSDP has put a class on top
+            site.module.__class__ = site.base
         del site.module._lora_site

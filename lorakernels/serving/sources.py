@@ -156,7 +156,7 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
         if getattr(config, field) not in (off, [], ()):
             raise AdapterFileError(
                 f"{field}={getattr(config, field)!r} is not served in a mixed batch; expected {off!r}. load_adapter "
-                "runs such an adapter alone"
+                "runs such an adapter alone, on another copy of the model"
             )
     largest: dict[PageClass, tuple[int, float]] = {}
     taken: dict[Site, str] = {}
@@ -236,9 +236,11 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
         if scaling != of_class:
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * (scaling / of_class)
         own = rows[site.pages][: contents.ranks[path]]
-        own[:, site.begin_A : site.begin_A + site.K] = A
-        own[:, site.begin_B : site.begin_B + site.N] = B.T
-        if not math.isfinite(own.abs().amax().item()):
+        spans = own[:, site.begin_A :][:, : site.K], own[:, site.begin_B :][:, : site.N]
+        for span, factor in zip(spans, (A, B.T), strict=True):
+            span.copy_(factor)
+        # Of the class's row no more than was written: with every layer's, the whole would be read once for each.
+        if not all(math.isfinite(span.abs().amax().item()) for span in spans):
             raise AdapterFileError(
                 f"the adapter of {path!r} has numbers that {own.dtype}, the model's dtype, cannot hold"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -100,6 +102,15 @@ class AdapterStore:
         self._worker: ThreadPoolExecutor | None = None
         self._prefetches: dict[str, Future[None]] = {}
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """The first of two stores that goes would take the model from the other."""
+        raise TypeError("an AdapterStore cannot be copied or pickled; make one for the copied model")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Where the model that it serves holds it: the copied model has no store, and runs as the base."""
+        if id(self.model) not in memo:
+            self.__reduce_ex__(None)
+
     # -------------------------------------------------------------------------------------- adapters by name
 
     @property
@@ -149,8 +160,11 @@ class AdapterStore:
 
         Raises KeyError when there is none of that name, and CapacityError when there is no room.
         """
-        with self.acquire(name), self._books.lock:
-            self._books.find(name).pinned = True
+        while True:
+            with self.acquire(name) as lease, self._books.lock:
+                if self._books.find(name) is lease.held:  # and no new version has come, which may be elsewhere
+                    lease.held.pinned = True
+                    return
 
     def unpin(self, name: str) -> None:
         """Let an adapter leave the device again. Raises KeyError when there is none of that name."""
@@ -171,7 +185,7 @@ class AdapterStore:
             if pending is None or pending.done():
                 if self._worker is None:
                     self._worker = ThreadPoolExecutor(1, thread_name_prefix="lorakernels-prefetch")
-                self._prefetches[name] = self._worker.submit(self._fetch, name)
+                self._prefetches[name] = self._worker.submit(self._books.fetch, name)
 
     def stats(self) -> StoreStats:
         """Counts, bytes and times until now."""
@@ -202,26 +216,28 @@ class AdapterStore:
             TypeError, ValueError: rows or lengths are not what is expected.
         """
         check_opener(sys._getframe())
-        _check_rows(rows, lengths)
+        numbers = _check_rows(rows, lengths)
         for pages in self._classes:
             pages.writer.check_no_capture()
         self._await_prefetches([row for row in rows if isinstance(row, str)])
         held = self._books.hold(rows)
-        versions = [version for version in dict.fromkeys(held) if version is not None]
-        slots = {version: slot for slot, version in enumerate(versions)}
         try:
+            versions = [version for version in dict.fromkeys(held) if version is not None]
+            slots = {version: slot for slot, version in enumerate(versions)}
             for version in versions:
                 for writer, written in version.written.items():
                     writer.before_reads(written)
             routings = [version.routing() for version in versions]
-            batch = Batch([BASE if version is None else slots[version] for version in held], routings, lengths)
+            batch = Batch([BASE if version is None else slots[version] for version in held], routings, numbers)
             with running(self._owner, batch):
                 yield
         finally:
             with self._books.lock:
-                for writer in {writer for version in versions for writer in version.written}:
-                    writer.after_reads()
-                self._books.release(versions)
+                try:
+                    for writer in {writer for version in held if version is not None for writer in version.written}:
+                        writer.after_reads()
+                finally:
+                    self._books.release(dict.fromkeys(version for version in held if version is not None))
 
     def acquire(self, name: str) -> Lease:
         """Hold the version that a name means now, on the device, until the lease is released.
@@ -282,15 +298,12 @@ class AdapterStore:
                 serve(self._sites[path])
             books.count_load(start, reads=source is not None)
 
-    def _fetch(self, name: str) -> None:
-        held = self._books.hold([name], count=False)
-        self._books.release(version for version in held if version is not None)
-
     def _await_prefetches(self, names: Sequence[str]) -> None:
         with self._books.lock:
             pending = [self._prefetches.pop(name) for name in set(names) if name in self._prefetches]
         for future in pending:
-            future.exception()  # whatever it was, this use tries again
+            if not future.cancel():  # what waits behind others in the queue this use does itself
+                future.exception()  # whatever it was, this use tries again
 
 
 def _restore_all(sites: Iterable[Site]) -> None:
@@ -305,15 +318,21 @@ def _let_go(sites: Iterable[Site], writers: Iterable[Writer]) -> None:
         writer.wait_for_reads()
 
 
-def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | None) -> None:
+def _check_rows(rows: Sequence[str | Lease | None], lengths: Sequence[int] | None) -> list[int] | None:
+    """The lengths as numbers of Python's own; raises for what a batch cannot be of."""
     if isinstance(rows, str) or not isinstance(rows, Sequence):
         raise TypeError(f"rows is {rows!r}; expected a list with a name, a lease or None for each row")
     for row in rows:
         if row is not None and not isinstance(row, (str, Lease)):
             raise TypeError(f"a row is {row!r}; expected an adapter's name, a lease, or None for the base model")
     if lengths is None:
-        return
+        return None
     if isinstance(lengths, str) or not isinstance(lengths, Sequence):
         raise TypeError(f"lengths is {lengths!r}; expected a list with the number of tokens of each row")
-    if len(lengths) != len(rows) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in lengths):
+    try:
+        numbers = [-1 if isinstance(n, bool) else operator.index(n) for n in lengths]
+    except TypeError:  # of fractions, and of what is no number
+        numbers = []
+    if len(numbers) != len(rows) or any(n < 0 for n in numbers):
         raise ValueError(f"lengths is {list(lengths)}; expected {len(rows)} numbers of tokens, one for each row")
+    return numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from lorakernels.serving.errors import CapacityError
@@ -90,10 +90,11 @@ class DeviceTier:
 
     def drop(self, version: Version) -> None:
         """Give an adapter's pages back, zeroed; one that is not here is let be."""
-        self.versions.pop(version, None)
-        taken, version.pages = version.pages, {}
-        for pages, own in taken.items():
-            pages.give_back(own)
+        with ExitStack() as stack:  # all of it, where an interrupt comes between
+            taken, version.pages = version.pages, {}
+            stack.callback(self.versions.pop, version, None)
+            for pages, own in taken.items():
+                stack.callback(pages.give_back, own)
 
     def _leaving(self, new: Sequence[Version]) -> list[Version]:
         slots = len(self.versions) + len(new) - self.max_adapters
@@ -153,13 +154,12 @@ class HostTier:
             )
 
     def keep(self, version: Version, rows: Rows, freed: Version | None = None) -> None:
-        """Keep an adapter, if it fits; `freed`, and then the least recently used, leave for it."""
+        """Keep an adapter, if it fits once `freed` has been dropped; the least recently used leave for it."""
         if version in self.versions:
             self.versions.move_to_end(version)
             return
         leaving, room = [], self.budget - self.nbytes - version.nbytes
         if freed is not None and freed in self.versions:
-            leaving.append(freed)
             room += freed.nbytes
         for other in self.versions:
             if room >= 0:
@@ -169,11 +169,11 @@ class HostTier:
                 room += other.nbytes
         if room < 0:
             return
+        version.rows = rows  # before any leave: an interrupt may come between
+        self.nbytes += version.nbytes
+        self.versions[version] = None
         for other in leaving:
             self.drop(other)
-        version.rows = rows
-        self.versions[version] = None
-        self.nbytes += version.nbytes
 
     def drop(self, version: Version) -> None:
         if version in self.versions:
