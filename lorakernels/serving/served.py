@@ -16,7 +16,6 @@ from torch import nn
 
 from lorakernels.multi import multi_lora_embedding, multi_lora_linear
 from lorakernels.nn.modules import parameter_of
-from lorakernels.ops.linear import autocast_arguments
 from lorakernels.plan import BatchPlan
 from lorakernels.serving.errors import StaleBatchError
 from lorakernels.serving.pages import PageClass, Site
@@ -198,14 +197,6 @@ def _within(y: torch.Tensor, site: Site) -> torch.Tensor:
     return y
 
 
-def _cast(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What autocast, where it is on, makes of a linear's arguments: a slice lies flat then."""
-    on = x.device.type
-    if on == "meta" or not torch.is_autocast_enabled(on):
-        return x, weight, bias
-    return autocast_arguments(x, weight, bias, torch.get_autocast_dtype(on))  # type: ignore[return-value]
-
-
 class _Served(nn.Module):
     _lora_site: Site | None
 
@@ -224,13 +215,7 @@ class ServedLinear(_Served, nn.Linear):
         if plan is None:
             return nn.Linear.forward(self, x)  # not super(): a kept bound forward may outlive the class
         weight, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
-        beside = None
-        if bias is not None and x.dim() > 2 and not x.is_contiguous():
-            x, weight, bias = _cast(x, weight, bias)
-            # What does not lie flat torch rounds as a product and again as a sum: so must rows of the base.
-            bias, beside = (bias, None) if x.is_contiguous() else (None, bias)
-        y = multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias)
-        return _within(y if beside is None else y + beside, site)
+        return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
 
 
 class ServedEmbedding(_Served, nn.Embedding):
