@@ -469,6 +469,18 @@ def test_a_cached_norm_keeps_no_weight_alive() -> None:
     assert old.expired()
 
 
+@torch.no_grad()
+def test_a_cached_norm_is_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ours(Case("linear", use_dora=True), torch.float32).eval().requires_grad_(False)
+    x, norms, stream = KINDS["linear"].input(torch.float32), [], "a"
+    made = dora.lora_weight_norm
+    monkeypatch.setattr(dora, "lora_weight_norm", lambda *args, **named: norms.append(stream) or made(*args, **named))
+    monkeypatch.setattr(dora, "_stream", lambda device: stream)
+    for stream in "aab":
+        layer(x)
+    assert norms == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("training", "trains", "norms"), [(True, True, 3), (True, False, 3), (False, True, 3), (False, False, 1)]
 )
