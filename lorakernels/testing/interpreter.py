@@ -54,7 +54,9 @@ def only_own_memory() -> Iterator[None]:
         return on_host
 
     def check(what: str, pointers: Any, mask: Any) -> None:
-        addresses = pointers.data[np.broadcast_to(mask.data.astype(bool), pointers.data.shape)].astype(np.uint64)
+        # Triton 3.6 gives descriptors' masks as arrays, whose data is a buffer.
+        taken = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
+        addresses = pointers.data[taken].astype(np.uint64)
         size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
         place = np.searchsorted(begins, addresses, side="right")
         outside = (place == 0) | (addresses + size > np.append(ends, np.uint64(0))[place - 1])
