@@ -33,6 +33,7 @@ def _poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> str:
+    """Where tensors must be for impl="triton"."""
     return DEVICE

@@ -17,6 +17,7 @@ from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches
 from lorakernels.kernels.shipped import shipped_launches
+from lorakernels.kernels.streams import side_stream
 from lorakernels.ops import small_linear
 from lorakernels.reference.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.testing.budget import assert_within_budget, error
@@ -194,10 +195,9 @@ def test_float64_is_exact_to_its_own_rounding() -> None:
     dropout_p=st.sampled_from([0.0, 0.25]),
 )
 @settings(max_examples=12, deadline=None, derandomize=True)
-def test_any_shape(way: str, tokens: int, K: int, N: int, r: int, dropout_p: float) -> None:
-    test_against_float64(
-        LinearCase("drawn", tokens=(tokens,), K=K, N=N, r=r, dropout_p=dropout_p), way, torch.float32, "cpu"
-    )
+def test_any_shape(way: str, tokens: int, K: int, N: int, r: int, dropout_p: float, device: str) -> None:
+    case = LinearCase("drawn", tokens=(tokens,), K=K, N=N, r=r, dropout_p=dropout_p)
+    test_against_float64(case, way, torch.float32, device)
 
 
 @pytest.mark.parametrize("way", PATHS)
@@ -324,3 +324,24 @@ def test_one_seed_one_mask_and_dropout_is_unbiased(way: str, device: str) -> Non
     assert torch.equal(evaluated, exact)
     # The mean of 64 runs lies within its own standard error: five of them for the worst of 128 elements.
     assert ((runs.mean(0) - exact).abs() < 5 * runs.std(0) / 8 + 1e-6).all()
+
+
+def test_each_stream_forks_to_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def __init__(self, index: int) -> None:
+            self.cuda_stream, self.waits = id(self), []
+
+        def wait_stream(self, other: Stream) -> None:
+            self.waits.append(other)
+
+    one, other = Stream(0), Stream(0)
+    sides = []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    for current in (one, other, one):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
+        with side_stream(torch.device("cuda", 0), True) as side:
+            assert side.waits[-1] is current
+        assert current.waits[-1] is side
+        sides.append(side)
+    assert sides[0] is sides[2] is not sides[1]

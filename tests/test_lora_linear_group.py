@@ -254,8 +254,10 @@ def gradients(inputs: GroupInputs, leaves: Results, ys: list[torch.Tensor]) -> l
     return list(torch.autograd.grad(ys, [leaf for leaf in leaves.values() if leaf.requires_grad], dys))
 
 
-def prepared(dtype: torch.dtype = torch.float32, case: GroupCase = SMALL_CASE) -> tuple[GroupInputs, Results]:
-    inputs = make_group_inputs(case, dtype)
+def prepared(
+    dtype: torch.dtype = torch.float32, case: GroupCase = SMALL_CASE, device: str = "cpu"
+) -> tuple[GroupInputs, Results]:
+    inputs = make_group_inputs(case, dtype, device)
     leaves = {name: t.detach().clone().requires_grad_(needed(case, name)) for name, t in inputs.tensors().items()}
     return inputs, leaves
 
@@ -277,12 +279,12 @@ def test_gradcheck(order: Callable[..., bool], dropout_p: float) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_opcheck(impl: str, dropout_p: float) -> None:
-    inputs = make_group_inputs(SMALL_CASE, torch.float32)
+def test_opcheck(impl: str, dropout_p: float, device: str) -> None:
+    inputs = make_group_inputs(SMALL_CASE, torch.float32, device)
     weights, As, Bs, biases, dys = (
         [getattr(member, name) for member in inputs.members] for name in ("weight", "lora_A", "lora_B", "bias", "dy")
     )
-    seed = torch.tensor([5]) if dropout_p else None
+    seed = torch.tensor([5], device=device) if dropout_p else None
     numbers = ([0.5, 2.0], dropout_p)
     arguments = (inputs.x, weights, As, Bs, [biases[0], None], seed, *numbers, impl)
     torch.library.opcheck(torch.ops.lorakernels.lora_linear_group.default, arguments)
@@ -297,8 +299,8 @@ def test_opcheck(impl: str, dropout_p: float) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_kept_for_the_backward(impl: str, dropout_p: float) -> None:
-    _, leaves = prepared()
+def test_kept_for_the_backward(impl: str, dropout_p: float, device: str) -> None:
+    _, leaves = prepared(device=device)
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -316,9 +318,9 @@ def test_kept_for_the_backward(impl: str, dropout_p: float) -> None:
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_compile(impl: str, dropout_p: float) -> None:
+def test_compile(impl: str, dropout_p: float, device: str) -> None:
     torch._dynamo.reset()
-    inputs, leaves = prepared()
+    inputs, leaves = prepared(device=device)
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     torch.manual_seed(2)
     ys = compiled(SMALL_CASE, leaves, impl, dropout_p=dropout_p)
@@ -330,10 +332,10 @@ def test_compile(impl: str, dropout_p: float) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast(impl: str) -> None:
+def test_autocast(impl: str, device: str) -> None:
     torch._dynamo.reset()
-    inputs, leaves = prepared()
-    with torch.autocast("cpu", torch.bfloat16):
+    inputs, leaves = prepared(device=device)
+    with torch.autocast(device, torch.bfloat16):
         eager = call(SMALL_CASE, leaves, impl)
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(SMALL_CASE, leaves, impl)
     assert all(y.dtype is torch.bfloat16 for y in eager)

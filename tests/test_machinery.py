@@ -66,9 +66,8 @@ def test_forward_mode_raises_and_gives_no_wrong_tangent() -> None:
         lk.lora_linear(forward_ad.make_dual(x, torch.ones_like(x)), weight, A, B)
 
 
-def test_jit_trace_of_the_kernels() -> None:
-    weight, A, B = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
-    x = torch.randn(5, 8)
+def test_jit_trace_of_the_kernels(device: str) -> None:
+    x, weight, A, B = (torch.randn(size, device=device) for size in ((5, 8), (6, 8), (2, 8), (6, 2)))
     traced = torch.jit.trace(lambda x: lk.lora_linear(x, weight, A, B, impl="triton"), x)
     torch.testing.assert_close(traced(x), lk.lora_linear(x, weight, A, B))
 

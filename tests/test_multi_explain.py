@@ -31,7 +31,8 @@ def test_explain_tells_what_is_launched(
     plan = lk.BatchPlan(slots, tokens, max_rank=8, device=device)
     x, dys = torch.empty(tokens, 32, device=device), [torch.empty(tokens, N, device=device) for N in Ns]
     weights = [torch.empty(N, 32, device=device) for N in Ns]
-    As, Bs = zip(*((torch.empty(slots, 8, 32), torch.empty(slots, N, 8)) for N in Ns), strict=True)
+    As = [torch.empty(slots, 8, 32, device=device) for _ in Ns]
+    Bs = [torch.empty(slots, N, 8, device=device) for N in Ns]
     seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p else None
     thresholds = torch.zeros(slots + 1, dtype=torch.int32, device=device) if dropout_p else None
     with record_launches() as launches:
@@ -93,9 +94,10 @@ def test_explain_tells_both_directions_as_they_are_launched(
     make_x: Callable[[int, int], torch.Tensor],
     make_weight: Callable[[int, int], torch.Tensor],
     tma: list[bool],
+    device: str,
 ) -> None:
-    x, weight, dy, A, B = make_x(M, K), make_weight(N, K), _plain(M, N), _plain(r, K), _plain(N, r)
-    with assume("sm_90"):
+    with assume("sm_90"), torch.device(device):
+        x, weight, dy, A, B = make_x(M, K), make_weight(N, K), _plain(M, N), _plain(r, K), _plain(N, r)
         with record_launches() as launches:
             _, s, _ = lora_linear.forward(x, weight, A, B, None, None, None, 1.0, 0)
             needs = {"need_dx": True, "need_dA": True, "need_dB": True}

@@ -27,9 +27,10 @@ def _the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(small_linear, "SMALL", 0)
 
 
-def leaves(dtype: torch.dtype = torch.float32, tokens: int = 20, **fields: object) -> LinearInputs:
+def leaves(dtype: torch.dtype = torch.float32, tokens: int = 20, device: str = "cpu", **fields: object) -> LinearInputs:
     """Contiguous inputs whose x, A, B and bias need a gradient."""
-    inputs = make_inputs(LinearCase("torch", tokens=(tokens,), K=24, N=16, r=3, **fields), dtype)  # type: ignore[arg-type]
+    case = LinearCase("torch", tokens=(tokens,), K=24, N=16, r=3, **fields)  # type: ignore[arg-type]
+    inputs = make_inputs(case, dtype, device)
     for name, tensor in inputs.tensors().items():
         setattr(inputs, name, tensor.detach().clone().requires_grad_(name != "weight"))
     return inputs
@@ -66,11 +67,11 @@ def test_gradcheck(order: Callable[..., bool], dropout_p: float, row_scale: bool
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("row_scaled", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_opcheck(impl: str, dropout_p: float, row_scaled: bool) -> None:
-    inputs = make_inputs(LinearCase("op", tokens=(2, 5), K=24, N=16, r=3, row_scale=row_scaled), torch.float32)
+def test_opcheck(impl: str, dropout_p: float, row_scaled: bool, device: str) -> None:
+    inputs = make_inputs(LinearCase("op", tokens=(2, 5), K=24, N=16, r=3, row_scale=row_scaled), torch.float32, device)
     x, weight, A, B, bias, *_ = inputs.tensors().values()
     row_scale = inputs.row_scale
-    seed = torch.tensor([5]) if dropout_p else None
+    seed = torch.tensor([5], device=device) if dropout_p else None
     arguments = (x, weight, A, B, bias, row_scale, seed, 0.5, dropout_p, impl)
     torch.library.opcheck(torch.ops.lorakernels.lora_linear.default, arguments)
     _, s, mask = torch.ops.lorakernels.lora_linear(*arguments)
@@ -103,12 +104,13 @@ def kept_bytes(function: Callable[[], torch.Tensor], parameters: list[torch.Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("row_scaled", [False, True])
-def test_kept_for_the_backward(impl: str, dtype: torch.dtype, dropout_p: float, row_scaled: bool) -> None:
+def test_kept_for_the_backward(impl: str, dtype: torch.dtype, dropout_p: float, row_scaled: bool, device: str) -> None:
     M, K, N, r = 64, 48, 80, 4
-    row_scale = torch.rand(N, requires_grad=True) if row_scaled else None
-    x = torch.randn(M, K, dtype=dtype, requires_grad=True)
-    weight, bias = torch.randn(N, K, dtype=dtype), torch.randn(N, dtype=dtype)
-    A, B = torch.randn(r, K, requires_grad=True), torch.randn(N, r, requires_grad=True)
+    with torch.device(device):
+        row_scale = torch.rand(N, requires_grad=True) if row_scaled else None
+        x = torch.randn(M, K, dtype=dtype, requires_grad=True)
+        weight, bias = torch.randn(N, K, dtype=dtype), torch.randn(N, dtype=dtype)
+        A, B = torch.randn(r, K, requires_grad=True), torch.randn(N, r, requires_grad=True)
     kept = kept_bytes(
         lambda: lk.lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, dropout_p=dropout_p, impl=impl),
         [weight, bias, A, B] + ([row_scale] if row_scale is not None else []),
@@ -136,8 +138,8 @@ def test_an_edit_in_place_between_forward_and_backward_raises(name: str) -> None
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_draws_the_same_mask(impl: str, reentrant: bool) -> None:
-    inputs = leaves()
+def test_checkpointing_draws_the_same_mask(impl: str, reentrant: bool, device: str) -> None:
+    inputs = leaves(device=device)
     torch.manual_seed(11)
     y = call(inputs, impl, dropout_p=0.4)
     plain = [y, *gradients(inputs, y)]
@@ -145,7 +147,7 @@ def test_checkpointing_draws_the_same_mask(impl: str, reentrant: bool) -> None:
     y = checkpoint(lambda x: lk.lora_linear(
         x, inputs.weight, inputs.lora_A, inputs.lora_B, bias=inputs.bias, scaling=0.7, impl=impl, dropout_p=0.4
     ), inputs.x, use_reentrant=reentrant)  # fmt: skip
-    torch.rand(1000)  # the generator moves on before the recomputation
+    torch.rand(1000, device=device)  # the generator moves on before the recomputation
     for leaf in inputs.tensors().values():
         leaf.grad = None
     y.backward(inputs.dy)
@@ -230,10 +232,10 @@ def test_compile_with_dynamic_shapes_does_not_recompile() -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_gives_one_dtype_eager_and_compiled(impl: str) -> None:
+def test_autocast_gives_one_dtype_eager_and_compiled(impl: str, device: str) -> None:
     torch._dynamo.reset()
-    inputs = leaves()
-    with torch.autocast("cpu", torch.bfloat16):
+    inputs = leaves(device=device)
+    with torch.autocast(device, torch.bfloat16):
         eager = call(inputs, impl)
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(inputs, impl)
         plain = torch.nn.functional.linear(inputs.x, inputs.weight)
@@ -352,8 +354,8 @@ def test_func_grad_of_one_argument(argument: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", ["plain", "row scale", "group"])
-def test_batched_gradients(kind: str, dropout_p: float, impl: str) -> None:
-    inputs = leaves(row_scale=kind == "row scale")
+def test_batched_gradients(kind: str, dropout_p: float, impl: str, device: str) -> None:
+    inputs = leaves(device=device, row_scale=kind == "row scale")
     x, weight, A, B, bias, *scale = inputs.tensors().values()
     if kind == "group":
         ys = lk.lora_linear_group(
@@ -363,7 +365,7 @@ def test_batched_gradients(kind: str, dropout_p: float, impl: str) -> None:
         row_scale = scale[0] if scale else None
         ys = [lk.lora_linear(x, weight, A, B, bias=bias, row_scale=row_scale, dropout_p=dropout_p, impl=impl)]
     wanted = [tensor for tensor in inputs.tensors().values() if tensor.requires_grad]
-    dys = [torch.randn(3, *y.shape) for y in ys]
+    dys = [torch.randn(3, *y.shape, device=device) for y in ys]
     batched = torch.autograd.grad(ys, wanted, dys, is_grads_batched=True, retain_graph=True)
     for i in range(3):
         each = torch.autograd.grad(ys, wanted, [dy[i] for dy in dys], retain_graph=True)

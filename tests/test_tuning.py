@@ -477,9 +477,9 @@ def test_every_heuristic_fits() -> None:
                 assert misfit(operation, config, r, itemsize, False, arch, tiles) is None
 
 
-def test_explain_names_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_names_the_source(device: str) -> None:
     written(shipped_path(H100), dataclasses.replace(SHRINK, itemsize=4))
-    x, weight, A = torch.empty(4096, 512), torch.empty(64, 512), torch.empty(16, 512)
+    x, weight, A = (torch.empty(size, device=device) for size in ((4096, 512), (64, 512), (16, 512)))
     with assume("sm_90"):
         kernels = lk.explain(x, weight, A, impl="triton").kernels
     assert kernels[0].endswith("(shipped table nvidia-h100-80gb-hbm3, entry M=4096 N=512 K=512 r=16)")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,48 @@ def test_a_config_that_was_asked_for_is_not_replaced(as_h100: None) -> None:
     with forced_configs({"shrink": TUNED}), pytest.raises(OutOfResources):
         launcher(kernel)()
     assert len(kernel.grids) == 1 and not strike_out("shrink", stages(7), CPU, "not in a table")
+
+
+def test_the_heuristics_own_config_is_tried_no_third_time(as_h100: None) -> None:
+    default = heuristic("shrink", 4096, 512, 512, 16, 2, "sm_90", False)
+    ship(dataclasses.replace(SHRINK, config=default))
+    kernel = Kernel("shrink", refused=[default.num_stages])
+    run = launcher(kernel)
+    with pytest.warns(RuntimeWarning, match="out of resource"), pytest.raises(OutOfResources):
+        run()
+    assert len(kernel.grids) == 2
+
+
+def test_threads_that_are_refused_at_once_both_go_on(as_h100: None) -> None:
+    ship(SHRINK)
+    both = threading.Barrier(2, timeout=60)
+
+    class Together(Kernel):
+        def run(self, *, num_stages: int, **arguments: Any) -> None:
+            if num_stages in self.refused:
+                both.wait()
+            super().run(num_stages=num_stages, **arguments)
+
+    run = launcher(Together("shrink", refused=[3]))
+    with pytest.warns(RuntimeWarning, match="out of resource"), ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(run) for _ in range(2)]
+        assert [thread.result() for thread in threads] == ["2 stages"] * 2
+
+
+def test_a_choice_made_while_its_config_is_struck_out_is_not_kept(
+    as_h100: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ship(SHRINK)
+
+    def described(entry: Entry) -> str:  # the last that is asked for before the choice is kept
+        assert strike_out("shrink", TUNED, CPU, "too much")
+        return "entry"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Entry, "__str__", described)
+        assert shrink_choice().config == TUNED
+    with pytest.warns(RuntimeWarning, match="too much"):
+        assert shrink_choice().source == "heuristic"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is assumed: for the interpreter")

@@ -469,6 +469,19 @@ def test_a_cached_norm_keeps_no_weight_alive() -> None:
     assert old.expired()
 
 
+@torch.no_grad()
+def test_a_cached_norm_is_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ours(Case("linear", use_dora=True), torch.float32).eval().requires_grad_(False)
+    x, made, counts = KINDS["linear"].input(torch.float32), [], []
+    norm = dora.lora_weight_norm
+    monkeypatch.setattr(dora, "lora_weight_norm", lambda *args, **named: made.append(1) or norm(*args, **named))
+    for stream in "aab":
+        monkeypatch.setattr(dora, "_stream", lambda device, stream=stream: stream)
+        layer(x)
+        counts.append(len(made))
+    assert counts == [1, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("training", "trains", "norms"), [(True, True, 3), (True, False, 3), (False, True, 3), (False, False, 1)]
 )

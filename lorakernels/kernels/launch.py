@@ -90,13 +90,17 @@ def retried(operation: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def decorate(launcher: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(launcher)
         def retrying(*args: P.args, **kwargs: P.kwargs) -> T:
+            refused = None
             while True:
                 try:
                     return launcher(*args, **kwargs)
                 except _DoesNotFit as misfit:
-                    assert misfit.__cause__ is not None
-                    if not strike_out(operation, misfit.config, misfit.device, str(misfit.__cause__)):
-                        raise misfit.__cause__ from None
+                    why, again = misfit.__cause__, misfit.config == refused
+                    assert why is not None
+                    # What comes back though it is struck out is the heuristic's.
+                    if again or not strike_out(operation, misfit.config, misfit.device, str(why)):
+                        raise why from None
+                    refused = misfit.config
 
         return retrying
 

@@ -14,12 +14,14 @@ def side_stream(device: torch.device, enabled: bool) -> Iterator[AbstractContext
     """Yields the context in which launches go beside those of the current stream; at the end both meet again.
 
     Captured in a CUDA graph it is a fork and a join. Memory that the side stream allocates may be used and freed on
-    the current one: the next fork waits for it. Off a CUDA device nothing happens.
+    the current one: the next fork waits for it, and streams that fork have one each. Off a CUDA device nothing
+    happens.
     """
     if not enabled or device.type != "cuda":
         yield nullcontext()
         return
-    current, side = torch.cuda.current_stream(device), _side(device.index)
+    current = torch.cuda.current_stream(device)
+    side = _side(device.index, current.cuda_stream)
     side.wait_stream(current)
     try:
         yield torch.cuda.stream(side)
@@ -28,5 +30,5 @@ def side_stream(device: torch.device, enabled: bool) -> Iterator[AbstractContext
 
 
 @lru_cache(maxsize=64)
-def _side(index: int) -> torch.cuda.Stream:
+def _side(index: int, current: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(index)

@@ -29,8 +29,9 @@ class NormCache:
     """‖W + scaling · B A‖ by rows, with what of it need not be computed again.
 
     ‖W‖ is kept from one call to the next, and the whole norm where `keep` says so: until a tensor that they come
-    from is another, lies elsewhere or was edited in place. What comes from one that trains is not kept: a fused
-    optimizer's step is not seen. Nor is an edit through `.data`. No tensor but the norms is kept alive.
+    from is another, lies elsewhere or was edited in place, or the CUDA stream is another. What comes from one that
+    trains is not kept: a fused optimizer's step is not seen. Nor is an edit through `.data`. No tensor but the norms
+    is kept alive.
     """
 
     def __init__(self) -> None:
@@ -71,7 +72,7 @@ class NormCache:
             return compute()
         if not all(map(_can_be_watched, sources)):
             return compute()
-        stamps: list[Any] = [value]
+        stamps: list[Any] = [value, _stream(sources[0].device)]
         for t in sources:
             stamps += t._cdata, t._version, t.untyped_storage()._cdata, t.data_ptr(), t.dtype
         kept = self._kept.get(what)
@@ -146,6 +147,11 @@ def scale_product(
 def _owner(tensor: torch.Tensor) -> torch.Tensor:
     """The parameter that a view is of: views are made anew at every call, and share its version."""
     return tensor if tensor._base is None else tensor._base
+
+
+def _stream(device: torch.device) -> int | None:
+    """Where a norm is made: another stream would not wait until it is."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 def _can_be_watched(tensor: torch.Tensor) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from triton.runtime import interpreter
 
 
@@ -31,3 +32,61 @@ def shuffled_programs(seed: int) -> Iterator[None]:
         yield
     finally:
         builder.set_grid_dim, builder.set_grid_idx = set_dim, set_idx
+
+
+@contextmanager
+def only_own_memory() -> Iterator[None]:
+    """Inside the block a kernel may load from and store to its launch's tensors alone, by address.
+
+    Raises Triton's InterpreterError where an unmasked element lies in none of them, also when its value is not used:
+    on a GPU the address may belong to nobody. A tensor's memory is from its first element to its last.
+    """
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, init_args = builder.create_masked_load, builder.create_masked_store, executor._init_args_hst
+    kernel, begins, ends = "", np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+
+    def init_args_hst(self: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal kernel, begins, ends
+        on_host = init_args(self, args, kwargs)
+        spans = np.array(sorted(_spans([*on_host[0], *on_host[1].values()])), np.uint64).reshape(-1, 2)
+        # Of all that begins at or before an address, the furthest end.
+        kernel, begins, ends = self.fn.__name__, spans[:, 0], np.maximum.accumulate(spans[:, 1])
+        return on_host
+
+    def check(what: str, pointers: Any, mask: Any) -> None:
+        # Triton 3.6 gives descriptors' masks as arrays, whose data is a buffer.
+        taken = np.broadcast_to(np.asarray(mask.data, bool), pointers.data.shape)
+        addresses = pointers.data[taken].astype(np.uint64)
+        size = np.uint64(max(1, pointers.get_element_ty().primitive_bitwidth // 8))
+        place = np.searchsorted(begins, addresses, side="right")
+        outside = (place == 0) | (addresses + size > np.append(ends, np.uint64(0))[place - 1])
+        program = tuple(interpreter.interpreter_builder.grid_idx)
+        assert not outside.any(), f"{kernel}, program {program}: a {what} of {outside.sum()} elements of no tensor"
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        check("load", ptrs, mask)
+        return load(self, ptrs, mask, *rest, **named)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        check("store", ptrs, mask)
+        return store(self, ptrs, value, mask, *rest, **named)
+
+    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
+    executor._init_args_hst = init_args_hst
+    try:
+        yield
+    finally:
+        builder.create_masked_load, builder.create_masked_store = load, store
+        executor._init_args_hst = init_args
+
+
+def _spans(arguments: Iterable[Any]) -> Iterator[tuple[int, int]]:
+    """Where the memory of each tensor begins and ends, in bytes; tuples hold some, and descriptors one."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from _spans(argument)
+        elif not isinstance(argument, torch.Tensor):
+            yield from _spans([argument.base] if hasattr(argument, "base") else [])
+        elif argument.numel():
+            last = sum((size - 1) * stride for size, stride in zip(argument.shape, argument.stride(), strict=True))
+            yield argument.data_ptr(), argument.data_ptr() + (last + 1) * argument.element_size()

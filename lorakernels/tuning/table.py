@@ -75,7 +75,8 @@ def choose(
     """
     if _forced is not None and operation in _forced:
         return _forced[operation]
-    return _choice(operation, M, N, K, r, itemsize, tma, batch, device_of(device), device.type == "cuda").config
+    gpu, is_gpu = device_of(device), device.type == "cuda"
+    return _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out)).config
 
 
 def choose_with_source(
@@ -92,7 +93,8 @@ def choose_with_source(
     """As `choose`, with the table's entry, or the heuristic, that the config comes from."""
     if _forced is not None and operation in _forced:
         return Choice(_forced[operation], "forced")
-    return _choice(operation, M, N, K, r, itemsize, tma, batch, device_of(device), device.type == "cuda")
+    gpu, is_gpu = device_of(device), device.type == "cuda"
+    return _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out))
 
 
 @contextmanager
@@ -130,16 +132,15 @@ def clear() -> None:
 def strike_out(operation: str, config: KernelConfig, device: torch.device, why: str) -> bool:
     """Take a config, which did not fit when it was launched, out of the tables: the next in line is chosen from now on.
 
-    False if nothing can be done: no table gave the config, or the heuristic, which is last in line, gives it too.
+    False if nothing can be done: it was forced, or no table gave it. What is struck out already is no error: several
+    threads may be refused it at once. The heuristic, which is last in line, may still give it.
     """
     gpu = device_of(device)
-    struck = (operation, config, gpu)
     tuned = (entry for table in _tables(gpu, device.type == "cuda") for entry in table.entries)
     forced = _forced is not None and operation in _forced
-    if forced or struck in _struck_out or (operation, config) not in ((e.operation, e.config) for e in tuned):
+    if forced or (operation, config) not in ((e.operation, e.config) for e in tuned):
         return False
-    _struck_out[struck] = " ".join(why.split())
-    _choice.cache_clear()
+    _struck_out.setdefault((operation, config, gpu), " ".join(why.split()))
     return True
 
 
@@ -190,7 +191,9 @@ def _choice(
     batch: Batch | None,
     device: Device,
     is_gpu: bool,
+    num_struck_out: int,
 ) -> Choice:
+    """`num_struck_out` keeps choices apart: one that another thread is making while a config is struck out is past."""
     slots, tiles = (1, False) if batch is None else (batch.slots, batch.tiles)
     if device != UNKNOWN:
         for table in _tables(device, is_gpu):
