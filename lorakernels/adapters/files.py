@@ -204,7 +204,7 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
     adapted = tuple(f"{path}.base_layer." for path, layer in adapted_layers(model).items() if adapter_name in layer.r)
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)  # PEFT has each of a tied one's names
         if name.rpartition(".")[2] == "bias"
         and id(parameter) not in of_adapters
         and (config.bias == "all" or name.startswith(adapted))
