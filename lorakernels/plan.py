@@ -59,7 +59,7 @@ class PlanTensors(NamedTuple):
 
     buffer: torch.Tensor  # int32, see PlanLayout
     scales: torch.Tensor  # [num_slots + 1] float32
-    pages: torch.Tensor | None  # [num_slots, max_rank] int32
+    pages: torch.Tensor | None  # [num_slots + 1, max_rank] int32; the last row, the base's, is 0
     num_slots: int
     max_tokens: int
 
@@ -114,7 +114,7 @@ class BatchPlan:
             self.device = self._buffer.device
             self._scales = torch.zeros(num_slots + 1, dtype=torch.float32, device=self.device)
             if num_pages is not None:
-                self._pages = torch.zeros(num_slots, max_rank, dtype=torch.int32, device=self.device)
+                self._pages = torch.zeros(num_slots + 1, max_rank, dtype=torch.int32, device=self.device)
             self._iota = torch.arange(most, device=self.device)
             # What was masked where the host does not look: unknown tokens, refused slots.
             self._masked = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -191,7 +191,7 @@ class BatchPlan:
         self._is_in_graph |= self._is_capturing()
         self._route(token_slots, unknown, slot_ranks, slot_scalings, refused)
         if page_table is not None and self._pages is not None:
-            self._pages.copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
+            self._pages[:-1].copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
         self._masked += torch.stack([unknown.sum(), refused.sum()])
         self.num_tokens = token_slots.shape[0]
         self.version += 1

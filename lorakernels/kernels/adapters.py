@@ -42,10 +42,10 @@ def pick_slice(
 
 
 @triton.jit
-def rank_offsets(pages_ptr, slot, offs_r, rank, max_rank, stride_slot, stride_rank, PAGED: tl.constexpr):
+def rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED: tl.constexpr):
     """Where the rank rows `offs_r` of a slot begin, in elements, 64-bit. What is past its rank must not be used."""
     if PAGED:
-        page = tl.load(pages_ptr + slot.to(tl.int64) * max_rank + offs_r, mask=offs_r < rank, other=0)
+        page = tl.load(pages_ptr + slot.to(tl.int64) * max_rank + offs_r, mask=offs_r < max_rank, other=0)
         return page.to(tl.int64) * stride_rank
     return slot.to(tl.int64) * stride_slot + offs_r.to(tl.int64) * stride_rank
 

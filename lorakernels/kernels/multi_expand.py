@@ -50,7 +50,7 @@ def _add_block(
     s = load_tile(s_slice, tokens, offs_r, T, R, R, 1)
     for plane in range(1, NUM_PLANES):
         s += load_tile(s_slice + tl.cast(plane, tl.int64) * NUM_SLICES * T * R, tokens, offs_r, T, R, R, 1)
-    rows = rank_offsets(pages_ptr, slot, offs_r, rank, max_rank, stride_slot, stride_rank, PAGED)
+    rows = rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED)
     within = offs_r < rank
     inside = rank_mask(offs_r, rank, R, PAGED)[:, None] & (offs_n[None, :] < N)
     b = tl.load(b_ptr + rows[:, None] + offs_n.to(tl.int64)[None, :] * stride_col, mask=inside, other=0.0)
@@ -215,7 +215,7 @@ def multi_expand_token_kernel(
         s = tl.zeros((BLOCK_R,), dtype=tl.float32)
         for plane in range(NUM_PLANES):
             s += tl.load(s_row + tl.cast(plane, tl.int64) * NUM_SLICES * T * R + offs_r, mask=offs_r < R, other=0.0)
-        rows = rank_offsets(pages_ptr, slot, offs_r, rank, max_rank, stride_slot, stride_rank, PAGED)
+        rows = rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED)
         within = offs_r < rank
         inside = (offs_n[:, None] < N) & rank_mask(offs_r, rank, R, PAGED)[None, :]
         b = tl.load(b_ptr + rows[None, :] + offs_n.to(tl.int64)[:, None] * stride_col, mask=inside, other=0.0)

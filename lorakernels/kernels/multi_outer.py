@@ -79,7 +79,7 @@ def multi_outer_kernel(
     # A stack's rows past the rank get zero, also where a NaN in z makes NaN of it; pages past it are not the slot's.
     out = tl.where(offs_r[None, :] < rank, out, 0.0)
     stored = rank if PAGED else R
-    rows = rank_offsets(pages_ptr, slot, offs_r, rank, max_rank, stride_slot, stride_rank, PAGED)
+    rows = rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED)
     # A plane is the whole stack: slots, ranks and columns.
     out_plane = out_ptr + pid_m.to(tl.int64) * num_slots * R * N
     tl.store(

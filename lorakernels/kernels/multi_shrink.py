@@ -65,7 +65,7 @@ def multi_shrink_kernel(
     x_ptr, a_ptr, K, stride_xm, stride_xk, stride_slot, stride_rank, stride_col = pick_slice(
         pid_s, xs, factors, cols, strides_xm, strides_xk, strides_slot, strides_rank, strides_col, NUM_SLICES
     )
-    rows = rank_offsets(pages_ptr, slot, offs_r, rank, max_rank, stride_slot, stride_rank, PAGED)
+    rows = rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED)
     if DROPOUT:
         seed = tl.load(seed_ptr)
         threshold = tl.load(thresholds_ptr + slot)
@@ -129,7 +129,7 @@ def multi_shrink_token_kernel(
     x_ptr, a_ptr, K, stride_xm, stride_xk, stride_slot, stride_rank, stride_col = pick_slice(
         pid_s, xs, factors, cols, strides_xm, strides_xk, strides_slot, strides_rank, strides_col, NUM_SLICES
     )
-    rows = rank_offsets(pages_ptr, slot, offs_r, rank, max_rank, stride_slot, stride_rank, PAGED)
+    rows = rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED)
     x_row = x_ptr + token.to(tl.int64) * stride_xm
 
     loaded = rank_mask(offs_r, rank, R, PAGED)

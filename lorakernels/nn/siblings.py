@@ -107,10 +107,11 @@ class _Stash:
 
 
 class _Thread(threading.local):
+    run: _Run | None = None
+    stash: _Stash | None = None  # a collection of garbage may ask for it before a thread has more
+
     def __init__(self) -> None:
         self.groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()  # by leader
-        self.run: _Run | None = None
-        self.stash: _Stash | None = None
 
 
 _thread = _Thread()
