@@ -136,8 +136,8 @@ def low_rank_flops(case: MultiCase) -> int:
 
 
 def paged_bytes(case: MultiCase) -> int:
-    """Of adapters that are held as pages, a page a row of rank, and of their table."""
-    return sum(case.ranks) * (case.K + case.N) * case.itemsize + case.adapters * case.r * _PAGE_NUMBER_BYTES
+    """Of adapters that are held as pages, a page a row of rank, and of their table, which has a row for the base."""
+    return sum(case.ranks) * (case.K + case.N) * case.itemsize + (case.adapters + 1) * case.r * _PAGE_NUMBER_BYTES
 
 
 def padded_bytes(case: MultiCase) -> int:
