@@ -43,7 +43,7 @@ def add_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.
 
 
 def _takes_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    # By a weight that does not lie dense it multiplies in a plain loop: 260 ms for 0.4 (272 × 272 × 272, of wider rows).
+    # By a weight that does not lie dense it multiplies in a plain loop: 260 ms for 0.4 (272 × 272 × 272, cut of wider).
     dense = weight.is_contiguous() or weight.t().is_contiguous()
     return dense and x.dtype is torch.float32 and _prefers_onednn() and x.numel() * weight.shape[0] >= _ONEDNN_FROM
 
