@@ -23,10 +23,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import lorakernels as lk
+from lorakernels import formula
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import draw_mask
 from lorakernels.integrations.tensor_parallel import OLDEST_TORCH, ColwiseLoRA, RowwiseLoRA
-from lorakernels.reference import formula
-from lorakernels.reference.dropout import draw_mask
 
 WORLD = 2
 

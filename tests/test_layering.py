@@ -26,8 +26,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("nn",),
     ("functional", "multi"),
     ("ops",),
-    ("kernels", "reference", "flops", "sharding"),
-    ("plan", "quant", "tuning", "config", "backend", "dropout", "when_imported"),
+    ("kernels", "eager", "flops", "sharding"),
+    ("plan", "quant", "tuning", "config", "backend", "dropout", "formula", "when_imported"),
 )
 GROUND = frozenset(LADDER[-1])
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands
@@ -42,9 +42,9 @@ class Beside:
 
 
 BESIDE: dict[str, Beside] = {
-    "tuning.tuner": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli"})),
-    "tuning.trial": Beside(GROUND | {"kernels", "reference"}, frozenset({"tuning.tuner", "tuning.compile_report"})),
-    "tuning.compile_report": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli", "tuning.tuner"})),
+    "tuning.tuner": Beside(GROUND | {"kernels", "eager"}, frozenset({"cli"})),
+    "tuning.trial": Beside(GROUND | {"kernels", "eager"}, frozenset({"tuning.tuner", "tuning.compile_report"})),
+    "tuning.compile_report": Beside(GROUND | {"kernels", "eager"}, frozenset({"cli", "tuning.tuner"})),
     "testing": Beside(LIBRARY, frozenset({"bench"})),
 }
 
@@ -255,9 +255,9 @@ CAUGHT = [
     # importing module, source, the rule that it breaks
     ("lorakernels.ops", "from lorakernels.functional import lora_linear", ladder),
     ("lorakernels.ops", "def f():\n    from lorakernels.nn.linear import LoRALinear", ladder),
-    ("lorakernels.kernels.shrink", "from lorakernels.reference import lora_linear", ladder),
-    ("lorakernels.reference.linear", "def f():\n    import lorakernels.kernels.shrink as s", ladder),
-    ("lorakernels.reference.linear", "def f():\n    from ..kernels import shrink", ladder),
+    ("lorakernels.kernels.shrink", "from lorakernels.eager import lora_linear", ladder),
+    ("lorakernels.eager.linear", "def f():\n    import lorakernels.kernels.shrink as s", ladder),
+    ("lorakernels.eager.linear", "def f():\n    from ..kernels import shrink", ladder),
     ("lorakernels.serving.store", "from ..integrations import peft", ladder),
     ("lorakernels.plan", "import lorakernels.backend", ladder),
     ("lorakernels.nn.linear", "import importlib\nimportlib.import_module('lorakernels.adapters.merge')", ladder),
@@ -274,7 +274,7 @@ CAUGHT = [
     ("lorakernels.nn.linear", "import lorakernels", facade),
     ("lorakernels.nn.linear", "from lorakernels.no_such_unit import f", facade),
     ("lorakernels.ops", "def f():\n    import triton", triton),
-    ("lorakernels.reference.linear", "import triton.language as tl", triton),
+    ("lorakernels.eager.linear", "import triton.language as tl", triton),
     ("lorakernels.tuning.table", "from triton.runtime import driver", triton),
     ("lorakernels.backend", "try:\n    import triton\nexcept ImportError:\n    triton = None", triton),
     ("lorakernels.ops", "from lorakernels.kernels.shrink import shrink", kernels_late),
@@ -292,7 +292,7 @@ ALLOWED = [
     ),
     ("lorakernels.integrations.peft", "import peft\nfrom lorakernels.nn.linear import LoRALinear"),
     ("lorakernels.nn.conv", "from .linear import LoRALinear\nfrom ..plan import BatchPlan"),
-    ("lorakernels.ops", "def f():\n    from lorakernels.kernels.shrink import shrink\nimport lorakernels.reference"),
+    ("lorakernels.ops", "def f():\n    from lorakernels.kernels.shrink import shrink\nimport lorakernels.eager"),
     ("lorakernels.ops", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .kernels import shrink"),
     ("lorakernels.backend", "def f():\n    import triton"),
     ("lorakernels.kernels.shrink", "import triton\nfrom lorakernels.tuning.config import KernelConfig"),

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import lorakernels as lk
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches
 from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.kernels.streams import side_stream
 from lorakernels.ops import small_linear
-from lorakernels.reference.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
 from lorakernels.testing.guards import canaries

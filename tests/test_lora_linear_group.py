@@ -16,10 +16,10 @@ import lorakernels as lk
 from lorakernels.bench.group import frozen_passes, group_passes, own_group
 from lorakernels.bench.registry import Case
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import unpack_mask
 from lorakernels.kernels import lora_linear_group as kernels
 from lorakernels.kernels.launch import record_launches
 from lorakernels.ops import small_linear
-from lorakernels.reference.dropout import unpack_mask
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.group_cases import (
     GROUP_CASES,

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 import lorakernels as lk
 from lorakernels import ops
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import unpack_mask
+from lorakernels.eager.multi_lora import route
 from lorakernels.kernels.launch import record_launches
 from lorakernels.multi import multi_lora_embedding
 from lorakernels.plan import PlanError
-from lorakernels.reference.dropout import unpack_mask
-from lorakernels.reference.multi_lora import route
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.guards import canaries, guarded
 from lorakernels.testing.multi_cases import (

@@ -14,8 +14,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lorakernels as lk
+from lorakernels.eager import lora_linear as eager_lora_linear
 from lorakernels.ops import small_linear
-from lorakernels.reference import lora_linear as reference
 from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
 
 IMPLS = ["torch", "triton"]
@@ -159,7 +159,7 @@ def test_checkpointing_draws_the_same_mask(impl: str, reentrant: bool, device: s
 def test_selective_checkpointing(policy: CheckpointPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = leaves()
     runs = 0
-    forward = reference.forward
+    forward = eager_lora_linear.forward
 
     def counted(*arguments: Any) -> Any:
         nonlocal runs
@@ -176,7 +176,7 @@ def test_selective_checkpointing(policy: CheckpointPolicy, monkeypatch: pytest.M
     torch.manual_seed(11)
     y = layer(inputs.x)
     plain = [y, *gradients(inputs, y)]
-    monkeypatch.setattr(reference, "forward", counted)
+    monkeypatch.setattr(eager_lora_linear, "forward", counted)
     torch.manual_seed(11)
     contexts = functools.partial(create_selective_checkpoint_contexts, policy_of)
     y = checkpoint(layer, inputs.x, use_reentrant=False, context_fn=contexts)

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorakernels.backend import triton_installed
 from lorakernels.bench.registry import Case
 from lorakernels.dropout import drop_threshold
+from lorakernels.eager import lora_linear as reference
+from lorakernels.eager import multi_lora as multi_reference
 from lorakernels.plan import PlanTensors
-from lorakernels.reference import lora_linear as reference
-from lorakernels.reference import multi_lora as multi_reference
 
 # These move nothing of their size, or only write.
 _FREE = ("aten::_unsafe_view", "aten::lift_fresh", "aten::detach", "aten::scalar_tensor")

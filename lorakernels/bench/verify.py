@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lorakernels import formula
 from lorakernels.bench.orders import SCALING
 from lorakernels.bench.peer import Peer, Results
 from lorakernels.bench.peers import Tensors
 from lorakernels.bench.registry import Case
-from lorakernels.reference import formula
 from lorakernels.testing.budget import budget, error
 
 # A mask of n elements may keep so many standard deviations more or fewer than n · (1 - p).

@@ -1,4 +1,4 @@
-"""The LoRA linear as a sequence of kernels, forward and backward. Same signatures as `reference.lora_linear`."""
+"""The LoRA linear as a sequence of kernels, forward and backward. Same signatures as `eager.lora_linear`."""
 
 from __future__ import annotations
 

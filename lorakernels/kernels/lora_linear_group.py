@@ -1,4 +1,4 @@
-"""Several LoRA linears of one x as a sequence of kernels. Same signatures as `reference.lora_linear_group`.
+"""Several LoRA linears of one x as a sequence of kernels. Same signatures as `eager.lora_linear_group`.
 
 The A's lie one below the other, so that one pass over x makes S for all and draws one mask, and another makes every
 dA. dx is one product over all output features together: no member's own dx is ever stored.

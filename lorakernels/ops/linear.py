@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from lorakernels import formula
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import unpack_mask
+from lorakernels.eager.product import scaled_linear, sum_rows
 from lorakernels.ops.library import (
     as_matrix,
     as_output,
@@ -22,9 +25,6 @@ from lorakernels.ops.library import (
     without_autocast,
 )
 from lorakernels.ops.small_linear import is_small, small_lora_linear
-from lorakernels.reference import formula
-from lorakernels.reference.dropout import unpack_mask
-from lorakernels.reference.product import scaled_linear, sum_rows
 from lorakernels.sharding import draw_seed
 
 library.define(

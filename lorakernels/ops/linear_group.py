@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lorakernels import formula
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager import lora_linear_group as eager_lora_linear_group
+from lorakernels.eager.dropout import unpack_mask
 from lorakernels.ops import linear
 from lorakernels.ops.library import (
     as_matrix,
@@ -24,9 +27,6 @@ from lorakernels.ops.library import (
     without_autocast,
 )
 from lorakernels.ops.small_linear import is_small
-from lorakernels.reference import formula
-from lorakernels.reference import lora_linear_group as reference_lora_linear_group
-from lorakernels.reference.dropout import unpack_mask
 
 Tensors = list[torch.Tensor]
 Maybe = list[torch.Tensor | None]
@@ -46,7 +46,7 @@ _DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 def _implementation(impl: str, x: torch.Tensor) -> ModuleType:
     if resolve_impl(impl, x.device, x.dtype) == "torch":
-        return reference_lora_linear_group
+        return eager_lora_linear_group
     from lorakernels.kernels import lora_linear_group as kernels_lora_linear_group
 
     return kernels_lora_linear_group

@@ -10,6 +10,8 @@ import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import LEVELS
+from lorakernels.eager import multi_lora as eager_multi_lora
+from lorakernels.eager.product import sum_rows
 from lorakernels.ops.library import is_batched, library, nothing, one_by_one
 from lorakernels.ops.multi_shared import (
     PLAN,
@@ -24,8 +26,6 @@ from lorakernels.ops.multi_shared import (
     width_of,
 )
 from lorakernels.plan import BatchPlan, PlanTensors
-from lorakernels.reference import multi_lora as reference_multi_lora
-from lorakernels.reference.product import sum_rows
 
 library.define(
     "multi_lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
@@ -260,9 +260,9 @@ def bound_update(
     It holds for this version of the plan and of LORAKERNELS_IMPL, and where `runs_directly` does, without gradients;
     y [..., N] and x [..., K] must be contiguous.
     """
-    if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not reference_multi_lora:
+    if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not eager_multi_lora:
         return None
-    where: reference_multi_lora.Route = on_host(plan, reference_multi_lora)["where"]
+    where: eager_multi_lora.Route = on_host(plan, eager_multi_lora)["where"]
     grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.pages is None else lora_B.shape[0]))
     return None if grid is None else grid.bound_add(lora_A, lora_B, x.dtype)
 

@@ -10,9 +10,9 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from lorakernels.backend import resolve_impl
+from lorakernels.eager import multi_lora as eager_multi_lora
 from lorakernels.ops.library import library, runs_directly, without_autocast
 from lorakernels.plan import BatchPlan
-from lorakernels.reference import multi_lora as reference_multi_lora
 
 Tensors = list[torch.Tensor]
 # Of an operator's schema: the fields of `PlanTensors`.
@@ -21,7 +21,7 @@ PLAN = "Tensor plan, Tensor scales, Tensor? pages, int num_slots, int max_tokens
 
 def implementation_of(impl: str, x: torch.Tensor) -> ModuleType:
     if resolve_impl(impl, x.device, x.dtype) == "torch":
-        return reference_multi_lora
+        return eager_multi_lora
     from lorakernels.kernels import multi_lora as kernels_multi_lora
 
     return kernels_multi_lora
@@ -34,10 +34,10 @@ def body_runs_directly(x: torch.Tensor, *others: torch.Tensor) -> bool:
 
 def on_host(plan: BatchPlan, implementation: ModuleType) -> dict[str, Any]:
     """The plan's route for the torch path, read once a version; elsewhere than on a CPU each call waits for it."""
-    if implementation is not reference_multi_lora or not plan.tensors.buffer.is_cpu:
+    if implementation is not eager_multi_lora or not plan.tensors.buffer.is_cpu:
         return {}
     if plan.on_host is None:
-        plan.on_host = reference_multi_lora.route(plan.tensors, plan.num_tokens)
+        plan.on_host = eager_multi_lora.route(plan.tensors, plan.num_tokens)
     return {"where": plan.on_host}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lorakernels.eager import multi_lora as eager_multi_lora
 from lorakernels.ops.library import library
 from lorakernels.ops.multi_shared import (
     PLAN,
@@ -18,7 +19,6 @@ from lorakernels.ops.multi_shared import (
     width_of,
 )
 from lorakernels.plan import BatchPlan, PlanTensors
-from lorakernels.reference import multi_lora as reference_multi_lora
 
 library.define(f"multi_lora_shrink(Tensor x, Tensor[] lora_As, {PLAN}, str impl) -> Tensor")
 library.define(f"multi_lora_expand(Tensor s, Tensor[] lora_Bs, {PLAN}, Tensor(a!)[] outs, str impl) -> ()")
@@ -87,6 +87,6 @@ def multi_lora_expand(s: torch.Tensor, lora_Bs: Tensors, plan: BatchPlan, outs: 
     refuse_transforms("lora_expand")
     body = implementation_of(impl, outs[0])
     # Kernels write without the dispatcher's knowing, which then has to count the version of each out.
-    if body is reference_multi_lora and body_runs_directly(s, *lora_Bs, *outs):
-        return reference_multi_lora.expand(s, lora_Bs, plan.tensors, outs, **on_host(plan, body))
+    if body is eager_multi_lora and body_runs_directly(s, *lora_Bs, *outs):
+        return eager_multi_lora.expand(s, lora_Bs, plan.tensors, outs, **on_host(plan, body))
     torch.ops.lorakernels.multi_lora_expand(s, lora_Bs, *plan.tensors, outs, impl)

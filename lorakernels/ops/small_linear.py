@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lorakernels.backend import resolve_impl
+from lorakernels.eager.lora_linear import add_update
 from lorakernels.ops.library import as_matrix, as_output, linear_to_edit, runs_directly
-from lorakernels.reference.lora_linear import add_update
 
 # On a CPU, below this many multiplications M N K, what Python does around torch's own operators costs more than what
 # is saved by writing into them: 84 µs a training step where the Function takes 146 (4 × 16 × 16, the frozen layer 25),

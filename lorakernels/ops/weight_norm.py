@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lorakernels.eager import weight_norm
 from lorakernels.ops.library import implementation, library, without_autocast
-from lorakernels.reference import weight_norm
 
 library.define("row_norm(Tensor weight) -> Tensor")
 library.define(

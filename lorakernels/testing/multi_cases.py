@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lorakernels import formula
 from lorakernels.plan import BatchPlan
-from lorakernels.reference import formula
 from lorakernels.testing.guards import guarded
 
 Results = dict[str, torch.Tensor]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from lorakernels.dropout import inverse_keep
-from lorakernels.reference.dropout import draw_mask
-from lorakernels.reference.product import cast, linear, scaled_linear, sum_rows
-from lorakernels.reference.weight_norm import project as project
+from lorakernels.eager.dropout import draw_mask
+from lorakernels.eager.product import cast, linear, scaled_linear, sum_rows
+from lorakernels.eager.weight_norm import project as project
 
 
 def add_update(

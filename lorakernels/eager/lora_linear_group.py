@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from lorakernels.dropout import inverse_keep
-from lorakernels.reference.dropout import draw_mask
-from lorakernels.reference.product import add_linear, cast, linear, scaled_linear, sum_rows
+from lorakernels.eager.dropout import draw_mask
+from lorakernels.eager.product import add_linear, cast, linear, scaled_linear, sum_rows
 
 Tensors = list[torch.Tensor]
 
