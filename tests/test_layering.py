@@ -26,8 +26,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("nn",),
     ("functional", "multi"),
     ("ops",),
-    ("kernels", "eager", "flops", "sharding"),
-    ("plan", "quant", "tuning", "config", "backend", "dropout", "formula", "when_imported"),
+    ("kernels", "eager"),
+    ("plan", "quant", "tuning", "config", "backend", "dropout", "formula", "member", "when_imported"),
 )
 GROUND = frozenset(LADDER[-1])
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands

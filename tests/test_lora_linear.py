@@ -19,6 +19,7 @@ from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches
 from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.kernels.streams import side_stream
+from lorakernels.member import Member, training_step
 from lorakernels.ops import small_linear
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
@@ -238,10 +239,7 @@ def test_the_form_that_is_asked_for_runs(way: str, kernel: str, base: int) -> No
     inputs = make_inputs(LinearCase("aligned", tokens=(64,), K=64, N=32), torch.float16, "meta")
     x, weight, A, B, bias, *_ = inputs.tensors().values()
     with path(f"triton-{way}-tiny"), record_launches() as launches:
-        _, s, _ = kernels_lora_linear.forward(x, weight, A, B, bias, None, None, 0.5, 0)
-        kernels_lora_linear.backward(
-            inputs.dy, x, weight, A, B, s, None, 0.5, 0, need_dx=True, need_dA=False, need_dB=False, bias_dtype=None
-        )
+        training_step(kernels_lora_linear, x, [inputs.dy], [Member(weight, A, B, bias, scaling=0.5)])
     expands = [launch for launch in launches if launch.kernel.__name__.startswith("linear_expand")]
     assert [launch.kernel.__name__ for launch in expands] == [kernel] * 2
     assert sum(launch.constexprs.get("HAS_BASE", False) for launch in expands) == base

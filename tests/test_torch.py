@@ -75,11 +75,10 @@ def test_opcheck(impl: str, dropout_p: float, row_scaled: bool, device: str) -> 
     arguments = (x, weight, A, B, bias, row_scale, seed, 0.5, dropout_p, impl)
     torch.library.opcheck(torch.ops.lorakernels.lora_linear.default, arguments)
     _, s, mask = torch.ops.lorakernels.lora_linear(*arguments)
-    all_of_it = [True] * 4 + [row_scaled]
-    for needs, bias_dtype in ((all_of_it, torch.float32), ([True, False, False, True, False], None)):
+    for needs in ([True] * 5 + [row_scaled], [True, False, False, True, False, False]):
         torch.library.opcheck(
             torch.ops.lorakernels.lora_linear_backward.default,
-            (inputs.dy, x, weight, A, B, row_scale, s, mask, 0.5, dropout_p, needs, bias_dtype, impl),
+            (inputs.dy, x, weight, A, B, row_scale, s, mask, 0.5, dropout_p, needs, impl),
         )
 
 

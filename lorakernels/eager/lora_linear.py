@@ -1,18 +1,24 @@
-"""The LoRA linear in plain torch, forward and backward, with nothing kept or made that is not needed.
+"""One or several LoRA linears of one x in plain torch, with nothing kept or made that is not needed.
 
-Same signatures as `kernels.lora_linear`. Against the formula read literally: A and B are cast to
-x's dtype and x never is, the low-rank term is added into the base product in place, the scale of
-dropout is applied to the [M, r] matrices, and D(x) is made again rather than kept.
+Same signatures as `kernels.lora_linear`. Against the formula read literally: A and B are cast to x's dtype and x never
+is, the low-rank term is added into the base product in place, the scale of dropout is applied to the [M, r] matrices,
+and D(x) is made again rather than kept. Of several members the A's are multiplied as one matrix, D(x) and its mask are
+made once, and dx is one sum that is added up in place.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from lorakernels.dropout import inverse_keep
 from lorakernels.eager.dropout import draw_mask
-from lorakernels.eager.product import cast, linear, scaled_linear, sum_rows
+from lorakernels.eager.product import add_linear, cast, linear, scaled_linear, sum_rows
 from lorakernels.eager.weight_norm import project as project
+from lorakernels.member import Member, columns, grad_dtype, stacked
+
+Tensors = Sequence[torch.Tensor]
 
 
 def add_update(
@@ -23,72 +29,74 @@ def add_update(
 
 
 def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scaling: float,
-    threshold: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [M, N], S = D(x) Aᵀ [M, r] and the mask [M, K] uint8 (None without dropout) of x [M, K]."""
-    A, B = cast(lora_A, x.dtype), cast(lora_B, x.dtype)
-    mask = None
-    adapted = x
+    x: torch.Tensor, members: Sequence[Member], seed: torch.Tensor | None, threshold: int
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """y's [M, N], S = D(x) Aᵀ [M, Σ r], and the mask [M, K] uint8 (None without dropout), of x [M, K]."""
+    mask, adapted = None, x
     if threshold:
         assert seed is not None
         mask = draw_mask(seed, x.shape[0], x.shape[1], threshold)
         adapted = mask.to(x.dtype).mul_(x)
-    s = adapted @ A.t()
+    s = adapted @ stacked(members, x.dtype).t()
     if threshold:
         s *= inverse_keep(threshold)
-    return scaled_linear(x, weight, bias, row_scale, (s, B, scaling)), s, mask
+    ys = []
+    for s_i, (weight, _, lora_B, bias, row_scale, scaling) in zip(columns(s, members), members, strict=True):
+        ys.append(scaled_linear(x, weight, bias, row_scale, (s_i, cast(lora_B, x.dtype), scaling)))
+    return ys, s, mask
 
 
 def backward(
-    dy: torch.Tensor,
+    dys: Tensors,
     x: torch.Tensor | None,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    s: torch.Tensor,
+    members: Sequence[Member],
+    s: Tensors,
     mask: torch.Tensor | None,
-    scaling: float,
     threshold: int,
     *,
     need_dx: bool,
     need_dA: bool,
-    need_dB: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dx [M, K], dA [r, K], dB [N, r], dbias [N] in `bias_dtype`; None for what is not asked for."""
-    dx = dA = dB = dbias = adapted = None
+    need_dB: Sequence[bool],
+    need_dbias: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """dx [M, K], dA [Σ r, K] of all A's, dB's [N, r], dbias's [N] in dy's dtype; None for what is not asked for.
+
+    `dys` are of what a row scale multiplies, `s` has the columns of each member's S.
+    """
+    dx = dA = g = adapted = None
+    dtype, need_g = dys[0].dtype, need_dx or need_dA
     # In x's dtype once: a product with the bytes themselves would convert them every time.
-    kept = mask.to(dy.dtype) if mask is not None and (need_dx or need_dA) else None
-    if need_dx or need_dA:
-        # 1 / (1 - p) and scaling go onto the [M, r] matrix, a K-th of the work of scaling D(x).
-        g = (dy @ cast(lora_B, dy.dtype)).mul_(scaling * inverse_keep(threshold))
+    kept = mask.to(dtype) if mask is not None and need_g else None
+    gs: list[torch.Tensor] = []
+    dBs: list[torch.Tensor | None] = [None] * len(dys)
+    dbiases = dBs.copy()
+    for i, (dy, (_, _, lora_B, _, _, scaling)) in enumerate(zip(dys, members, strict=True)):
+        if need_g:
+            # 1 / (1 - p) and scaling go onto the [M, r] matrix, a K-th of the work of scaling D(x).
+            gs.append(torch.mm(dy, cast(lora_B, dtype)).mul_(scaling * inverse_keep(threshold)))
+        if need_dB[i]:
+            # As (Sᵀ dy)ᵀ: 0.34 ms where dyᵀ S took 0.52 ms (512 × 2048, r = 16, float32).
+            dBs[i] = cast((s[i].t() @ dy).mul_(scaling).t().contiguous(), lora_B.dtype)
+        if need_dbias[i]:
+            dbiases[i] = sum_rows(dy).to(dtype)
+    if need_g:
+        g = gs[0] if len(gs) == 1 else torch.cat(gs, dim=1)
     if need_dA:
-        assert x is not None
+        assert x is not None and g is not None
         adapted = x if kept is None else x * kept
-        dA = cast(g.t() @ adapted, lora_A.dtype)
-    if need_dB:
-        # As (Sᵀ dy)ᵀ: 0.34 ms where dyᵀ S took 0.52 ms (512 × 2048, r = 16, float32).
-        dB = cast((s.t() @ dy).mul_(scaling).t().contiguous(), lora_B.dtype)
+        dA = cast(g.t() @ adapted, grad_dtype(members))
     if need_dx:
-        A = cast(lora_A, dy.dtype)
-        dx = linear(dy, weight.t())
+        assert g is not None
+        dx = linear(dys[0], members[0].weight.t())
+        for i in range(1, len(dys)):
+            dx = add_linear(dx, dys[i], members[i].weight.t())
+        A = stacked(members, dtype)
         if kept is None:
             dx.addmm_(g, A)
         else:
-            assert kept is not None
             # Into D(x), which has been used: another [M, K] would cost its page faults.
             dx += torch.mm(g, A, out=adapted).mul_(kept)
-    if bias_dtype is not None:
-        dbias = sum_rows(dy).to(bias_dtype)
-    return dx, dA, dB, dbias
+    return dx, dA, dBs, dbiases
 
 
 def grad_row_scale(
