@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 import lorakernels as lk
-from lorakernels.multi import multi_lora_embedding
+from lorakernels.functional import multi_lora_embedding
 from lorakernels.testing.cases import LinearCase, make_inputs
 from lorakernels.testing.interpreter import only_own_memory
 from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs

@@ -13,8 +13,7 @@ from lorakernels.bench.orders import SCALING
 from lorakernels.bench.peers import make_tensors
 from lorakernels.bench.registry import AnyCase, Case, MultiCase
 from lorakernels.bench.timing import interleaved_seconds, p20_50_80
-from lorakernels.functional import lora_linear
-from lorakernels.multi import multi_lora_linear
+from lorakernels.functional import lora_linear, multi_lora_linear
 
 _CASE = Case(1, 64, 64, 4, 0.0, "float32")
 _MULTI_CASE = MultiCase(8, 64, 64, adapters=4, r=4, dtype="float32")

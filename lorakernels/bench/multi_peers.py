@@ -21,7 +21,7 @@ from lorakernels.bench.orders import SCALING
 from lorakernels.bench.peer import Peer, Step, auto_why_not, kernels_why_not
 from lorakernels.bench.peers import needs, peft_linear
 from lorakernels.bench.registry import MultiCase
-from lorakernels.multi import multi_lora_linear
+from lorakernels.functional import multi_lora_linear
 
 # A gather makes a copy of an adapter for every token; no more than this.
 _MOST_GATHERED = 8 << 30
