@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lorakernels as lk
-from lorakernels.adapters.checkpoint import Checkpoint, merged_weight
-from lorakernels.adapters.formats import Update
-from lorakernels.adapters.merge_files import merge_files
-from lorakernels.adapters.tensors import PREFIX
+from lorakernels.adapters.bind import PREFIX
+from lorakernels.files.checkpoint import Checkpoint, merged_weight
+from lorakernels.files.formats import Update
+from lorakernels.files.merge import merge_files
 
 Tensors = dict[str, torch.Tensor]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -517,7 +517,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-from lorakernels.adapters.merge_files import merge_files
+from lorakernels.files.merge import merge_files
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -18,9 +18,9 @@ from torch import nn
 
 import lorakernels as lk
 from lorakernels.adapters import targets
-from lorakernels.adapters.convert import convert
-from lorakernels.adapters.formats import read_adapter
-from lorakernels.adapters.tensors import PREFIX
+from lorakernels.adapters.bind import PREFIX
+from lorakernels.files.convert import convert
+from lorakernels.files.formats import read_adapter
 
 Tensors = dict[str, torch.Tensor]
 NAN = float("nan")

@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 import lorakernels as lk
-from lorakernels.adapters.formats import Update
-from lorakernels.adapters.inspect import (
+from lorakernels.cli import main
+from lorakernels.files.formats import Update
+from lorakernels.files.inspect import (
     effective_rank,
     group_name,
     inspect_adapter,
@@ -21,7 +22,6 @@ from lorakernels.adapters.inspect import (
     print_report,
     singular_values,
 )
-from lorakernels.cli import main
 
 
 def randn(*shape: int) -> torch.Tensor:

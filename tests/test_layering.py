@@ -280,7 +280,7 @@ CAUGHT = [
     ("lorakernels.ops", "from lorakernels.kernels.shrink import shrink", kernels_late),
     ("lorakernels.ops", "from .kernels import shrink", kernels_late),
     ("lorakernels.ops", "class A:\n    from lorakernels.kernels import shrink", kernels_late),
-    ("lorakernels.adapters.files", "def f():\n    import peft", hosts),
+    ("lorakernels.adapters.load_save", "def f():\n    import peft", hosts),
     ("lorakernels.integrations.common", "from transformers import Trainer", hosts),
     ("lorakernels.serving.server", "import vllm.lora", hosts),
 ]

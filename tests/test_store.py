@@ -30,8 +30,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lorakernels as lk
-from lorakernels.adapters.adapter_config import write_config
 from lorakernels.config import scaling_of
+from lorakernels.files.config_file import write_config
 from lorakernels.serving.errors import CapacityError, StaleBatchError
 from lorakernels.serving.pages import PageClass, Writer
 from lorakernels.serving.served import ServedEmbedding, ServedLinear

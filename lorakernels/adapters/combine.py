@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lorakernels.adapters.files import describing
 from lorakernels.adapters.inject import (
     activity,
     adapted_layers,
@@ -20,6 +19,7 @@ from lorakernels.adapters.inject import (
     refuse_changed_base,
     uncompiled,
 )
+from lorakernels.adapters.load_save import describing
 from lorakernels.adapters.rank_slices import by_group, smaller
 from lorakernels.adapters.switch import refuse_merged
 from lorakernels.config import LoRAConfig, check_alpha, check_rank

@@ -7,15 +7,15 @@ import os
 import torch
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError
-from lorakernels.adapters.files import copy_whole, refuse_meta, set_config
-from lorakernels.adapters.hub import local_folder
+from lorakernels.adapters.bind import Contents, Tensors, read_contents
 from lorakernels.adapters.inject import adapted_layers, config_of, refuse_changed_base, uncompiled
+from lorakernels.adapters.load_save import copy_whole, refuse_meta, set_config
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import saved_modules
 from lorakernels.adapters.switch import layers_with, refuse_merged, set_scaling
-from lorakernels.adapters.tensors import Contents, Tensors, read_contents
 from lorakernels.config import check_rank
+from lorakernels.files.config_file import AdapterFileError
+from lorakernels.files.hub import local_folder
 from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
 
 

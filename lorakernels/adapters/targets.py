@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import regex
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
+from lorakernels.files.config_file import AdapterFileError
 from lorakernels.nn.adapt import LAYERS
 from lorakernels.nn.layer import LoRALayer
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError, config_from_fields, fields_of
-from lorakernels.adapters.tensors import CONFIG_FILE, WEIGHTS_FILE, Contents, check_contents, read_contents
+from lorakernels.adapters.bind import CONFIG_FILE, WEIGHTS_FILE, Contents, check_contents, read_contents
 from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.files.config_file import AdapterFileError, config_from_fields, fields_of
 from lorakernels.serving.errors import CapacityError
 from lorakernels.serving.pages import PageClass, Site
 from lorakernels.serving.served import BASES, served_by

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lorakernels.adapters.adapter_config import AdapterFileError, write_config
-from lorakernels.adapters.checkpoint import Checkpoint, new_folder
-from lorakernels.adapters.formats import AdapterFile, Update, most_common, read_adapter
-from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from lorakernels.adapters.bind import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorakernels.config import LoRAConfig
+from lorakernels.files.checkpoint import Checkpoint, new_folder
+from lorakernels.files.config_file import AdapterFileError, write_config
+from lorakernels.files.formats import AdapterFile, Update, most_common, read_adapter
 
 # What sd-scripts puts before a module's name, the longer ones first.
 KOHYA_PREFIXES = ("lora_transformer", "lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lycoris")

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError, write_config
-from lorakernels.adapters.hub import local_folder
+from lorakernels.adapters.bind import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Contents, Tensors, read_contents
 from lorakernels.adapters.inject import (
     adapted_layers,
     adapter_configs,
@@ -33,8 +32,9 @@ from lorakernels.adapters.inject import (
 from lorakernels.adapters.rank_slices import smaller
 from lorakernels.adapters.saved_modules import give_copies, saved_modules, state_of
 from lorakernels.adapters.targets import pattern_value
-from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Contents, Tensors, read_contents
 from lorakernels.config import LoRAConfig
+from lorakernels.files.config_file import AdapterFileError, write_config
+from lorakernels.files.hub import local_folder
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
 
 

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError, read_config
 from lorakernels.adapters.inject import adaptable, served
 from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import by_pattern, find_modules_to_save, owner_of, plain_modules
 from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.files.config_file import AdapterFileError, read_config
 from lorakernels.nn.adapt import LAYERS
 from lorakernels.nn.layer import MAGNITUDE, LoRALayer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorakernels.adapters.formats import AdapterFile, Update, read_adapter
+from lorakernels.files.formats import AdapterFile, Update, read_adapter
 
 # As many lines as colours that an eye tells apart; further kinds of module are drawn grey.
 MAX_KINDS = 8

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lorakernels.adapters.adapter_config import AdapterFileError
-from lorakernels.adapters.tensors import CONFIG_FILE, WEIGHTS_FILE
+from lorakernels.adapters.bind import CONFIG_FILE, WEIGHTS_FILE
+from lorakernels.files.config_file import AdapterFileError
 
 
 def local_folder(folder: str | os.PathLike[str], hub: bool, revision: str | None) -> Path:

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorakernels.adapters.adapter_config import MAX_BYTES, AdapterFileError, config_from_fields
+from lorakernels.adapters.bind import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorakernels.adapters.targets import by_pattern
-from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorakernels.config import scaling_of
+from lorakernels.files.config_file import MAX_BYTES, AdapterFileError, config_from_fields
 
 MLX_FILE = "adapters.safetensors"
 

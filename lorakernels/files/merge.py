@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from lorakernels.adapters.adapter_config import AdapterFileError, config_from_fields
-from lorakernels.adapters.checkpoint import DTYPES, Checkpoint, merged_bias, merged_weight, new_folder, write_changed
-from lorakernels.adapters.formats import AdapterFile, Update, read_adapter
-from lorakernels.adapters.tensors import CONFIG_FILE
+from lorakernels.adapters.bind import CONFIG_FILE
+from lorakernels.files.checkpoint import DTYPES, Checkpoint, merged_bias, merged_weight, new_folder, write_changed
+from lorakernels.files.config_file import AdapterFileError, config_from_fields
+from lorakernels.files.formats import AdapterFile, Update, read_adapter
 
 # Their linear layers are transformers' Conv1D, whose weight is [in, out].
 CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lorakernels.adapters.adapter_config import AdapterFileError
-from lorakernels.adapters.formats import Update, read_json
+from lorakernels.files.config_file import AdapterFileError
+from lorakernels.files.formats import Update, read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors' names of the dtypes that a merge can read and write.
