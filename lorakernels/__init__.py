@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorakernels.adapters.switch import set_scale as set_scale
     from lorakernels.backend import BackendError as BackendError
     from lorakernels.config import LoRAConfig as LoRAConfig
-    from lorakernels.files.config_file import AdapterFileError as AdapterFileError
+    from lorakernels.files.reading import AdapterFileError as AdapterFileError
     from lorakernels.functional import explain as explain
     from lorakernels.functional import lora_linear as lora_linear
     from lorakernels.functional import lora_linear_group as lora_linear_group
@@ -71,7 +71,7 @@ _HOMES = {
     "AdapterStore": "lorakernels.serving.store",
     "accelerate": "lorakernels.integrations.peft",
     "restore": "lorakernels.integrations.peft",
-    "AdapterFileError": "lorakernels.files.config_file",
+    "AdapterFileError": "lorakernels.files.reading",
     "BackendError": "lorakernels.backend",
 }
 

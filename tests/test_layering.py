@@ -42,6 +42,8 @@ class Beside:
 
 
 BESIDE: dict[str, Beside] = {
+    # Files know configurations, tensors, names and shapes, and no model.
+    "files": Beside(frozenset({"config"}), frozenset({"adapters", "serving", "cli", "lorakernels"})),
     "tuning.tuner": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli"})),
     "tuning.trial": Beside(GROUND | {"kernels", "reference"}, frozenset({"tuning.tuner", "tuning.compile_report"})),
     "tuning.compile_report": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli", "tuning.tuner"})),
@@ -270,6 +272,9 @@ CAUGHT = [
     ("lorakernels.functional", "from lorakernels.tuning.tuner import tune", beside),
     ("lorakernels.cli", "def f():\n    from lorakernels.testing import cases", beside),
     ("lorakernels", "from lorakernels.testing import cases", beside),
+    ("lorakernels.files.peft", "from lorakernels.nn.adapt import LAYERS", ladder),
+    ("lorakernels.files.hub", "from lorakernels.adapters.load_save import load_adapter", ladder),
+    ("lorakernels.nn.layer", "from lorakernels.files.update import MAGNITUDE", beside),
     ("lorakernels.nn.linear", "from lorakernels import lora_linear", facade),
     ("lorakernels.nn.linear", "import lorakernels", facade),
     ("lorakernels.nn.linear", "from lorakernels.no_such_unit import f", facade),

@@ -19,10 +19,10 @@ from lorakernels.adapters.inject import (
     refuse_changed_base,
     uncompiled,
 )
-from lorakernels.adapters.load_save import describing
 from lorakernels.adapters.rank_slices import by_group, smaller
 from lorakernels.adapters.switch import refuse_merged
 from lorakernels.config import LoRAConfig, check_alpha, check_rank
+from lorakernels.files.peft import with_ranks
 from lorakernels.nn.layer import LoRALayer, check_adapter_name
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -103,7 +103,7 @@ def add_weighted_adapter(
             _add(layers[path], adapter_name, ranks[path], A, B)
         restore_activity()
     config = LoRAConfig(r=max(ranks.values()), lora_alpha=max(ranks.values()), target_modules=sorted(pairs))
-    config = describing(config, ranks, dict(ranks))
+    config = with_ranks(config, ranks, ranks)
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return compiled
 

@@ -7,15 +7,17 @@ import os
 import torch
 from torch import nn
 
-from lorakernels.adapters.bind import Contents, Tensors, read_contents
+from lorakernels.adapters.bind import Contents, bind
 from lorakernels.adapters.inject import adapted_layers, config_of, refuse_changed_base, uncompiled
 from lorakernels.adapters.load_save import copy_whole, refuse_meta, set_config
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import saved_modules
 from lorakernels.adapters.switch import layers_with, refuse_merged, set_scaling
 from lorakernels.config import check_rank
-from lorakernels.files.config_file import AdapterFileError
 from lorakernels.files.hub import local_folder
+from lorakernels.files.peft import read_peft
+from lorakernels.files.reading import AdapterFileError, Tensors
+from lorakernels.files.update import Update
 from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
 
 
@@ -94,7 +96,7 @@ def hotswap_adapter(
     config_of(original, adapter_name)
     refuse_merged(layers)
     refuse_changed_base(original)
-    contents = read_contents(original, local_folder(folder, hub, revision))
+    contents = bind(original, read_peft(local_folder(folder, hub, revision)))
     _check_fits(original, adapter_name, contents)
     refuse_meta(contents)
 
@@ -104,7 +106,7 @@ def hotswap_adapter(
         if path is None:
             _switch_off(layer, adapter_name)
         else:
-            _fill(layer, adapter_name, contents, path)
+            _fill(layer, adapter_name, contents.layers[path], contents.config.use_rslora)
     copy_whole(original, adapter_name, contents)
     names = {layer: path for path, layer in layers.items()}
     unused = sorted(names[layer] for layer in owners - paths.keys())
@@ -152,17 +154,17 @@ def _check_fits(model: nn.Module, name: str, contents: Contents) -> None:
             f"the file has modules_to_save {sorted(contents.whole)} and adapter {name!r} {sorted(copies)}; "
             "expected the same"
         )
-    for path, tensors in contents.layers.items():
+    for path, update in contents.layers.items():
         layer = contents.modules[path]
         if not isinstance(layer, LoRALayer) or name not in layer.r:
             raise AdapterFileError(f"the file has {path!r}, where adapter {name!r} is not; load it under another name")
-        r, room = contents.ranks[path], _room(layer, name)
+        r, room = update.r, _room(layer, name)
         if r > room:
             raise AdapterFileError(
                 f"{path} has rank {r} in the file, and adapter {name!r} has room for {room}; "
                 f"prepare_for_hotswap(model, {r}) before compiling"
             )
-        _check_exact(path, layer.adapter_tensors(name), tensors)
+        _check_exact(path, layer.adapter_tensors(name), update.tensors)
     for path, tensors in contents.whole.items():
         copy = saved_modules(model)[path].modules_to_save[name]
         _check_exact(path, dict(copy.state_dict()), tensors)
@@ -178,12 +180,11 @@ def _check_exact(path: str, slot: dict[str, nn.Parameter] | Tensors, tensors: Te
             )
 
 
-def _fill(layer: LoRALayer, name: str, contents: Contents, path: str) -> None:
-    r, alpha, tensors = contents.ranks[path], contents.alphas[path], contents.layers[path]
+def _fill(layer: LoRALayer, name: str, update: Update, use_rslora: bool) -> None:
     for suffix, parameter in layer.adapter_tensors(name).items():
         parameter.zero_()
-        _copy_into(suffix, parameter, tensors[suffix], r, layer)
-    layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = r, alpha, contents.config.use_rslora
+        _copy_into(suffix, parameter, update.tensors[suffix], update.r, layer)
+    layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = update.r, update.alpha, use_rslora
     set_scaling(layer, name, layer.own_scaling(name))
 
 

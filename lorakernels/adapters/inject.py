@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lorakernels.adapters.saved_modules import SavedModule, give_copies, saved_modules
-from lorakernels.adapters.targets import find_modules_to_save, find_targets, pattern_value, warn_of_unused
+from lorakernels.adapters.targets import find_modules_to_save, find_targets, warn_of_unused
 from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, adapt
 from lorakernels.nn.init import changes_base
@@ -58,8 +59,8 @@ def inject(
     missing = [ending for ending in config.modules_to_save or () if not any(name.endswith(ending) for name in whole)]
     if missing:
         raise ValueError(f"modules_to_save={missing!r} matches no module of {type(model).__name__}")
-    ranks = {name: pattern_value(name, config.rank_pattern, config.r) for name in targets}
-    alphas = {name: pattern_value(name, config.alpha_pattern, config.lora_alpha) for name in targets}
+    ranks = by_pattern(targets, config.rank_pattern, config.r)
+    alphas = by_pattern(targets, config.alpha_pattern, config.lora_alpha)
     for name, module in targets.items():
         _check_target(name, module, ranks[name], alphas[name], config)
     refuse_changed_base(model)

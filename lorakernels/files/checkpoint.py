@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from lorakernels.files.config_file import AdapterFileError
-from lorakernels.files.formats import Update, read_json
+from lorakernels.files.reading import AdapterFileError, open_weights, read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors' names of the dtypes that a merge can read and write.
@@ -120,47 +119,9 @@ def _weight_map(path: Path) -> dict[str, str]:
 
 
 def _header(path: Path, shard: str) -> dict[str, TensorInfo]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {n: TensorInfo(shard, torch.Size(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------- the maths
-
-
-def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool = False) -> torch.Tensor:
-    """weight + scaling · B A, for DoRA with every row brought to its length (arXiv 2402.09353, eq. 5).
-
-    Args:
-        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`.
-
-    Returns:
-        The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    transposed = fan_in_fan_out or update.embedding
-    A, B = update.A.to(dtype).flatten(1), update.B.to(dtype).flatten(1)
-    merged = weight.to(dtype, copy=True).contiguous()
-    rows = merged.T if transposed else merged.flatten(1)
-    rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
-    if update.magnitude is not None:
-        norm = rows.norm(dim=1)
-        # A row of zeros stays one, where the formula says 0 / 0.
-        rows *= torch.where(norm == 0, 1, update.magnitude.to(dtype).flatten() / norm)[:, None]
-    return merged
-
-
-def merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
-    """bias + scaling · (the bias of lora_B), as `merged_weight` rounds."""
-    assert update.lora_bias is not None
-    dtype = torch.promote_types(bias.dtype, torch.float32)
-    return bias.to(dtype) + update.scaling * update.lora_bias.to(dtype)
-
-
-# ------------------------------------------------------------------------------------------- writing
+    with open_weights(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {n: TensorInfo(shard, torch.Size(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
 
 
 @contextmanager

@@ -1,15 +1,15 @@
-"""adapter_config.json, PEFT's file of a configuration: reading, checking, writing."""
+"""adapter_config.json, PEFT's file of a configuration: its fields as a LoRAConfig and back."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakernels.config import LoRAConfig, check_modules
+from lorakernels.files.reading import AdapterFileError
 
-# Bigger than any real one by far; a file past it is not read.
-MAX_BYTES = 16 << 20
 HANDLED = (
     "r",
     "lora_alpha",
@@ -25,12 +25,14 @@ HANDLED = (
     "lora_bias",
     "modules_to_save",
 )
-# Fields that say where an adapter comes from or how it was started or placed, not what it computes.
+# Fields that say where an adapter comes from or how it was started or placed, not what it computes; and the layout of
+# the base weight, of which whoever uses the adapter asks.
 WITHOUT_EFFECT = (
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
     "eva_config",
+    "fan_in_fan_out",
     "inference_mode",
     "layers_pattern",
     "layers_to_transform",
@@ -43,48 +45,24 @@ WITHOUT_EFFECT = (
     "runtime_config",
     "task_type",
 )
-# These start the adapter and leave the base weight as it was; the others take their start out of it.
-KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
-class AdapterFileError(ValueError):
-    """An adapter's files cannot be used: says which, what is in them and what is expected."""
+def config_from_fields(fields: Mapping[str, Any], source: str) -> LoRAConfig:
+    """PEFT's fields as a LoRAConfig. A field that changes the maths and is not known is refused.
 
-
-def read_config(path: Path) -> LoRAConfig:
-    """The configuration in an adapter_config.json. A field that changes the maths and is not known is refused."""
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise AdapterFileError(f"{path} has {path.stat().st_size:,} bytes; expected at most {MAX_BYTES:,}")
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except AdapterFileError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8, a number of 5000 digits
-        raise AdapterFileError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise AdapterFileError(f"{path} holds a {type(fields).__name__}; expected an object of fields")
-    return config_from_fields(fields, str(path))
-
-
-def config_from_fields(fields: dict[str, Any], source: str) -> LoRAConfig:
-    """PEFT's fields as a LoRAConfig."""
+    Of the start no more than what a new adapter could have: `check_start` refuses those that have changed the base.
+    """
     if fields.get("peft_type", "LORA") != "LORA":
         raise AdapterFileError(f"{source}: peft_type is {fields['peft_type']!r}; expected 'LORA'")
     known = {"peft_type", *HANDLED, *WITHOUT_EFFECT}
     for name, value in fields.items():
         # Off is what a field that we do not know says when it is None, False or empty.
         if name not in known and value not in (None, False, "", [], {}):
-            raise AdapterFileError(f"{source}: {name}={value!r} changes what the adapter computes and is not supported")
-    init = fields.get("init_lora_weights")
-    init = True if init is None else init
-    if init not in KEEP_THE_BASE:
-        raise AdapterFileError(
-            f"{source}: init_lora_weights={init!r} changes the base weight, and the files do not hold that change; "
-            "save the adapter from PEFT with path_initial_model_for_weight_conversion first"
-        )
+            raise not_supported(name, value, source)
     # A file without them means PEFT's own defaults, and its alpha is not ours.
     arguments = {"r": 8, "lora_alpha": 8} | {name: fields[name] for name in HANDLED if fields.get(name) is not None}
-    arguments["init_lora_weights"] = init if init in (True, False, "gaussian", "orthogonal") else True
+    if arguments.get("init_lora_weights") not in (False, "gaussian", "orthogonal"):
+        arguments["init_lora_weights"] = True
     for name in ("r", "lora_alpha"):
         if name in fields and fields[name] is None:
             raise AdapterFileError(f"{source}: {name} is null; expected a number")
@@ -97,6 +75,21 @@ def config_from_fields(fields: dict[str, Any], source: str) -> LoRAConfig:
         return LoRAConfig(**arguments)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AdapterFileError(f"{source}: {error}") from error
+
+
+def not_supported(name: str, value: Any, source: str) -> AdapterFileError:
+    return AdapterFileError(f"{source}: {name}={value!r} changes what the adapter computes and is not supported")
+
+
+def check_start(fields: Mapping[str, Any], source: str) -> None:
+    """Raise AdapterFileError where an adapter's start, such as PiSSA's, has taken a part out of the base weight."""
+    init = fields.get("init_lora_weights")
+    # These leave the base weight as it was.
+    if init not in (None, True, False, "gaussian", "orthogonal", "eva"):
+        raise AdapterFileError(
+            f"{source}: init_lora_weights={init!r} changes the base weight, and the files do not hold that change; "
+            "save the adapter from PEFT with path_initial_model_for_weight_conversion first"
+        )
 
 
 def fields_of(config: LoRAConfig) -> dict[str, Any]:

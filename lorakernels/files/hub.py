@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lorakernels.adapters.bind import CONFIG_FILE, WEIGHTS_FILE
-from lorakernels.files.config_file import AdapterFileError
+from lorakernels.files.peft import WEIGHTS_FILE
+from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.update import CONFIG_FILE
 
 
 def local_folder(folder: str | os.PathLike[str], hub: bool, revision: str | None) -> Path:
-    """`folder` itself where it is one, or when nobody asks for the hub; otherwise the hub's copy of its two files.
+    """`folder` itself where it is one, otherwise the hub's copy of its two files, if the hub may be asked.
 
     Raises ImportError without huggingface_hub, ValueError for a revision of a local folder, and AdapterFileError
-    when the hub cannot give the files.
+    when there is no such folder and the hub may not be asked, or cannot give the files.
     """
     path = Path(folder)
     if path.is_dir():
@@ -21,7 +22,10 @@ def local_folder(folder: str | os.PathLike[str], hub: bool, revision: str | None
             raise ValueError(f"{folder} is a local folder, which has no revision {revision!r}; leave revision out")
         return path
     if not hub and revision is None:
-        return path
+        raise AdapterFileError(
+            f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}, or hub=True for a name on "
+            "the Hugging Face hub"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:

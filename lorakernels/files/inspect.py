@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from lorakernels.files.formats import AdapterFile, Update, read_adapter
+from lorakernels.files.formats import AdapterFile, read_adapter
+from lorakernels.files.update import Update
 
 # As many lines as colours that an eye tells apart; further kinds of module are drawn grey.
 MAX_KINDS = 8
@@ -72,7 +73,7 @@ def effective_rank(values: torch.Tensor) -> float:
 def inspect_adapter(source: str | os.PathLike[str]) -> AdapterReport:
     """Read an adapter of any format that `read_adapter` knows and measure it. Raises AdapterFileError as that does."""
     adapter = read_adapter(source)
-    tensors = [tensor for update in adapter.updates.values() for tensor in update.tensors]
+    tensors = [tensor for update in adapter.updates.values() for tensor in update.tensors.values()]
     tensors += adapter.others.values()
     init = adapter.fields.get("init_lora_weights", True) if adapter.format == "peft" else None
     return AdapterReport(
@@ -93,17 +94,16 @@ def inspect_adapter(source: str | os.PathLike[str]) -> AdapterReport:
 def _report(name: str, adapter: AdapterFile) -> UpdateReport:
     update = adapter.updates[name]
     values = singular_values(update)
-    shape = (update.B.shape[0], *update.A.shape[1:])
     return UpdateReport(
         name=name,
-        shape=shape[::-1] if update.embedding else shape,
+        shape=tuple(update.shape),
         r=update.r,
         alpha=update.alpha,
         scaling=update.scaling,
         frobenius=float(values.norm()),
         spectral=float(values.max()),
         effective_rank=effective_rank(values),
-        parameters=sum(tensor.numel() for tensor in update.tensors),
+        parameters=sum(tensor.numel() for tensor in update.tensors.values()),
         singular_values=tuple(values.tolist()),
     )
 

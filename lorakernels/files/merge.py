@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from lorakernels.adapters.bind import CONFIG_FILE
-from lorakernels.files.checkpoint import DTYPES, Checkpoint, merged_bias, merged_weight, new_folder, write_changed
-from lorakernels.files.config_file import AdapterFileError, config_from_fields
-from lorakernels.files.formats import AdapterFile, Update, read_adapter
+from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, new_folder, write_changed
+from lorakernels.files.config_file import check_start
+from lorakernels.files.formats import AdapterFile, read_adapter
+from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.update import Update
 
 # Their linear layers are transformers' Conv1D, whose weight is [in, out].
 CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
@@ -56,36 +57,57 @@ def merge_files(
     checkpoint = Checkpoint(model)
     if dtype is not None and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise AdapterFileError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
-    _check_base_is_the_base(read)
+    check_start(read.fields, str(read.source))
     changes = _changes(read, checkpoint)
     with new_folder(out, sources=[checkpoint.folder, read.source]) as folder:
         write_changed(checkpoint, folder, changes, dtype, progress)
     return Path(out)
 
 
-def _check_base_is_the_base(adapter: AdapterFile) -> None:
-    """Refuse a start such as PiSSA's, after which the base weight is not the checkpoint's any more."""
-    if adapter.format == "peft":
-        init = adapter.fields.get("init_lora_weights", True)
-        config_from_fields({"r": 2, "lora_alpha": 2, "init_lora_weights": init}, str(adapter.source / CONFIG_FILE))
+def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool = False) -> torch.Tensor:
+    """weight + scaling · B A, for DoRA with every row brought to its length (arXiv 2402.09353, eq. 5).
+
+    Args:
+        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`.
+
+    Returns:
+        The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    transposed = fan_in_fan_out or update.embedding
+    A, B = update.A.to(dtype).flatten(1), update.B.to(dtype).flatten(1)
+    merged = weight.to(dtype, copy=True).contiguous()
+    rows = merged.T if transposed else merged.flatten(1)
+    rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
+    if update.magnitude is not None:
+        norm = rows.norm(dim=1)
+        # A row of zeros stays one, where the formula says 0 / 0.
+        rows *= torch.where(norm == 0, 1, update.magnitude.to(dtype).flatten() / norm)[:, None]
+    return merged
+
+
+def _merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
+    """bias + scaling · (the bias of lora_B), as `merged_weight` rounds."""
+    assert update.lora_bias is not None
+    dtype = torch.promote_types(bias.dtype, torch.float32)
+    return bias.to(dtype) + update.scaling * update.lora_bias.to(dtype)
 
 
 def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
     """What happens to which tensor; everything that can be wrong is found here, before anything is written."""
-    config = checkpoint.config
     rename = _renaming(adapter, checkpoint)
     transposed = bool(adapter.fields.get("fan_in_fan_out"))
     changes: dict[str, Change] = {}
     for path, update in adapter.updates.items():
         module = rename(path)
-        _check_weight(module, update, checkpoint, transposed, config)
+        _check_weight(module, update, checkpoint, transposed)
         changes[f"{module}.weight"] = partial(merged_weight, update=update, fan_in_fan_out=transposed)
         if update.lora_bias is not None:
             bias = checkpoint.tensors.get(f"{module}.bias")
             if bias is None or bias.shape.numel() != update.B.shape[0]:
                 raise AdapterFileError(f"{module} has no bias that takes the adapter's lora_bias; PEFT cannot merge it")
-            changes[f"{module}.bias"] = partial(merged_bias, update=update)
-    _check_tied(changes, adapter, checkpoint, config, rename)
+            changes[f"{module}.bias"] = partial(_merged_bias, update=update)
+    _check_tied(changes, adapter, checkpoint, rename)
     for name, value in adapter.others.items():
         target = rename(name)
         info = checkpoint.tensors.get(target)
@@ -154,18 +176,16 @@ def _is_head(path: str) -> bool:
     return path.rpartition(".")[2] in _HEADS
 
 
-def _check_weight(
-    module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool, config: dict[str, Any]
-) -> None:
+def _check_weight(module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool) -> None:
     reason = checkpoint.quantised(module)
     if reason:
         raise AdapterFileError(f"{module} is quantised ({reason}); merge into the unquantised model instead")
-    conv1d = config.get("model_type") in CONV1D_MODELS
+    model_type = checkpoint.config.get("model_type")
+    conv1d = model_type in CONV1D_MODELS
     if not update.embedding and not _is_head(module) and fan_in_fan_out != conv1d:
         raise AdapterFileError(
-            f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type="
-            f"{config.get('model_type')!r}, whose weights are {'[in, out]' if conv1d else 'taken for [out, in]'}; "
-            "expected both to agree"
+            f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type={model_type!r}, whose "
+            f"weights are {'[in, out]' if conv1d else 'taken for [out, in]'}; expected both to agree"
         )
     if fan_in_fan_out and (update.embedding or _is_head(module)):
         raise AdapterFileError(f"{module} is not [in, out] as fan_in_fan_out=True says; merge this one with PEFT")
@@ -174,9 +194,7 @@ def _check_weight(
             f"{module} is a convolution with {update.groups} groups, whose adapter reads the channels of all of them: "
             "no weight of the layer does that; keep the adapter unmerged"
         )
-    shape = torch.Size((update.B.shape[0], *update.A.shape[1:]))
-    if update.embedding or fan_in_fan_out:
-        shape = torch.Size(reversed(shape))
+    shape = update.shape[::-1] if fan_in_fan_out else update.shape
     found = checkpoint.tensors[f"{module}.weight"].shape
     if found != shape:
         raise AdapterFileError(
@@ -185,14 +203,9 @@ def _check_weight(
         )
 
 
-def _check_tied(
-    changes: dict[str, Change],
-    adapter: AdapterFile,
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    rename: Callable[[str], str],
-) -> None:
+def _check_tied(changes: Changes, adapter: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:
     """Refuse to change one end of an embedding and head that are one tensor: the other end would change too."""
+    config = checkpoint.config
     inner = config.get("text_config")
     both = {**(inner if isinstance(inner, dict) else {}), **config}
     flag, vocabulary = both.get("tie_word_embeddings"), both.get("vocab_size")

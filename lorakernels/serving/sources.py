@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakernels.adapters.bind import CONFIG_FILE, WEIGHTS_FILE, Contents, check_contents, read_contents
-from lorakernels.config import LoRAConfig, scaling_of
-from lorakernels.files.config_file import AdapterFileError, config_from_fields, fields_of
+from lorakernels.adapters.bind import Contents, bind
+from lorakernels.config import LoRAConfig
+from lorakernels.files.config_file import config_from_fields, fields_of
+from lorakernels.files.peft import WEIGHTS_FILE, read_peft, sorted_out
+from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.update import CONFIG_FILE
 from lorakernels.serving.errors import CapacityError
 from lorakernels.serving.pages import PageClass, Site
 from lorakernels.serving.served import BASES, served_by
 
-_FACTORS = {nn.Linear: ("lora_A.weight", "lora_B.weight"), nn.Embedding: ("lora_embedding_A", "lora_embedding_B")}
 # experts, expert_0, local_experts; not shared_expert, which is sent every token.
 _EXPERT = re.compile(r"(?!.*shared).*experts?_?[0-9]*")
 # T5's: looked up by query and key position, the same for all rows.
@@ -83,9 +85,7 @@ def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | N
 def read_source(model: nn.Module, source: Source) -> Contents:
     """What the files hold, checked against `model`; the same at every reading, or AdapterFileError."""
     _check_inside(source.folder, source.root)
-    if not source.folder.is_dir():
-        raise AdapterFileError(f"{source.folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    contents = read_contents(plain_copy(model, {}), source.folder)
+    contents = bind(plain_copy(model, {}), read_peft(source.folder))
     if _stamps(source.folder) != source.stamps:
         raise AdapterFileError(
             f"the files in {source.folder} have changed since the adapter was loaded; replace(name, folder) takes the "
@@ -96,9 +96,10 @@ def read_source(model: nn.Module, source: Source) -> Contents:
 
 def read_tensors(model: nn.Module, config: LoRAConfig, tensors: Tensors) -> Contents:
     """An adapter that is in memory, by the keys of PEFT's files, checked as they are."""
-    config = config_from_fields(fields_of(config), "the configuration")
+    fields = fields_of(config)
     given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    return check_contents(plain_copy(model, {}), config, given, "the adapter")
+    file = sorted_out(fields, config_from_fields(fields, "the configuration"), given, "the adapter")
+    return bind(plain_copy(model, {}), file)
 
 
 def _check_inside(folder: Path, root: Path | None) -> None:
@@ -160,12 +161,12 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
             )
     largest: dict[PageClass, tuple[int, float]] = {}
     taken: dict[Site, str] = {}
-    for path in contents.layers:
+    for path, update in contents.layers.items():
         site = _served_site(path, model, sites)
         if site in taken:
             raise AdapterFileError(f"{taken[site]!r} and {path!r} are one module; expected one of them in the file")
         taken[site] = path
-        rank, scaling = contents.ranks[path], _scaling(contents, path)
+        rank, scaling = update.r, update.scaling
         if rank > max_rank:
             raise CapacityError(
                 f"module {path!r} has rank {rank} in the file; the store takes at most max_rank={max_rank}"
@@ -218,10 +219,6 @@ def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site
     return site
 
 
-def _scaling(contents: Contents, path: str) -> float:
-    return scaling_of(contents.alphas[path], contents.ranks[path], contents.config.use_rslora)
-
-
 def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
     """Rank rows [rank, W] by class, zero where the adapter has nothing.
 
@@ -229,15 +226,14 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
     rows. What does not fit the model's dtype is refused.
     """
     rows = {pages: pages.host_rows(part.rank) for pages, part in parts.items()}
-    for path, tensors in contents.layers.items():
-        site = sites[path]
-        A, B = (tensors[name] for name in _FACTORS[site.base])
-        scaling, of_class = _scaling(contents, path), parts[site.pages].scaling
-        if scaling != of_class:
-            B = B.to(torch.promote_types(B.dtype, torch.float32)) * (scaling / of_class)
-        own = rows[site.pages][: contents.ranks[path]]
+    for path, update in contents.layers.items():
+        site, B = sites[path], update.B
+        of_class = parts[site.pages].scaling
+        if update.scaling != of_class:
+            B = B.to(torch.promote_types(B.dtype, torch.float32)) * (update.scaling / of_class)
+        own = rows[site.pages][: update.r]
         spans = own[:, site.begin_A :][:, : site.K], own[:, site.begin_B :][:, : site.N]
-        for span, factor in zip(spans, (A, B.T), strict=True):
+        for span, factor in zip(spans, (update.A, B.T), strict=True):
             span.copy_(factor)
         # Of the class's row no more than was written: with every layer's, the whole would be read once for each.
         if not all(math.isfinite(span.abs().amax().item()) for span in spans):
