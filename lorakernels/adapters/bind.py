@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from lorakernels.nn.adapt import LAYERS
 from lorakernels.nn.layer import LoRALayer
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Contents:
     """An adapter's files, all checked: nothing in here can fail to fit the model.
 
@@ -36,8 +37,11 @@ class Contents:
     biases: list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def bind(model: nn.Module, file: PeftFile) -> Contents:
-    """Check an adapter's files against `model`; raises AdapterFileError, and changes nothing."""
+def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingProxyType({})) -> Contents:
+    """Check an adapter's files against `model`; raises AdapterFileError, and changes nothing.
+
+    `bases` says of a module's class which plain one stands for it, where a store has switched the model's.
+    """
     config = file.config
     check_start(file.fields, file.source)
     if file.fields.get("fan_in_fan_out"):
@@ -50,18 +54,23 @@ def bind(model: nn.Module, file: PeftFile) -> Contents:
     whole = _take_whole(others, to_save, modules)
     biases = _take_biases(others, model) if config.bias != "none" else []
     _refuse_the_rest(others, model, file.source)
-    bases = {path: _layer(modules, path) for path in file.layers}  # first of all: how many there can be is the model's
+    # Before ranks and shapes: how many modules there can be is the model's.
+    found = {path: _layer(modules, path, bases) for path in file.layers}
 
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
-        base, variant = bases[path], (config.use_dora, config.lora_bias)
-        kind = LAYERS[type(base)]
+        (base, kind), variant = found[path], (config.use_dora, config.lora_bias)
         try:
             kind.check_adapter(base, r, scaling_of(alpha, r, config.use_rslora), True, *variant)
-            return f"a {type(base).__name__}", kind.adapter_shapes(base, r, *variant)
+            return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"module {path!r}: {error}") from error
 
-    return Contents(config, modules, updates_of(file, shapes_of), whole, biases)
+    layers = updates_of(file, shapes_of)
+    for path in [*layers, *whole]:
+        for name, tensor in modules[path].named_parameters():
+            if tensor.is_meta:  # nothing can be put into it, and what is loaded later would start anew
+                raise AdapterFileError(f"{path}.{name} is on the meta device and has no values; put them there first")
+    return Contents(dataclasses.replace(config, target_modules=sorted(layers)), modules, layers, whole, biases)
 
 
 def _take_whole(
@@ -88,14 +97,6 @@ def _take_whole(
                 raise AdapterFileError(f"{' and '.join(names)} are one module, of which the file has two {name!r}")
             check_finite(f"{path}.{name}", value)
             whole[path][name] = value
-        # PEFT repeats the biases under the names that they have inside its wrapper where bias="all"; those of a module
-        # without others in it come without the adapter's name.
-        for inside in [f"{PREFIX}{name}.modules_to_save." for name in names]:
-            for key in [key for key in tensors if key.startswith(inside) and key.endswith("bias")]:
-                ending = key.removeprefix(inside)
-                copied = whole[path].get(ending, whole[path].get(ending.partition(".")[2]))
-                if copied is not None and torch.equal(tensors[key], copied):
-                    del tensors[key]
     return whole
 
 
@@ -134,14 +135,17 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module:
-    """The layer that a path means, without its adapters."""
+def _layer(
+    modules: Mapping[str, nn.Module], path: str, bases: Mapping[type, type]
+) -> tuple[nn.Module, type[LoRALayer]]:
+    """The layer that a path means, without its adapters, and what adapts it."""
     layer = modules.get(path)
     if layer is None:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
     base = layer.base_layer if isinstance(layer, LoRALayer) else layer
-    if type(base) not in LAYERS:
+    kind = LAYERS.get(bases.get(type(base), type(base)))
+    if kind is None:
         what = served(base) or f"is a {type(layer).__qualname__}; expected one of {adaptable()}"
         raise AdapterFileError(f"module {path!r} {what}")
-    return base
+    return base, kind

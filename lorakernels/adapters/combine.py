@@ -11,12 +11,12 @@ from torch import nn
 from lorakernels.adapters.inject import (
     activity,
     adapted_layers,
-    adapter_configs,
     adapters_in,
     config_of,
     layers_of,
     nothing_on_error,
     refuse_changed_base,
+    remember,
     uncompiled,
 )
 from lorakernels.adapters.rank_slices import by_group, smaller
@@ -104,7 +104,7 @@ def add_weighted_adapter(
         restore_activity()
     config = LoRAConfig(r=max(ranks.values()), lora_alpha=max(ranks.values()), target_modules=sorted(pairs))
     config = with_ranks(config, ranks, ranks)
-    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
+    remember(model, adapter_name, config)
     return compiled
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from torch import nn
 from lorakernels.adapters.bind import Contents, bind
 from lorakernels.adapters.inject import (
     adapted_layers,
-    adapter_configs,
     adapter_parameters,
     adapters_in,
     config_of,
@@ -24,11 +22,13 @@ from lorakernels.adapters.inject import (
     nothing_on_error,
     refuse_changed_base,
     refuse_shared_biases,
+    remember,
     replace_modules,
     uncompiled,
 )
 from lorakernels.adapters.rank_slices import smaller
-from lorakernels.adapters.saved_modules import give_copies, saved_modules, state_of
+from lorakernels.adapters.saved_modules import copies_of, give_copies, state_of
+from lorakernels.adapters.switch import refuse_merged, set_adapter
 from lorakernels.config import LoRAConfig
 from lorakernels.files.hub import local_folder
 from lorakernels.files.peft import read_peft, with_ranks, write_peft
@@ -48,10 +48,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     config = config_of(model, adapter_name)
     refuse_changed_base(model, but_by=adapter_name)
     others = _saved_biases(model, config, adapter_name)
-    for path, wrapper in saved_modules(model).items():
-        if adapter_name in wrapper.modules_to_save:
-            state = state_of(wrapper.modules_to_save[adapter_name])
-            others |= {f"{path}.{name}": tensor for name, tensor in state.items()}
+    for path, copy in copies_of(model, adapter_name).items():
+        others |= {f"{path}.{name}": tensor for name, tensor in state_of(copy).items()}
     updates: dict[str, Tensors] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -114,7 +112,6 @@ def load_adapter(
     contents = bind(model, read_peft(local_folder(folder, hub, revision)))
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
-    refuse_meta(contents)
     _refuse_8_bits(contents)
     earlier = adapters_in(model)
 
@@ -129,7 +126,7 @@ def load_adapter(
             module.r[adapter_name] = update.r  # a hot swap may have left a smaller one
             module.configure(adapter_name, update.alpha, config.lora_dropout, config.use_rslora)
             _set_weights(module, adapter_name, update.tensors)
-        new = [contents.modules[path] for path in contents.whole if path not in _with_copy(model, adapter_name)]
+        new = [contents.modules[path] for path in contents.whole.keys() - copies_of(model, adapter_name)]
         made |= give_copies(new, adapter_name)
         replace_modules(model, made)
         if not earlier:
@@ -137,20 +134,16 @@ def load_adapter(
         else:
             for parameter in beside:
                 parameter.requires_grad_(True)
-        _activate_only(model, adapter_name, trainable)
+        set_adapter(model, adapter_name)
+        if not trainable:
+            for parameter in adapter_parameters(model, adapter_name):
+                parameter.requires_grad_(False)
     copy_whole(model, adapter_name, contents)
     with torch.no_grad():
         for bias, value in contents.biases:
             bias.copy_(value)
-    set_config(model, adapter_name, contents, [])
+    remember(model, adapter_name, config)
     return compiled
-
-
-def set_config(model: nn.Module, adapter_name: str, contents: Contents, unused: list[str]) -> None:
-    """Remember what an adapter's files say, and which of its layers in the model they do not have."""
-    config = dataclasses.replace(contents.config, target_modules=sorted(contents.layers))
-    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
-    model._lora_unused = {**getattr(model, "_lora_unused", {}), adapter_name: unused}  # type: ignore[assignment]
 
 
 def _plain(layer: LoRALayer, name: str) -> tuple[dict[str, torch.Tensor], int, float]:
@@ -179,43 +172,27 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
     }
 
 
-def _with_copy(model: nn.Module, adapter_name: str) -> set[str]:
-    return {path for path, wrapper in saved_modules(model).items() if adapter_name in wrapper.modules_to_save}
-
-
 def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents) -> None:
     """A name that is taken must mean the same layers, ranks and modules, whose weights are then replaced."""
+    layers = adapted_layers(model)
     try:
         refuse_changed_base(model)
         refuse_shared_biases(model, contents.config, adapter_name)
+        refuse_merged(layers)
     except (RuntimeError, ValueError) as error:
         raise AdapterFileError(str(error)) from error
-    layers = adapted_layers(model)
-    merged = [path for path, layer in layers.items() if layer.merged]
-    if merged:
-        raise AdapterFileError(f"adapters are merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge first")
     taken = {
         layer: _shapes(layer.adapter_tensors(adapter_name)) for layer in layers.values() if adapter_name in layer.r
     }
-    copies = _with_copy(model, adapter_name)
+    copies = copies_of(model, adapter_name)
     new = {contents.modules[path]: _shapes(update.tensors) for path, update in contents.layers.items()}
-    if (taken or copies) and (taken != new or copies != contents.whole.keys()):
+    if (taken or copies) and (taken != new or copies.keys() != contents.whole.keys()):
         raise AdapterFileError(
             f"the model has an adapter {adapter_name!r} with other layers or ranks ({len(taken)} layers; the file has "
             f"{len(new)}) or modules_to_save; load it under another name, or use hotswap_adapter"
         )
     if any(isinstance(layer.scalings[adapter_name], torch.Tensor) for layer in taken):
         raise AdapterFileError(f"adapter {adapter_name!r} is prepared for hot swaps; use hotswap_adapter")
-
-
-def refuse_meta(contents: Contents) -> None:
-    """Nothing can be put into tensors without values, and what is loaded later would start anew."""
-    for path in [*contents.layers, *contents.whole]:
-        for name, tensor in contents.modules[path].named_parameters():
-            if tensor.device.type == "meta":
-                raise AdapterFileError(
-                    f"{path}.{name} is on the meta device and has no values; put them into the model first"
-                )
 
 
 def _refuse_8_bits(contents: Contents) -> None:
@@ -246,17 +223,7 @@ def _set_weights(layer: LoRALayer, adapter_name: str, tensors: Tensors) -> None:
 @torch.no_grad()
 def copy_whole(model: nn.Module, adapter_name: str, contents: Contents) -> None:
     """Put a file's whole modules into an adapter's copies, in place and in their dtype."""
-    wrappers = saved_modules(model)
+    copies = copies_of(model, adapter_name)
     for path, tensors in contents.whole.items():
-        for name, own in state_of(wrappers[path].modules_to_save[adapter_name]).items():
+        for name, own in state_of(copies[path]).items():
             own.copy_(tensors[name])
-
-
-def _activate_only(model: nn.Module, adapter_name: str, trainable: bool) -> None:
-    for layer in adapted_layers(model).values():
-        layer.set_adapter([adapter_name] if adapter_name in layer.r else [])
-    for wrapper in saved_modules(model).values():
-        wrapper.set_adapter([adapter_name])
-    if not trainable:
-        for parameter in adapter_parameters(model, adapter_name):
-            parameter.requires_grad_(False)

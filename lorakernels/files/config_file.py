@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lorakernels.config import LoRAConfig, check_modules
 from lorakernels.files.reading import AdapterFileError
 
-HANDLED = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "bias",
-    "use_rslora",
-    "init_lora_weights",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-)
+HANDLED = tuple(field.name for field in dataclasses.fields(LoRAConfig))
 # Fields that say where an adapter comes from or how it was started or placed, not what it computes; and the layout of
 # the base weight, of which whoever uses the adapter asks.
 WITHOUT_EFFECT = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "loftq_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode"),
+    *("layers_pattern", "layers_to_transform", "loftq_config", "megatron_config", "megatron_core", "peft_version"),
+    *("qalora_group_size", "revision", "runtime_config", "task_type"),
 )
 
 
@@ -94,13 +66,8 @@ def check_start(fields: Mapping[str, Any], source: str) -> None:
 
 def fields_of(config: LoRAConfig) -> dict[str, Any]:
     """`config` as PEFT's fields, the patterns in their own order: the first that matches counts."""
-    fields: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": None,
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-    }
+    fields: dict[str, Any] = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None}
+    fields |= {"inference_mode": True, "fan_in_fan_out": False}
     for name in HANDLED:
         value = getattr(config, name)
         if isinstance(value, (set, frozenset, tuple)):
@@ -109,8 +76,3 @@ def fields_of(config: LoRAConfig) -> dict[str, Any]:
     if fields["init_lora_weights"] == "kaiming":
         fields["init_lora_weights"] = True  # PEFT's name for it
     return fields
-
-
-def write_config(path: Path, config: LoRAConfig) -> None:
-    """Write `config` as PEFT would."""
-    path.write_text(json.dumps(fields_of(config), indent=2) + "\n", encoding="utf-8")

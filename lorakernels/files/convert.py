@@ -12,7 +12,7 @@ from lorakernels.files.checkpoint import Checkpoint, new_folder
 from lorakernels.files.formats import AdapterFile, read_adapter
 from lorakernels.files.peft import with_ranks, write_peft
 from lorakernels.files.reading import AdapterFileError
-from lorakernels.files.update import Update
+from lorakernels.files.update import MAGNITUDE, Update
 
 # What sd-scripts puts before a module's name, the longer ones first.
 KOHYA_PREFIXES = ("lora_transformer", "lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lycoris")
@@ -49,7 +49,7 @@ def convert(
         updates = dict(adapter.updates)
     if checkpoint is not None:
         for path, update in updates.items():
-            _check_fits(path, update, checkpoint)
+            checkpoint.check_holds(f"{path}.weight", update.shape, "updates")
     config = _config(adapter, updates)
     with new_folder(to, sources=[Path(source)]) as folder:
         write_peft(folder, config, {path: update.tensors for path, update in updates.items()})
@@ -63,7 +63,7 @@ def _config(adapter: AdapterFile, updates: Mapping[str, Update]) -> LoRAConfig:
     (r, _), *_ = Counter(ranks.values()).most_common(1)
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     dropout = (adapter.fields.get("lora_parameters") or {}).get("dropout") or 0.0
-    use_dora = any(update.magnitude is not None for update in updates.values())
+    use_dora = any(MAGNITUDE in update.tensors for update in updates.values())
     try:
         config = LoRAConfig(r, alpha, dropout, sorted(updates), use_dora=use_dora)
     except (TypeError, ValueError) as error:
@@ -90,41 +90,22 @@ def _with_paths(adapter: AdapterFile, checkpoint: Checkpoint | None, prefix: str
             "give the model's folder as --model, whose tensor names tell which were dots"
         )
     paths = defaultdict(list)
-    for tensor in checkpoint.tensors:
-        if tensor.endswith(".weight"):
-            path = tensor.removesuffix(".weight")
-            paths[path.replace(".", "_")].append(path)
-    updates = {}
-    unknown = []
-    for name, update in adapter.updates.items():
-        if by_prefix[name] != chosen:
-            continue
-        found = paths.get(name.removeprefix(f"{chosen}_") if chosen else name, [])
+    for path in (name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")):
+        paths[path.replace(".", "_")].append(path)
+    names = [name for name, found in by_prefix.items() if found == chosen]
+    meant = {name: paths.get(name.removeprefix(f"{chosen}_") if chosen else name, []) for name in names}
+    for name, found in meant.items():
         if len(found) > 1:
             raise AdapterFileError(f"{name} can mean {' or '.join(found)} of {checkpoint.folder}; expected one module")
-        if found:
-            updates[found[0]] = update
-        else:
-            unknown.append(name)
+    unknown = [name for name in names if not meant[name]]
     if unknown:
         raise AdapterFileError(
             f"{checkpoint.folder} has no module for {len(unknown)} of {counts[chosen]} names, such as {unknown[0]}; "
             "expected the folder of the model that the adapter was trained on (a single part: unet, text_encoder, ...)"
         )
-    return updates
+    return {meant[name][0]: adapter.updates[name] for name in names}
 
 
 def _prefix_of(name: str, prefix: str | None) -> str:
     known = KOHYA_PREFIXES if prefix is None else (prefix, *KOHYA_PREFIXES)
     return next((one for one in known if name.startswith(f"{one}_")), "")
-
-
-def _check_fits(path: str, update: Update, checkpoint: Checkpoint) -> None:
-    info = checkpoint.tensors.get(f"{path}.weight")
-    if info is None:
-        raise AdapterFileError(f"{checkpoint.folder} has no tensor {path}.weight; expected the adapter's own model")
-    if info.shape != update.shape:
-        raise AdapterFileError(
-            f"{path}: the update is {list(update.shape)} and the weight in {checkpoint.folder} {list(info.shape)}; "
-            "expected the same shape"
-        )

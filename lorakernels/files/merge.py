@@ -14,7 +14,7 @@ from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, new_folder
 from lorakernels.files.config_file import check_start
 from lorakernels.files.formats import AdapterFile, read_adapter
 from lorakernels.files.reading import AdapterFileError
-from lorakernels.files.update import Update
+from lorakernels.files.update import BIAS, MAGNITUDE, Update
 
 # Their linear layers are transformers' Conv1D, whose weight is [in, out].
 CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
@@ -55,7 +55,7 @@ def merge_files(
     if read.format == "kohya":
         raise AdapterFileError(f"{adapter} is a kohya file; convert it first: lorakernels convert FILE --model DIR")
     checkpoint = Checkpoint(model)
-    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if dtype is not None and dtype not in DTYPES.values():
         raise AdapterFileError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
     check_start(read.fields, str(read.source))
     changes = _changes(read, checkpoint)
@@ -74,23 +74,21 @@ def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool 
         The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    transposed = fan_in_fan_out or update.embedding
-    A, B = update.A.to(dtype).flatten(1), update.B.to(dtype).flatten(1)
+    A, B = (factor.to(dtype).flatten(1) for factor in update.factors)
     merged = weight.to(dtype, copy=True).contiguous()
-    rows = merged.T if transposed else merged.flatten(1)
+    rows = merged.T if fan_in_fan_out or update.embedding else merged.flatten(1)
     rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
-    if update.magnitude is not None:
+    if MAGNITUDE in update.tensors:
         norm = rows.norm(dim=1)
         # A row of zeros stays one, where the formula says 0 / 0.
-        rows *= torch.where(norm == 0, 1, update.magnitude.to(dtype).flatten() / norm)[:, None]
+        rows *= torch.where(norm == 0, 1, update.tensors[MAGNITUDE].to(dtype).flatten() / norm)[:, None]
     return merged
 
 
 def _merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
     """bias + scaling · (the bias of lora_B), as `merged_weight` rounds."""
-    assert update.lora_bias is not None
     dtype = torch.promote_types(bias.dtype, torch.float32)
-    return bias.to(dtype) + update.scaling * update.lora_bias.to(dtype)
+    return bias.to(dtype) + update.scaling * update.tensors[BIAS].to(dtype)
 
 
 def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
@@ -102,30 +100,26 @@ def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
         module = rename(path)
         _check_weight(module, update, checkpoint, transposed)
         changes[f"{module}.weight"] = partial(merged_weight, update=update, fan_in_fan_out=transposed)
-        if update.lora_bias is not None:
-            bias = checkpoint.tensors.get(f"{module}.bias")
-            if bias is None or bias.shape.numel() != update.B.shape[0]:
-                raise AdapterFileError(f"{module} has no bias that takes the adapter's lora_bias; PEFT cannot merge it")
+        if BIAS in update.tensors:
+            checkpoint.check_holds(f"{module}.bias", update.tensors[BIAS].shape, "has lora_bias, which goes into")
             changes[f"{module}.bias"] = partial(_merged_bias, update=update)
     _check_tied(changes, adapter, checkpoint, rename)
     for name, value in adapter.others.items():
         target = rename(name)
-        info = checkpoint.tensors.get(target)
-        if info is None or info.shape != value.shape:
-            found = "no such tensor" if info is None else f"{list(info.shape)}"
-            raise AdapterFileError(
-                f"the adapter replaces {name} {list(value.shape)}, and {checkpoint.folder} has {found}; "
-                "expected a checkpoint that holds it (save the model with its new layers first)"
-            )
-        reason = checkpoint.quantised(target.rpartition(".")[0])
-        if reason:
-            raise AdapterFileError(f"{target} is quantised ({reason}); expected a checkpoint of floats")
+        _refuse_quantised(target.rpartition(".")[0], checkpoint)
+        info = checkpoint.check_holds(target, value.shape, "replaces")
         if value.is_floating_point() != (info.dtype in DTYPES):
             raise AdapterFileError(f"the adapter's {name} is {value.dtype}, and {checkpoint.folder} has {info.dtype}")
         if target in changes and not target.endswith(".bias"):
             raise AdapterFileError(f"the adapter both replaces and updates {name}; expected one of them")
         changes[target] = partial(_replaced, value=value, then=changes.get(target))
     return changes
+
+
+def _refuse_quantised(module: str, checkpoint: Checkpoint) -> None:
+    reason = checkpoint.quantised(module)
+    if reason:
+        raise AdapterFileError(f"{module} is quantised ({reason}); merge into the unquantised model instead")
 
 
 def _replaced(old: torch.Tensor, value: torch.Tensor, then: Change | None) -> torch.Tensor:
@@ -160,10 +154,9 @@ def _renaming(adapter: AdapterFile, checkpoint: Checkpoint) -> Callable[[str], s
         meanings = " or ".join(apply(way, paths[0]) for way in placed[:4])
         raise AdapterFileError(f"{paths[0]} can mean {meanings} of {checkpoint.folder}; expected one meaning")
     if not placed:
+        for path in paths:
+            _refuse_quantised(path, checkpoint)
         missing = [path for path in paths if f"{path}.weight" not in names]
-        quantised = next((reason for path in paths if (reason := checkpoint.quantised(path))), None)
-        if quantised:
-            raise AdapterFileError(f"{checkpoint.folder} is quantised ({quantised}); merge into the unquantised model")
         tied = " (a head tied to the embedding has no tensor of its own)" if _is_head(missing[0]) else ""
         raise AdapterFileError(
             f"{checkpoint.folder} has no weight for {len(missing)} of the adapter's {len(paths)} modules, such as "
@@ -177,17 +170,15 @@ def _is_head(path: str) -> bool:
 
 
 def _check_weight(module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool) -> None:
-    reason = checkpoint.quantised(module)
-    if reason:
-        raise AdapterFileError(f"{module} is quantised ({reason}); merge into the unquantised model instead")
+    _refuse_quantised(module, checkpoint)
     model_type = checkpoint.config.get("model_type")
-    conv1d = model_type in CONV1D_MODELS
-    if not update.embedding and not _is_head(module) and fan_in_fan_out != conv1d:
+    conv1d, head = model_type in CONV1D_MODELS, _is_head(module)
+    if not update.embedding and not head and fan_in_fan_out != conv1d:
         raise AdapterFileError(
             f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type={model_type!r}, whose "
             f"weights are {'[in, out]' if conv1d else 'taken for [out, in]'}; expected both to agree"
         )
-    if fan_in_fan_out and (update.embedding or _is_head(module)):
+    if fan_in_fan_out and (update.embedding or head):
         raise AdapterFileError(f"{module} is not [in, out] as fan_in_fan_out=True says; merge this one with PEFT")
     if update.groups > 1:
         raise AdapterFileError(
@@ -195,12 +186,7 @@ def _check_weight(module: str, update: Update, checkpoint: Checkpoint, fan_in_fa
             "no weight of the layer does that; keep the adapter unmerged"
         )
     shape = update.shape[::-1] if fan_in_fan_out else update.shape
-    found = checkpoint.tensors[f"{module}.weight"].shape
-    if found != shape:
-        raise AdapterFileError(
-            f"{module}: the update is {list(shape)} and the weight {list(found)}; "
-            "expected the model that the adapter was trained on"
-        )
+    checkpoint.check_holds(f"{module}.weight", shape, "updates")
 
 
 def _check_tied(changes: Changes, adapter: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from lorakernels.config import LoRAConfig, scaling_of
-from lorakernels.files.config_file import config_from_fields, write_config
+from lorakernels.files.config_file import config_from_fields, fields_of
 from lorakernels.files.patterns import by_pattern
-from lorakernels.files.reading import AdapterFileError, Tensors, check_finite, read_json, read_tensors
+from lorakernels.files.reading import AdapterFileError, Tensors, check_finite, read_json, read_tensors, write_json
 from lorakernels.files.update import (
     BIAS,
     CONFIG_FILE,
@@ -68,22 +68,33 @@ def read_peft(folder: Path) -> PeftFile:
     """The adapter in a folder; raises AdapterFileError, with what is there, where a file is missing or broken."""
     if not folder.is_dir():
         raise AdapterFileError(f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    fields = read_json(folder / CONFIG_FILE)
-    config = config_from_fields(fields, str(folder / CONFIG_FILE))
-    return sorted_out(fields, config, read_tensors(folder / WEIGHTS_FILE)[0], str(folder / WEIGHTS_FILE))
+    return parse(read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)[0], str(folder))
 
 
-def sorted_out(fields: Mapping[str, Any], config: LoRAConfig, tensors: Tensors, source: str) -> PeftFile:
-    """Tensors by PEFT's keys, those of adapted modules apart."""
+def parse(fields: Mapping[str, Any], tensors: Tensors, source: str) -> PeftFile:
+    """A configuration's fields, and tensors by PEFT's keys."""
+    config = config_from_fields(fields, source)
     layers: dict[str, Tensors] = {}
     others: Tensors = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
-        if match is None or _is_saved(f"{match['path']}.", config):
-            others[key] = tensor
-        else:
+        if match is not None and not _is_saved(f"{match['path']}.", config):
             layers.setdefault(match["path"], {})[match["suffix"]] = tensor
+        elif not _is_repeated(key, tensors):
+            others[key] = tensor
     return PeftFile(source, fields, config, layers, others)
+
+
+def _is_repeated(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a key is one of those that bias="all" adds for the biases inside modules_to_save.
+
+    They are the untrained original's, and the trained ones again, under the wrapper's names for them.
+    """
+    if ".original_module." in key:
+        return True
+    module, inside, name = key.partition(".modules_to_save.")
+    plain = (f"{module}.{name}", f"{module}.{name.partition('.')[2]}")  # the second: after the adapter's name
+    return bool(inside) and any(other in tensors and torch.equal(tensors[other], tensors[key]) for other in plain)
 
 
 def _is_saved(name: str, config: LoRAConfig) -> bool:
@@ -135,24 +146,11 @@ def replaced_tensors(file: PeftFile) -> Tensors:
         with_embeddings = name.endswith(".weight") and name.split(".")[-2] in _SAVED_WITH_EMBEDDINGS
         if not key.startswith(PREFIX) or not (biases or with_embeddings or _is_saved(name, file.config)):
             raise unknown_key(file.source, key, f"{PREFIX}<module>.lora_A.weight or .lora_B.weight")
-        if not _is_repeated(key, file.others):
-            name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-            replaced[name] = tensor
-            if tensor.is_floating_point():  # BatchNorm counts its batches in int64
-                check_finite(name, tensor)
+        name = name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        replaced[name] = tensor
+        if tensor.is_floating_point():  # BatchNorm counts its batches in int64
+            check_finite(name, tensor)
     return replaced
-
-
-def _is_repeated(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a key is one of those that bias="all" adds for the biases inside modules_to_save.
-
-    They are the untrained original's, and the trained ones again, under the wrapper's names for them.
-    """
-    if ".original_module." in key:
-        return True
-    module, inside, name = key.partition(".modules_to_save.")
-    plain = (f"{module}.{name}", f"{module}.{name.partition('.')[2]}")  # the second: after the adapter's name
-    return bool(inside) and any(other in tensors and torch.equal(tensors[other], tensors[key]) for other in plain)
 
 
 def unknown_key(source: Path | str, key: str, expected: str) -> AdapterFileError:
@@ -192,7 +190,7 @@ def write_peft(folder: Path, config: LoRAConfig, updates: Mapping[str, Tensors],
     weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
-        write_config(fields, config)
+        write_json(fields, fields_of(config))
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(fields, folder / CONFIG_FILE)
     except BaseException:  # a full disk, an interrupt

@@ -42,6 +42,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
     """A safetensors file; what goes wrong in it, in the body too, is an AdapterFileError."""

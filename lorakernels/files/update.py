@@ -22,9 +22,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Update:
     """The update of one module's weight: scaling · B A.
 
-    `tensors` is by PEFT's names. A is [r, K] and B [N, r] (linear), [r, K, *kernel] and [N, r / groups, 1, ...]
-    (convolution), or [r, vocabulary] and [width, r] (`embedding`, whose weight [vocabulary, width] gets the transpose).
-    `magnitude` is DoRA's length of every row, `lora_bias` PEFT's bias beside lora_B.
+    `tensors` is by PEFT's names, A and B first. They are [r, K] and [N, r] (linear), [r, K, *kernel] and
+    [N, r / groups, 1, ...] (convolution), or [r, vocabulary] and [width, r] (`embedding`, whose weight
+    [vocabulary, width] gets the transpose). Beside them DoRA's magnitude, a length for every row, or a bias of lora_B.
     """
 
     tensors: Tensors
@@ -36,34 +36,25 @@ class Update:
         return EMBEDDING[0] in self.tensors
 
     @property
-    def A(self) -> torch.Tensor:
-        return self.tensors[(EMBEDDING if self.embedding else LINEAR)[0]]
-
-    @property
-    def B(self) -> torch.Tensor:
-        return self.tensors[(EMBEDDING if self.embedding else LINEAR)[1]]
-
-    @property
-    def magnitude(self) -> torch.Tensor | None:
-        return self.tensors.get(MAGNITUDE)
-
-    @property
-    def lora_bias(self) -> torch.Tensor | None:
-        return self.tensors.get(BIAS)
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B."""
+        A, B, *_ = self.tensors.values()
+        return A, B
 
     @property
     def r(self) -> int:
-        return self.A.shape[0]
+        return self.factors[0].shape[0]
 
     @property
     def groups(self) -> int:
         """Of a convolution: A reads all channels, and each group of B's rows a part of A's outputs."""
-        return self.A.shape[0] // self.B.shape[1]
+        return self.r // self.factors[1].shape[1]
 
     @property
     def shape(self) -> torch.Size:
         """The weight's, [N, K, *kernel]; an embedding's [vocabulary, width]."""
-        shape = torch.Size((self.B.shape[0], *self.A.shape[1:]))
+        A, B = self.factors
+        shape = torch.Size((B.shape[0], *A.shape[1:]))
         return shape[::-1] if self.embedding else shape
 
 

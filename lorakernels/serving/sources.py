@@ -15,8 +15,8 @@ from torch import nn
 
 from lorakernels.adapters.bind import Contents, bind
 from lorakernels.config import LoRAConfig
-from lorakernels.files.config_file import config_from_fields, fields_of
-from lorakernels.files.peft import WEIGHTS_FILE, read_peft, sorted_out
+from lorakernels.files.config_file import fields_of
+from lorakernels.files.peft import WEIGHTS_FILE, parse, read_peft
 from lorakernels.files.reading import AdapterFileError
 from lorakernels.files.update import CONFIG_FILE
 from lorakernels.serving.errors import CapacityError
@@ -76,8 +76,7 @@ def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | N
         folder = name
     if "\0" in os.fspath(folder):
         raise AdapterFileError(f"folder {os.fspath(folder)!r} has a NUL in it")
-    path = Path(folder) if root is None else root / folder
-    path = path.resolve()
+    path = (Path(folder) if root is None else root / folder).resolve()
     _check_inside(path, root)
     return Source(path, root, _stamps(path))
 
@@ -85,7 +84,7 @@ def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | N
 def read_source(model: nn.Module, source: Source) -> Contents:
     """What the files hold, checked against `model`; the same at every reading, or AdapterFileError."""
     _check_inside(source.folder, source.root)
-    contents = bind(plain_copy(model, {}), read_peft(source.folder))
+    contents = bind(model, read_peft(source.folder), BASES)
     if _stamps(source.folder) != source.stamps:
         raise AdapterFileError(
             f"the files in {source.folder} have changed since the adapter was loaded; replace(name, folder) takes the "
@@ -96,10 +95,8 @@ def read_source(model: nn.Module, source: Source) -> Contents:
 
 def read_tensors(model: nn.Module, config: LoRAConfig, tensors: Tensors) -> Contents:
     """An adapter that is in memory, by the keys of PEFT's files, checked as they are."""
-    fields = fields_of(config)
     given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    file = sorted_out(fields, config_from_fields(fields, "the configuration"), given, "the adapter")
-    return bind(plain_copy(model, {}), file)
+    return bind(model, parse(fields_of(config), given, "the adapter"), BASES)
 
 
 def _check_inside(folder: Path, root: Path | None) -> None:
@@ -118,16 +115,6 @@ def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
         except OSError:  # the reader says it better
             stamps.append(None)
     return tuple(stamps)
-
-
-def plain_copy(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The tree of modules as it is without a store, around the same parameters: what readers of files know."""
-    if module not in made:
-        kind = BASES.get(type(module), type(module))
-        made[module] = copy = object.__new__(kind)
-        children = {name: child and plain_copy(child, made) for name, child in module._modules.items()}
-        copy.__dict__ = {**module.__dict__, "_modules": children}
-    return made[module]
 
 
 # ------------------------------------------------------------------------------------------- packing
@@ -227,13 +214,13 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
     """
     rows = {pages: pages.host_rows(part.rank) for pages, part in parts.items()}
     for path, update in contents.layers.items():
-        site, B = sites[path], update.B
+        site, (A, B) = sites[path], update.factors
         of_class = parts[site.pages].scaling
         if update.scaling != of_class:
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * (update.scaling / of_class)
         own = rows[site.pages][: update.r]
         spans = own[:, site.begin_A :][:, : site.K], own[:, site.begin_B :][:, : site.N]
-        for span, factor in zip(spans, (update.A, B.T), strict=True):
+        for span, factor in zip(spans, (A, B.T), strict=True):
             span.copy_(factor)
         # Of the class's row no more than was written: with every layer's, the whole would be read once for each.
         if not all(math.isfinite(span.abs().amax().item()) for span in spans):
