@@ -46,9 +46,8 @@ def prepare_for_hotswap(model: nn.Module, max_rank: int, adapter_name: str = DEF
         # Raises where a layer cannot have such a rank.
         type(layer).adapter_shapes(layer.base_layer, max_rank, layer.use_dora[adapter_name])
         if _room(layer, adapter_name) > max_rank:
-            raise ValueError(
-                f"adapter {adapter_name!r} has rank {_room(layer, adapter_name)}, more than max_rank={max_rank}"
-            )
+            rank = _room(layer, adapter_name)
+            raise ValueError(f"adapter {adapter_name!r} has rank {rank}, more than max_rank={max_rank}")
     padded = [(parameter, value) for layer in owners for parameter, value in _padded(layer, adapter_name, max_rank)]
     for parameter, value in padded:
         parameter.data = value

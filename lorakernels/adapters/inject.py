@@ -217,9 +217,8 @@ def refuse_tied(model: nn.Module, weights: Iterable[torch.Tensor], what: str) ->
     for weight in weights:
         names = owners.get(id(weight), [])
         if len(names) > 1:
-            raise ValueError(
-                f"{' and '.join(map(repr, names))} share one weight, so {what} would change both; untie them"
-            )
+            both = " and ".join(map(repr, names))
+            raise ValueError(f"{both} share one weight, so {what} would change both; untie them")
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -136,9 +136,7 @@ def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Ite
     if any(out == source.resolve() for source in sources):
         raise AdapterFileError(f"{out} is what is read; expected another folder to write to")
     if out == Path.cwd():
-        raise AdapterFileError(
-            f"{out} is the current folder, which cannot be replaced; expected a new one, by its name"
-        )
+        raise AdapterFileError(f"{out} is the current folder, which cannot be replaced; expected a new one")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise AdapterFileError(f"{out} exists and is not an empty folder; expected a new one, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +200,7 @@ def _write_shard(checkpoint: Checkpoint, shard: str, folder: Path, changes: Chan
     for name in sorted(infos, key=lambda name: (-_BYTES.get(stored[name], 1), name)):  # keeps every tensor aligned
         begin, end = end, end + infos[name].shape.numel() * _BYTES.get(stored[name], 1)
         header[name] = {"dtype": stored[name], "shape": list(infos[name].shape), "data_offsets": [begin, end]}
+    # Not open_weights: what goes wrong in writing is no fault of the file that is read.
     with safe_open(checkpoint.folder / shard, framework="pt") as source, open(folder / shard, "wb") as file:
         metadata = {"__metadata__": source.metadata() or {"format": "pt"}}
         encoded = json.dumps(metadata | header, separators=(",", ":")).encode()
@@ -214,10 +213,7 @@ def _write_shard(checkpoint: Checkpoint, shard: str, folder: Path, changes: Chan
             if stored[name] in DTYPES:
                 tensor = tensor.to(DTYPES[stored[name]])
                 if (name in changes or to) and not _all_finite(tensor):
-                    raise AdapterFileError(
-                        f"{name} would not be finite in {tensor.dtype}; expected finite weights "
-                        "(a wider --dtype holds larger numbers)"
-                    )
+                    raise AdapterFileError(f"{name} would not be finite in {tensor.dtype}; expected a wider --dtype")
             if tensor.numel():
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if file.tell() != 8 + len(encoded) + end:

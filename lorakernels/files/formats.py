@@ -147,13 +147,9 @@ def _read_mlx(folder: Path) -> AdapterFile:
         check_pair(path, found, ("lora_a", "lora_b"), transposed=True)
         a, b, m = found["lora_a"], found["lora_b"], found.get("m")
         if a.shape[1] != rank or isinstance(rank, bool):
-            raise AdapterFileError(
-                f"{path}.lora_a is {list(a.shape)}, and lora_parameters.rank is {rank!r}; expected [K, rank]"
-            )
+            raise AdapterFileError(f"{path}.lora_a is {list(a.shape)}, and rank is {rank!r}; expected [K, rank]")
         if path.rpartition(".")[2] in _EMBEDDINGS:
-            raise AdapterFileError(
-                f"{path} is an embedding, whose mlx-lm form is not supported; expected linear layers"
-            )
+            raise AdapterFileError(f"{path} is an embedding, whose mlx-lm form is not read; expected linear layers")
         if (m is not None) != (kind == "dora"):
             has = "lacks" if m is None else "has"
             raise AdapterFileError(f"{path} {has} DoRA's m, and fine_tune_type is {kind!r}; expected both or neither")

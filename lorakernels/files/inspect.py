@@ -161,9 +161,7 @@ def plot_spectra(report: AdapterReport, file: str | os.PathLike[str]) -> Path:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'a plot needs matplotlib, which is not installed; pip install "lorakernels[demo]"'
-        ) from error
+        raise ModuleNotFoundError('a plot needs matplotlib: pip install "lorakernels[demo]"') from error
 
     kinds: dict[str, list[UpdateReport]] = defaultdict(list)
     for row in report.updates:

@@ -28,9 +28,8 @@ def by_pattern(names: Iterable[str], patterns: Mapping[str, T], otherwise: T) ->
     """
     names = list(names)
     if len(names) * len(patterns) > MAX_MATCHES:
-        raise ValueError(
-            f"{len(patterns):,} patterns for {len(names):,} modules; expected at most {MAX_MATCHES:,} pairs"
-        )
+        most = f"expected at most {MAX_MATCHES:,} pairs"
+        raise ValueError(f"{len(patterns):,} patterns for {len(names):,} modules; {most}")
     compiled = [(_compiled(rf"(.*\.)?({pattern})"), value) for pattern, value in patterns.items()]
     end, values = time.monotonic() + SECONDS_FOR_ALL, {}
     for name in names:
@@ -51,7 +50,5 @@ def _means(pattern: regex.Pattern[str], name: str) -> bool:
     try:
         return pattern.fullmatch(name, timeout=SECONDS_A_MATCH) is not None
     except TimeoutError as error:
-        raise ValueError(
-            f"{pattern.pattern!r} takes too long: it took over {SECONDS_A_MATCH} s on {name!r}; expected a simpler "
-            "pattern"
-        ) from error
+        seconds = f"it took over {SECONDS_A_MATCH} s on {name!r}"
+        raise ValueError(f"{pattern.pattern!r} takes too long: {seconds}; expected a simpler pattern") from error

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,11 @@ from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.files.config_file import config_from_fields, fields_of
 from lorakernels.files.patterns import by_pattern
 from lorakernels.files.reading import AdapterFileError, Tensors, check_finite, read_json, read_tensors, write_json
-from lorakernels.files.update import (
-    BIAS,
-    CONFIG_FILE,
-    EMBEDDING,
-    LINEAR,
-    MAGNITUDE,
-    Shapes,
-    Update,
-    check_tensors,
-    own_shapes,
-)
+from lorakernels.files.update import CONFIG_FILE, MAGNITUDE, SUFFIXES, Shapes, Update, check_tensors, own_shapes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_SUFFIXES = (*LINEAR, BIAS, *EMBEDDING, MAGNITUDE)
-_KEY = re.compile(rf"(?P<path>.+)\.(?P<suffix>{'|'.join(map(re.escape, _SUFFIXES))})(?:(?<={MAGNITUDE})\.weight)?")
+_KEY = re.compile(rf"(?P<path>.+)\.(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})(?:(?<={MAGNITUDE})\.weight)?")
 # What an adapted or a saved module has inside, where the plain model has nothing.
 _INSIDE = re.compile(r"\.(base_layer|original_module)(?=\.)")
 _SAVED_WITH_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT saves these whole where the vocabulary has grown
@@ -176,7 +164,7 @@ def with_ranks(config: LoRAConfig, ranks: Mapping[str, int], alphas: Mapping[str
         else:
             # From the start of the name: a bare name would mean every module that ends in it.
             fields[many] = {f"^{re.escape(path)}": value for path, value in wrong.items()} | dict(pattern)
-    return dataclasses.replace(config, **fields)
+    return replace(config, **fields)
 
 
 def write_peft(folder: Path, config: LoRAConfig, updates: Mapping[str, Tensors], others: Tensors | None = None) -> None:

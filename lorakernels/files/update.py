@@ -14,6 +14,7 @@ CONFIG_FILE = "adapter_config.json"
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 BIAS, MAGNITUDE = "lora_B.bias", "lora_magnitude_vector"
+SUFFIXES = (*LINEAR, BIAS, *EMBEDDING, MAGNITUDE)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -103,7 +104,6 @@ def check_tensors(path: str, tensors: Tensors, shapes: Shapes, kind: str, r: int
             raise AdapterFileError(f"{path}.{name} is {tensor.dtype}; expected a float dtype")
         if tuple(tensor.shape) != shape:
             hint = " (transposed?)" if tuple(tensor.shape) == shape[::-1] else ""
-            raise AdapterFileError(
-                f"{path}.{name} is {list(tensor.shape)}; expected {list(shape)}, as {CONFIG_FILE} says r={r}{hint}"
-            )
+            expected = f"expected {list(shape)}, as {CONFIG_FILE} says r={r}{hint}"
+            raise AdapterFileError(f"{path}.{name} is {list(tensor.shape)}; {expected}")
         check_finite(f"{path}.{name}", tensor)

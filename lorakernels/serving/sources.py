@@ -37,9 +37,7 @@ def check_name(name: Any) -> None:
     """Raise ValueError unless a name could be a folder's: text, not empty, no separators, not "." or ".."."""
     bad = not isinstance(name, str) or not name.strip() or name in (".", "..") or any(c in "/\\" for c in name)
     if bad or any(ord(c) < 32 for c in name):
-        raise ValueError(
-            f"adapter name {name!r}: expected text without slashes and control characters, not '.' or '..'"
-        )
+        raise ValueError(f"adapter name {name!r}: expected text without slashes and control characters, not '.', '..'")
 
 
 def check_given(given: Any) -> None:
@@ -86,10 +84,8 @@ def read_source(model: nn.Module, source: Source) -> Contents:
     _check_inside(source.folder, source.root)
     contents = bind(model, read_peft(source.folder), BASES)
     if _stamps(source.folder) != source.stamps:
-        raise AdapterFileError(
-            f"the files in {source.folder} have changed since the adapter was loaded; replace(name, folder) takes the "
-            "new ones"
-        )
+        mend = "replace(name, folder) takes the new ones"
+        raise AdapterFileError(f"the files in {source.folder} have changed since the adapter was loaded; {mend}")
     return contents
 
 
@@ -142,22 +138,21 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
     fields = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
     for field, off in fields.items():
         if getattr(config, field) not in (off, [], ()):
-            raise AdapterFileError(
-                f"{field}={getattr(config, field)!r} is not served in a mixed batch; expected {off!r}. load_adapter "
-                "runs such an adapter alone, on another copy of the model"
-            )
+            mend = "load_adapter runs such an adapter alone, on another copy of the model"
+            raise AdapterFileError(f"{field}={getattr(config, field)!r} is not served; expected {off!r}: {mend}")
     largest: dict[PageClass, tuple[int, float]] = {}
     taken: dict[Site, str] = {}
     for path, update in contents.layers.items():
-        site = _served_site(path, model, sites)
+        reason = _why_not_served(path, model, sites.get(path))
+        if reason:
+            raise AdapterFileError(f"module {path!r} {reason}")
+        site = sites[path]
         if site in taken:
             raise AdapterFileError(f"{taken[site]!r} and {path!r} are one module; expected one of them in the file")
         taken[site] = path
         rank, scaling = update.r, update.scaling
         if rank > max_rank:
-            raise CapacityError(
-                f"module {path!r} has rank {rank} in the file; the store takes at most max_rank={max_rank}"
-            )
+            raise CapacityError(f"module {path!r} has rank {rank}; the store takes at most max_rank={max_rank}")
         if abs(scaling) > _FLOAT32_MAX:
             raise AdapterFileError(f"module {path!r} has scaling {scaling}; expected one that float32 can hold")
         most, scale = largest.get(site.pages, (0, 0.0))
@@ -175,35 +170,29 @@ def _of_plan(scaling: float, dtype: torch.dtype) -> float:
     return torch.tensor(scaling, dtype=torch.float32, device="cpu").item() or 1.0
 
 
-def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site:
-    module, site = model.get_submodule(path), sites.get(path)
+def _why_not_served(path: str, model: nn.Module, site: Site | None) -> str:
+    """What speaks against serving a module that an adapter reaches; nothing where it can be served."""
+    module: Any = model.get_submodule(path)
+    parent, weight, other = model.get_submodule(path.rpartition(".")[0]), module.weight, served_by(module)
     if site is None or site.module is not module:
-        raise AdapterFileError(
-            f"module {path!r} is a {type(module).__qualname__}; a store serves what was exactly torch.nn.Linear or "
-            "torch.nn.Embedding in the model when the store was made"
+        return (
+            f"is a {type(module).__qualname__}; a store serves what was torch.nn.Linear or Embedding when it was made"
         )
-    other = served_by(module)
     # Of a copied model the classes are a store's, without a site.
     if BASES.get(type(module)) is not site.base or (other is not None and other.owner is not site.owner):
-        raise AdapterFileError(f"module {path!r} is served by another AdapterStore; close() that one first")
+        return "is served by another AdapterStore; close() that one first"
     if "forward" in module.__dict__:
-        raise AdapterFileError(
-            f"module {path!r} has a forward of its own (such as accelerate's hooks), which goes first"
-        )
+        return "has a forward of its own (such as accelerate's hooks), which goes first"
     if any(_EXPERT.fullmatch(part) for part in path.split(".")):
-        raise AdapterFileError(f"module {path!r} is an expert, which is sent some of the tokens; not served")
+        return "is an expert, which is sent some of the tokens; not served"
     if path.rpartition(".")[2] == _POSITIONS:
-        raise AdapterFileError(f"module {path!r} is a table of positions, which are no rows of a batch; not served")
-    parent = model.get_submodule(path.rpartition(".")[0])
+        return "is a table of positions, which are no rows of a batch; not served"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise AdapterFileError(
-            f"module {path!r} is not called by torch's fast path of TransformerEncoderLayer, which would leave the "
-            "adapter out; call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-    weight: Any = module.weight
+        mend = "call torch.backends.mha.set_fastpath_enabled(False) first"
+        return f"is not called by the fast path of TransformerEncoderLayer, which leaves the adapter out; {mend}"
     if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
-        raise AdapterFileError(f"the weight of {path!r} is a {type(weight).__qualname__}, {weight.dtype}; not served")
-    return site
+        return f"has a weight that is a {type(weight).__qualname__}, {weight.dtype}; not served"
+    return ""
 
 
 def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
@@ -224,9 +213,7 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
             span.copy_(factor)
         # Of the class's row no more than was written: with every layer's, the whole would be read once for each.
         if not all(math.isfinite(span.abs().amax().item()) for span in spans):
-            raise AdapterFileError(
-                f"the adapter of {path!r} has numbers that {own.dtype}, the model's dtype, cannot hold"
-            )
+            raise AdapterFileError(f"the adapter of {path!r} has numbers that the model's {own.dtype} cannot hold")
     return rows
 
 
