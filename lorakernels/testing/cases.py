@@ -82,6 +82,19 @@ LINEAR_CASES = (
     LinearCase("row_scale_zero_tokens", tokens=(2, 0), row_scale=True),
 )
 
+# For compiled kernels: large enough for TMA, wgmma and every program of a device. Odd ones have edges in every tile.
+LARGE_CASES = (
+    LinearCase("headline", tokens=(8192,), K=4096, N=4096, r=16, bias=False),
+    LinearCase("headline_dropout", tokens=(8192,), K=4096, N=4096, r=16, dropout_p=0.1, adapter_dtype=torch.float32),
+    LinearCase("edges", tokens=(8200,), K=4112, N=4104, r=17),
+    LinearCase("edges_dora_dropout", tokens=(2056,), K=1040, N=2056, r=16, row_scale=True, dropout_p=0.1),
+    LinearCase("edges_transposed", tokens=(2056,), K=2064, N=2056, r=16, layout="transposed"),
+    LinearCase("no_descriptors", tokens=(1031,), K=1021, N=1019, r=8, dropout_p=0.1),
+    LinearCase("wide_rank", tokens=(2048,), K=2048, N=1024, r=200),
+    LinearCase("few_tokens", tokens=(64,), K=4096, N=4096, r=16),
+    LinearCase("few_tokens_dropout", tokens=(250,), K=4096, N=2048, r=33, dropout_p=0.1),
+)
+
 # Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
 _HUGE = 1 << 30
 
@@ -139,9 +152,11 @@ def _laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "expanded" and plain.dim() == 3:
         return guarded(plain[:1].expand_as(plain))
     if layout == "huge_strides" and plain.dim() == 2 and plain.dtype is torch.float16:
-        # Sparse in memory: the pages between the rows are reserved and never touched.
-        storage = torch.UntypedStorage(plain.element_size() * (_HUGE * (plain.shape[0] - 1) + plain.shape[1]))
-        spread = torch.empty(0, dtype=plain.dtype).set_(storage, 0, plain.shape, (_HUGE, 1))
+        # Sparse in memory: the pages between the rows are reserved and never touched; on a GPU they are there.
+        storage = torch.UntypedStorage(
+            plain.element_size() * (_HUGE * (plain.shape[0] - 1) + plain.shape[1]), device=plain.device
+        )
+        spread = torch.empty(0, dtype=plain.dtype, device=plain.device).set_(storage, 0, plain.shape, (_HUGE, 1))
         return spread.copy_(plain)
     return guarded(plain)
 

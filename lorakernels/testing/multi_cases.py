@@ -75,6 +75,16 @@ MULTI_CASES = (
     MultiCase("dropout_pages", K=21, dropout_p=0.5, paged=True, batch="grouped"),
 )
 
+_QKV = {"K": 4096, "Ns": (4096, 1024, 1024), "R": 16}
+# For compiled kernels, as LARGE_CASES of one linear: decode with an adapter a token and with shared ones, prefill.
+LARGE_MULTI_CASES = (
+    MultiCase("decode_64", T=64, ranks=(16,) * 64, batch="each_its_own", paged=True, **_QKV),
+    MultiCase("decode_64_stacks", T=64, ranks=(16,) * 64, batch="each_its_own", **_QKV),
+    MultiCase("decode_8", T=64, ranks=(16, 8, 4, 16, 16, 3, 16, 1), batch="in_turn", paged=True, **_QKV),
+    MultiCase("prefill", T=1100, ranks=(16, 8, 0, 16), batch="in_order", **_QKV),
+    MultiCase("train_dropout", T=600, ranks=(16, 8, 0, 16), K=1040, Ns=(2056,), R=16, dropout_p=0.1),
+)
+
 # Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
 _HUGE = 1 << 30
 
@@ -196,10 +206,10 @@ def _laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
         stack[:, 0, : plain.shape[1], : plain.shape[2]] = plain
         return stack[:, :, : plain.shape[1], : plain.shape[2]]
     if layout == "huge_strides" and plain.dtype is torch.float16:
-        # Sparse in memory: the pages between the slots are reserved and never touched.
+        # Sparse in memory: the pages between the slots are reserved and never touched; on a GPU they are there.
         S, rows, cols = plain.shape
-        storage = torch.UntypedStorage(plain.element_size() * (_HUGE * (S - 1) + rows * cols))
-        spread = torch.empty(0, dtype=plain.dtype).set_(storage, 0, plain.shape, (_HUGE, cols, 1))
+        storage = torch.UntypedStorage(plain.element_size() * (_HUGE * (S - 1) + rows * cols), device=plain.device)
+        spread = torch.empty(0, dtype=plain.dtype, device=plain.device).set_(storage, 0, plain.shape, (_HUGE, cols, 1))
         return spread.copy_(plain)
     return guarded(plain)
 
