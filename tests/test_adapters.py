@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -635,7 +636,19 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({"never": "read"}))
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    """Whoever opens it to read waits for ever."""
+
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return replace
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pipe for the config": (pipe("adapter_config.json"), "adapter_config.json is not a regular file"),
+    "a pipe for the weights": (pipe("adapter_model.safetensors"), "adapter_model.safetensors is not a regular file"),
     "no B": (edit_tensors(lambda t: t.pop(B)), "module 'head' has no lora_B.weight"),
     "no A": (edit_tensors(lambda t: t.pop(A)), "module 'head' has no lora_A.weight"),
     "unknown key": (edit_tensors(lambda t: t.update(extra=torch.ones(2))), "unknown key 'extra'"),

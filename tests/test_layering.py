@@ -273,7 +273,7 @@ CAUGHT = [
     ("lorakernels.cli", "def f():\n    from lorakernels.testing import cases", beside),
     ("lorakernels", "from lorakernels.testing import cases", beside),
     ("lorakernels.files.peft", "from lorakernels.nn.adapt import LAYERS", ladder),
-    ("lorakernels.files.hub", "from lorakernels.adapters.load_save import load_adapter", ladder),
+    ("lorakernels.files.formats", "from lorakernels.adapters.load_save import load_adapter", ladder),
     ("lorakernels.nn.layer", "from lorakernels.files.update import MAGNITUDE", beside),
     ("lorakernels.nn.linear", "from lorakernels import lora_linear", facade),
     ("lorakernels.nn.linear", "import lorakernels", facade),

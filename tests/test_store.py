@@ -943,7 +943,7 @@ BAD_SOURCES: list[tuple[Any, type[Exception], str]] = [
     ((lk.LoRAConfig(), [1]), TypeError, r"is \(LoRAConfig, list\)"),
     ((lk.LoRAConfig(), {key: t.numpy() for key, t in NUMBERS.items()}), TypeError, "up.lora_A.weight' is a ndarray"),
     ((lk.LoRAConfig(), {key: t.to("meta") for key, t in NUMBERS.items()}), TypeError, "on the meta device"),
-    ("/no/such/folder", lk.AdapterFileError, "is not a folder; expected one with adapter_config.json and [a-z_.]*$"),
+    ("/no/such/folder", lk.AdapterFileError, "is not a folder; expected one with adapter_config.json$"),
 ]
 
 

@@ -15,8 +15,7 @@ from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.adapters.switch import layers_with, refuse_merged
 from lorakernels.config import check_rank
-from lorakernels.files.hub import local_folder
-from lorakernels.files.peft import read_peft
+from lorakernels.files.peft import local_folder, read_peft
 from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.files.update import Update
 from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer

@@ -30,8 +30,7 @@ from lorakernels.adapters.rank_slices import smaller
 from lorakernels.adapters.saved_modules import copies_of, give_copies, state_of
 from lorakernels.adapters.switch import refuse_merged, set_adapter
 from lorakernels.config import LoRAConfig
-from lorakernels.files.hub import local_folder
-from lorakernels.files.peft import read_peft, with_ranks, write_peft
+from lorakernels.files.peft import local_folder, read_peft, with_ranks, write_peft
 from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
 
