@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ MULTI_CASES = (
     MultiCase("dropout_pages", K=21, dropout_p=0.5, paged=True, batch="grouped"),
 )
 
-_QKV = {"K": 4096, "Ns": (4096, 1024, 1024), "R": 16}
+_QKV: dict[str, Any] = {"K": 4096, "Ns": (4096, 1024, 1024), "R": 16}
 # For compiled kernels, as LARGE_CASES of one linear: decode with an adapter a token and with shared ones, prefill.
 LARGE_MULTI_CASES = (
     MultiCase("decode_64", T=64, ranks=(16,) * 64, batch="each_its_own", paged=True, **_QKV),
