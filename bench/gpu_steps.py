@@ -318,9 +318,9 @@ def counters(run: Run, seconds: float) -> None:
     ncu = shutil.which("ncu")
     if run.mode == "gpu" and not ncu:
         raise Skip("ncu is not installed")
-    own = (sys.executable, str(ROOT / "bench" / "gpu.py"), "steps", "--out", str(run.out), f"--{run.mode}")
+    own = (sys.executable, str(ROOT / "bench" / "gpu.py"), "steps", "--out", str(run.out))
     if run.mode != "gpu":
-        return run.command(*own, seconds=seconds)
+        return run.command(*own, f"--{run.mode}", seconds=seconds)
     options = (
         "--clock-control",
         "none",
@@ -333,7 +333,7 @@ def counters(run: Run, seconds: float) -> None:
         str(run.out / "ncu.csv"),
     )
     kernels = "regex:shrink|outer|linear_expand|multi_"
-    run.command(str(ncu), *options, "--kernel-name", kernels, "--launch-count", "14", *own[:-1], seconds=seconds)
+    run.command(str(ncu), *options, "--kernel-name", kernels, "--launch-count", "14", *own, seconds=seconds)
     return None
 
 

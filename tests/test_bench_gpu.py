@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
-import gpu  # noqa: E402
-import gpu_steps  # noqa: E402
+import gpu
+import gpu_steps
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not there")
 

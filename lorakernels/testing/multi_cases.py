@@ -10,6 +10,7 @@ import torch
 
 from lorakernels.plan import BatchPlan
 from lorakernels.reference import formula
+from lorakernels.testing.cases import generating
 from lorakernels.testing.guards import guarded
 
 Results = dict[str, torch.Tensor]
@@ -121,12 +122,13 @@ def make_multi_inputs(
     case: MultiCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> MultiInputs:
     """Random tensors, in memory that is NaN everywhere else; past its rank an adapter is NaN too."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, where = torch.Generator().manual_seed(seed), generating(device)
+    normal = torch.Generator(where).manual_seed(seed + 1)
     S, T, R, K = len(case.ranks), case.T, case.R, case.K
     unit = max(K, 1) ** -0.5
 
     def randn(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, of)
+        return (torch.randn(shape, generator=normal, device=where) * scale).to(device, of)
 
     slots = torch.randint(-1, S, (T,), generator=generator, dtype=torch.int32)
     if case.batch == "grouped":
