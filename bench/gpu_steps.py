@@ -116,7 +116,9 @@ def large(run: Run, seconds: float) -> None:
     os.environ["LORAKERNELS_RESULTS"] = str(run.rows_path)
     small = {"cpu": "odd_sizes and triton-few and float32"}.get(run.mode, "large")
     files = (LINEAR, GROUP, MULTI, "tests/test_on_gpu.py")
-    arguments = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, "-k", f"({small}) or on_gpu"]
+    # pytest-timeout would take the alarm that ends this step.
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0"]
+    arguments = [*options, *files, "-k", f"({small}) or on_gpu"]
     status = pytest.main([*arguments, f"--rootdir={ROOT}"])
     if status:
         raise RuntimeError(f"pytest ended with {status!r}")
