@@ -120,6 +120,8 @@ def large(run: Run, seconds: float) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0"]
     arguments = [*options, *files, "-k", f"({small}) or on_gpu"]
     status = pytest.main([*arguments, f"--rootdir={ROOT}"])
+    if status == pytest.ExitCode.INTERRUPTED:
+        raise Late  # pytest has caught it
     if status:
         raise RuntimeError(f"pytest ended with {status!r}")
 
