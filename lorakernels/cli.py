@@ -218,6 +218,29 @@ def compile_report(arguments: argparse.Namespace) -> int:
     return report.main(arguments.arch or (), arguments.kernel or (), arguments.json, arguments.jobs)
 
 
+def precompile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="FILE.tar.xz", help="the archive to write")
+    parser.add_argument("--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90 or sm_100 (%(default)s)")
+    parser.add_argument("--python", metavar="TAG", help="CPython over there, such as cp312, or a path (as here)")
+    parser.add_argument("--triton", metavar="VERSION", help="Triton over there, such as 3.6.0 (as here)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what launches the kernels (all)")
+
+
+def precompile(arguments: argparse.Namespace) -> int:
+    """compile the kernels for a GPU that is elsewhere, into an archive that its machine unpacks"""
+    import subprocess
+    from pathlib import Path
+
+    from lorakernels.tuning.precompile import precompile as fill
+
+    command = arguments.command[arguments.command[:1] == ["--"] :]
+    try:
+        found = fill(Path(arguments.out), arguments.arch, arguments.python, arguments.triton, command)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"{' '.join(map(str, error.cmd))[:200]} ended with status {error.returncode}") from None
+    return 0 if found else FAILED
+
+
 COMMANDS = (
     Command("demo", demo_arguments, demo),
     Command("doctor", doctor_arguments, doctor),
@@ -227,6 +250,7 @@ COMMANDS = (
     Command("merge", merge_arguments, merge),
     Command("tune", tune_arguments, tune),
     Command("compile-report", compile_report_arguments, compile_report),
+    Command("precompile", precompile_arguments, precompile),
 )
 
 

@@ -47,7 +47,8 @@ BESIDE: dict[str, Beside] = {
     "tuning.tuner": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli"})),
     "tuning.trial": Beside(GROUND | {"kernels", "reference"}, frozenset({"tuning.tuner", "tuning.compile_report"})),
     "tuning.compile_report": Beside(GROUND | {"kernels", "reference"}, frozenset({"cli", "tuning.tuner"})),
-    "testing": Beside(LIBRARY, frozenset({"bench"})),
+    "tuning.precompile": Beside(GROUND | {"testing"}, frozenset({"cli"})),
+    "testing": Beside(LIBRARY, frozenset({"bench", "tuning.precompile"})),
 }
 
 FACADE = "lorakernels"  # __init__.py: hands out the library's names, so it may import all of LIBRARY

@@ -187,15 +187,11 @@ def _compile_c(name: str, source: str, folder: str, library_dirs: Any, include_d
 def _fill_for(target: dict[str, str]) -> None:
     """Let what is compiled here be found by another CPython's Triton of the same version.
 
-    The key of a kernel has the hash of libtriton.so, which differs with the CPython that it was built for
-    (`libtriton`). The C launchers of Triton 3.6 are built a second time, with that CPython's headers (`include`,
-    none where there are none here, and its `suffix`), and lie beside this one's.
+    The C launchers of Triton 3.6 are built a second time, with that CPython's headers (`include`, none where there are
+    none here, and its `suffix`), and lie beside this one's.
     """
-    if "libtriton" in target:
-        own, key = hashlib.sha256(_libtriton()).hexdigest(), triton_cache.triton_key()
-        if own not in key:
-            raise backend.BackendError("Triton's key has no hash of libtriton.so: a cache for another Python needs it")
-        triton_cache.triton_key = lambda: key.replace(own, target["libtriton"])
+    key = _key(target)
+    triton_cache.triton_key = lambda: key
     if target.get("include"):
 
         def compile_twice(name: str, source: str, folder: str, *rest: Any) -> str:
@@ -213,10 +209,22 @@ def _fill_for(target: dict[str, str]) -> None:
         knobs.build.impl = compile_twice
 
 
-def _libtriton() -> bytes:
+def _key(target: dict[str, str]) -> str:
+    """Triton's own part of a kernel's key, as the CPython `target` has it.
+
+    It has the hash of libtriton.so, which alone differs with the CPython that a wheel of Triton was built for.
+    """
     import triton._C.libtriton as libtriton
 
-    return Path(libtriton.__file__).read_bytes()
+    own, key = hashlib.sha256(Path(libtriton.__file__).read_bytes()).hexdigest(), str(triton_cache.triton_key())
+    if own not in key:
+        raise backend.BackendError("Triton's key has no hash of libtriton.so: a cache for another Python needs it")
+    return key.replace(own, target.get("libtriton", own))
+
+
+def key_of_cache() -> str:
+    """A hash of what the Triton for which the cache is filled looks its kernels up by."""
+    return hashlib.sha256(_key(json.loads(os.environ.get(CACHE_FOR, "{}"))).encode()).hexdigest()
 
 
 def _platform_key() -> str:

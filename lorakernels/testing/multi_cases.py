@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lorakernels.plan import BatchPlan
 from lorakernels.reference import formula
+from lorakernels.testing.cases import generating
 from lorakernels.testing.guards import guarded
 
 Results = dict[str, torch.Tensor]
@@ -75,7 +77,7 @@ MULTI_CASES = (
     MultiCase("dropout_pages", K=21, dropout_p=0.5, paged=True, batch="grouped"),
 )
 
-_QKV = {"K": 4096, "Ns": (4096, 1024, 1024), "R": 16}
+_QKV: dict[str, Any] = {"K": 4096, "Ns": (4096, 1024, 1024), "R": 16}
 # For compiled kernels, as LARGE_CASES of one linear: decode with an adapter a token and with shared ones, prefill.
 LARGE_MULTI_CASES = (
     MultiCase("decode_64", T=64, ranks=(16,) * 64, batch="each_its_own", paged=True, **_QKV),
@@ -120,12 +122,13 @@ def make_multi_inputs(
     case: MultiCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> MultiInputs:
     """Random tensors, in memory that is NaN everywhere else; past its rank an adapter is NaN too."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, where = torch.Generator().manual_seed(seed), generating(device)
+    normal = torch.Generator(where).manual_seed(seed + 1)
     S, T, R, K = len(case.ranks), case.T, case.R, case.K
     unit = max(K, 1) ** -0.5
 
     def randn(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, of)
+        return (torch.randn(shape, generator=normal, device=where) * scale).to(device, of)
 
     slots = torch.randint(-1, S, (T,), generator=generator, dtype=torch.int32)
     if case.batch == "grouped":
