@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 from lorakernels.backend import BackendError
 from lorakernels.kernels.launch import Launch
+from lorakernels.kernels.tiles import Matrix
 from lorakernels.tuning import compile_report
 from lorakernels.tuning.compile_report import ARCHS, CompileRow
 from lorakernels.tuning.config import KernelConfig
@@ -99,6 +100,8 @@ def test_narrow_loads_of_what_is_not_aligned_are_no_fault(report: Any) -> None:
         ({"cols": (64, 128), "strides_col": (1, 1), "strides_rank": (64, 128)}, True),
         ({"cols": (64, 100)}, False),
         ({"cols": (1, 64)}, False),
+        ({"pairs": ((Matrix(None, None, 64, (64, 1)), Matrix(None, 64, 32, (1, 64))),)}, True),
+        ({"x": Matrix(None, 1, 64, (64, 1))}, False),
     ],
 )
 def test_sizes_of_several_tensors_are_aligned_if_each_is(args: dict[str, Any], aligned: bool) -> None:
