@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,12 @@ from lorakernels.nn.linear import LoRALinear
 
 
 def inject(
-    model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT, *, group: bool | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter_name: str = DEFAULT,
+    *,
+    group: bool | None = None,
+    groups: Sequence[Sequence[str]] = (),
 ) -> nn.Module:
     """Give the target layers of `model` an adapter, in place, and freeze everything else.
 
@@ -30,9 +35,10 @@ def inject(
         model: any module that holds layers that can be adapted: linear, embedding, convolution; compiled or not.
         config: which layers, and what rank and scale.
         adapter_name: the adapter's name, part of its parameters' names.
-        group: whether projections that one module calls with the same x (q, k, v; gate, up) may be computed together,
-            as `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one
-            mask for all; False, never. It holds for all adapters of these layers.
+        group: whether projections that one module calls with the same x (q, k, v; gate, up) are computed together, as
+            `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one mask
+            for all; False, never. They are found by the names that models give them. It holds for all adapters.
+        groups: further groups, each a list of names of one module's children: [["query_key", "value"]].
 
     Returns:
         `model` itself.
@@ -40,8 +46,9 @@ def inject(
     Raises:
         ValueError: nothing matches (with near names), or the name is taken or malformed, or a layer cannot have
             such an adapter; one of several adapters trains biases; PiSSA or OLoRA on a weight that is tied, computed
-            at each call, or on the meta device.
-        TypeError: a target is not a layer that can be adapted, or its weight is no plain tensor.
+            at each call, or on the meta device; no module has two adapted linear layers of the names of a group.
+        TypeError: a target is not a layer that can be adapted, or its weight is no plain tensor; `groups` is not a list
+            of lists of names.
         RuntimeError: adapters are merged, or one in the model has changed the base weights (PiSSA, OLoRA).
     """
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
@@ -62,6 +69,8 @@ def inject(
     alphas = {name: pattern_value(name, config.alpha_pattern, config.lora_alpha) for name in targets}
     for name, module in targets.items():
         _check_target(name, module, ranks[name], alphas[name], config)
+    linears = {module for module in targets.values() if isinstance(module, (nn.Linear, LoRALinear))}
+    siblings_of = siblings.find(model, lambda module: module in linears or isinstance(module, LoRALinear), groups)
     refuse_changed_base(model)
     if changes_base(config.init_lora_weights):
         start = f"init_lora_weights={config.init_lora_weights!r}"
@@ -81,9 +90,7 @@ def inject(
             # A module under two names stays one module, with one adapter.
             if module not in given:
                 init = config.init_lora_weights
-                layer = give_adapter(module, adapter_name, ranks[name], alphas[name], config, init, made)
-                if isinstance(layer, LoRALinear):
-                    siblings.switch(layer, group)
+                give_adapter(module, adapter_name, ranks[name], alphas[name], config, init, made)
                 given.add(module)
         made |= give_copies(whole.values(), adapter_name)
         replace_modules(model, made)
@@ -93,6 +100,8 @@ def inject(
             for wrapper in saved_modules(model).values():
                 wrapper.set_adapter([adapter_name])
             freeze_all_but_adapters(model, config.bias)
+    own = {made.get(module, module) for module in linears}
+    siblings.declare({p: names for p, names in siblings_of.items() if not own.isdisjoint(p._modules.values())}, group)
     model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
     return compiled
 
@@ -234,11 +243,14 @@ def refuse_tied(model: nn.Module, weights: Iterable[torch.Tensor], what: str) ->
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put each new module under every name that the old one has in `model`."""
-    new = set(replacements.values())
+    new, touched = set(replacements.values()), set()
     for parent in [module for module in model.modules() if module not in new]:
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+                touched.add(parent)
+    found = siblings.find(model, lambda module: isinstance(module, LoRALinear))
+    siblings.declare({p: names for p, names in found.items() if p in touched and not siblings.has_groups(p)})
     for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
         if any(isinstance(module, LoRALayer) for module in encoder.modules()):
             encoder.use_nested_tensor = False  # whose attention needs the fast path, which adapted layers turn off

@@ -48,7 +48,9 @@ class _Norm(NamedTuple):
 _norms: WeakKeyDictionary[nn.Module, _Norm] = WeakKeyDictionary()
 
 
-def accelerate(model: nn.Module, *, group: bool | None = None) -> AccelerationReport:
+def accelerate(
+    model: nn.Module, *, group: bool | None = None, groups: Sequence[Sequence[str]] = ()
+) -> AccelerationReport:
     """Give every PEFT LoRA layer of `model` the fused forward, in place.
 
     A layer is taken when its type is exactly `peft.tuners.lora.layer.Linear`; it then is a subclass of that, and all
@@ -58,32 +60,36 @@ def accelerate(model: nn.Module, *, group: bool | None = None) -> AccelerationRe
 
     Args:
         model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
-        group: whether projections that one module calls with the same x (q, k, v; gate, up) may be computed together,
-            as `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one
-            mask for all; False, never.
+        group: whether projections that one module calls with the same x (q, k, v; gate, up) are computed together, as
+            `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one mask
+            for all; False, never. They are found by the names that models give them.
+        groups: further groups, each a list of names of one module's children: [["query_key", "value"]].
 
     Returns:
         Every LoRA layer, whether it is accelerated as the adapters stand now, and why not. Print it.
 
     Raises:
         ImportError: PEFT is not installed.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `groups` not a list of lists of names.
+        ValueError: no module has two accelerated layers of the names of a group.
     """
     fused = _fused_linear()
     from peft.tuners.lora.layer import Linear, LoraLayer
 
     from lorakernels.integrations.peft_mixed import forget_packs
 
+    modules = _named_modules(model)
+    found = siblings.find(model, lambda module: type(module) in (Linear, fused), groups)
     rows = []
-    for name, module in _named_modules(model):
+    for name, module in modules:
         if isinstance(module, LoraLayer):
             if type(module) is Linear:
                 module.__class__ = fused
             if type(module) is fused:
-                siblings.switch(module, group)
                 forget_packs(module)
             reason = _why_not(module)
             rows.append(LayerReport(name, not reason, reason))
+    siblings.declare(found, group)
     if not rows:
         warnings.warn(
             f"{type(model).__name__} has no PEFT LoRA layer, so nothing is accelerated; call accelerate() after "
@@ -104,8 +110,8 @@ def restore(model: nn.Module) -> None:
     from lorakernels.integrations.peft_mixed import forget_packs
 
     for _, module in _named_modules(model):
+        siblings.forget(module)
         if type(module) is fused:
-            siblings.switch(module, None)
             forget_packs(module)
             _norms.pop(module, None)
             module.__class__ = fused.__base__  # type: ignore[assignment]
@@ -123,7 +129,8 @@ def _fused_linear() -> type:
     class FusedLinear(Linear):
         """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
 
-        group_siblings: bool | None = None
+        def group_call(self, x: torch.Tensor) -> siblings.Call | None:
+            return _group_call(self, x)
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             y = None
@@ -187,7 +194,7 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         return lora_linear(x, weight, A, B, bias=_with_lora_biases(bias, terms, x.dtype))
     A, B, _, scaling, p, _ = first
     if not others and first.lora_bias is None:
-        grouped = siblings.from_group(layer, x, siblings.Call(weight, bias, A, B, scaling, p), _plain_call)
+        grouped = siblings.from_group(layer, x, siblings.Call(weight, bias, A, B, scaling, p))
         if grouped is not None:
             return grouped
     y = lora_linear(x, weight, A, B, bias=_with_lora_biases(bias, [first], x.dtype), scaling=scaling, dropout_p=p)
@@ -214,10 +221,9 @@ def _is_small(x: torch.Tensor, weight: torch.Tensor, term: Term) -> bool:
     )
 
 
-def _plain_call(layer: Any, x: torch.Tensor) -> siblings.Call | None:
+def _group_call(layer: Any, x: torch.Tensor) -> siblings.Call | None:
     """What this layer does with x where that is one LoRA linear and nothing else."""
-    fused: Any = _fused_linear()
-    if type(layer) is not fused or layer._disable_adapters or layer.merged_adapters:
+    if layer._disable_adapters or layer.merged_adapters:
         return None
     terms = adapter_terms(layer)
     if isinstance(terms, str) or len(terms) != 1:

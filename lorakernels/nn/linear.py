@@ -36,7 +36,6 @@ class LoRALinear(LoRALayer):
 
     BASE = nn.Linear
     in_features, out_features = of_base_layer("in_features"), of_base_layer("out_features")
-    group_siblings: bool | None = None  # computed with its siblings of the same x, see `lorakernels.nn.siblings`
 
     def __init__(
         self,
@@ -141,7 +140,7 @@ class LoRALinear(LoRALayer):
             scaling, p = self.scalings[first], self.lora_dropout[first]
             if not (self.use_dora[first] or self.lora_bias[first]):
                 call = Call(self.weight, self.bias, A, B, scaling, p if self.training else 0.0)
-                grouped = from_group(self, x, call, _plain_call)
+                grouped = from_group(self, x, call)
                 if grouped is not None:
                     return grouped
             return self._fused(x, A, B, names, scaling, p, self._row_scale(first))
@@ -157,6 +156,17 @@ class LoRALinear(LoRALayer):
         A, B = self._factors(first)
         y = self._fused(x, A, B, [first], self.scalings[first], self.lora_dropout[first])
         return self._add_low_rank(y, x, {name: None for name in others})
+
+    def group_call(self, x: torch.Tensor) -> Call | None:
+        """What this layer does with x where that is one LoRA linear and nothing else."""
+        if self.merged or len(self.active_adapters) != 1:
+            return None
+        (name,) = self.active_adapters
+        if self.use_dora[name] or self.lora_bias[name] or runs_more_than_forward(self._modules["base_layer"]):
+            return None
+        A, B = self._factors(name)
+        p = self.lora_dropout[name] if self.training else 0.0
+        return Call(self.weight, self.bias, A, B, self.scalings[name], p)
 
     def _fused(
         self,
@@ -204,16 +214,3 @@ class LoRALinear(LoRALayer):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
-
-
-def _plain_call(layer: LoRALinear, x: torch.Tensor) -> Call | None:
-    """What this layer does with x where that is one LoRA linear and nothing else."""
-    if type(layer) is not LoRALinear or layer.merged or len(layer.active_adapters) != 1:
-        return None
-    base = layer._modules["base_layer"]
-    (name,) = layer.active_adapters
-    if layer.use_dora[name] or layer.lora_bias[name] or runs_more_than_forward(base):
-        return None
-    weight, bias, (A, B) = layer.weight, layer.bias, layer._factors(name)
-    p = layer.lora_dropout[name] if layer.training else 0.0
-    return Call(weight, bias, A, B, layer.scalings[name], p)
