@@ -540,7 +540,7 @@ def test_one_mask_for_the_group(groups: list[int]) -> None:
     x = torch.randn(8, WIDTH, requires_grad=True)
     assert torch.equal(*module(x * 1))
     assert len(groups) == 1
-    module.k.lora_dropout["default"] = 0.1  # then each has its own
+    module.k.adapters["default"].lora_dropout = 0.1  # then each has its own
     module(x * 1)
     module.k.eval()
     module(x * 1)

@@ -34,8 +34,9 @@ from lorakernels.adapters.rank_slices import smaller
 from lorakernels.adapters.saved_modules import give_copies, saved_modules, state_of
 from lorakernels.adapters.targets import pattern_value
 from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Contents, Tensors, read_contents
-from lorakernels.config import LoRAConfig
-from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
+from lorakernels.config import LoRAConfig, of_one_layer
+from lorakernels.nn.base import DEFAULT, check_adapter_name
+from lorakernels.nn.layer import LoRALayer
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = DEFAULT) -> Path:
@@ -139,10 +140,10 @@ def load_adapter(
     with nothing_on_error(model, adapter_name, made):
         for path in contents.layers:
             module = made.get(contents.modules[path], contents.modules[path])
-            if not isinstance(module, LoRALayer) or adapter_name not in module.r:
-                rank, alpha = contents.ranks[path], contents.alphas[path]
-                module = give_adapter(module, adapter_name, rank, alpha, config, True, made)
-            module.r[adapter_name] = contents.ranks[path]  # a hot swap may have left a smaller one
+            if not isinstance(module, LoRALayer) or adapter_name not in module.adapters:
+                own = of_one_layer(config, contents.ranks[path], contents.alphas[path], init_lora_weights=True)
+                module = give_adapter(module, adapter_name, own, made)
+            module.adapters[adapter_name].r = contents.ranks[path]  # a hot swap may have left a smaller one
             module.configure(adapter_name, contents.alphas[path], config.lora_dropout, config.use_rslora)
             _set_weights(module, adapter_name, contents.layers[path])
         new = [contents.modules[path] for path in contents.whole if path not in _with_copy(model, adapter_name)]
@@ -187,12 +188,13 @@ def describing(config: LoRAConfig, ranks: dict[str, int], alphas: dict[str, floa
 
 def _plain(layer: LoRALayer, name: str) -> tuple[dict[str, torch.Tensor], int, float]:
     """An adapter's tensors as its file has them, its rank and its alpha."""
-    r, alpha = layer.r[name], layer.lora_alpha[name]
+    adapter = layer.adapters[name]
+    r, alpha = adapter.r, adapter.lora_alpha
     tensors: dict[str, torch.Tensor] = dict(layer.adapter_tensors(name))
     if name in layer.base_changed_by:
         tensors |= dict(zip(tensors, layer.as_plain_lora(name), strict=False))
         # Of twice the rank, and with the same scaling.
-        return tensors, 2 * r, alpha * (math.sqrt(2) if layer.use_rslora[name] else 2)
+        return tensors, 2 * r, alpha * (math.sqrt(2) if adapter.use_rslora else 2)
     return {suffix: smaller(suffix, tensor, r, layer.base_layer) for suffix, tensor in tensors.items()}, r, alpha
 
 
@@ -201,7 +203,9 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
     if config.bias == "none":
         return {}
     of_adapters = set(map(id, adapter_parameters(model)))
-    adapted = tuple(f"{path}.base_layer." for path, layer in adapted_layers(model).items() if adapter_name in layer.r)
+    adapted = tuple(
+        f"{path}.base_layer." for path, layer in adapted_layers(model).items() if adapter_name in layer.adapters
+    )
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)  # PEFT has each of a tied one's names
@@ -227,7 +231,9 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
     if merged:
         raise AdapterFileError(f"adapters are merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge first")
     taken = {
-        layer: _shapes(layer.adapter_tensors(adapter_name)) for layer in layers.values() if adapter_name in layer.r
+        layer: _shapes(layer.adapter_tensors(adapter_name))
+        for layer in layers.values()
+        if adapter_name in layer.adapters
     }
     copies = _with_copy(model, adapter_name)
     new = {contents.modules[path]: _shapes(tensors) for path, tensors in contents.layers.items()}
@@ -236,7 +242,7 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
             f"the model has an adapter {adapter_name!r} with other layers or ranks ({len(taken)} layers; the file has "
             f"{len(new)}) or modules_to_save; load it under another name, or use hotswap_adapter"
         )
-    if any(isinstance(layer.scalings[adapter_name], torch.Tensor) for layer in taken):
+    if any(isinstance(layer.adapters[adapter_name].scaling, torch.Tensor) for layer in taken):
         raise AdapterFileError(f"adapter {adapter_name!r} is prepared for hot swaps; use hotswap_adapter")
 
 
@@ -286,7 +292,7 @@ def copy_whole(model: nn.Module, adapter_name: str, contents: Contents) -> None:
 
 def _activate_only(model: nn.Module, adapter_name: str, trainable: bool) -> None:
     for layer in adapted_layers(model).values():
-        layer.set_adapter([adapter_name] if adapter_name in layer.r else [])
+        layer.set_adapter([adapter_name] if adapter_name in layer.adapters else [])
     for wrapper in saved_modules(model).values():
         wrapper.set_adapter([adapter_name])
     if not trainable:

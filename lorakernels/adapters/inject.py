@@ -10,11 +10,12 @@ from torch import nn
 
 from lorakernels.adapters.saved_modules import SavedModule, give_copies, saved_modules
 from lorakernels.adapters.targets import find_modules_to_save, find_targets, pattern_value, warn_of_unused
-from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, adapt
+from lorakernels.nn.base import DEFAULT, check_adapter_name
 from lorakernels.nn.init import changes_base
-from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
+from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
 
 
@@ -65,10 +66,11 @@ def inject(
     missing = [ending for ending in config.modules_to_save or () if not any(name.endswith(ending) for name in whole)]
     if missing:
         raise ValueError(f"modules_to_save={missing!r} matches no module of {type(model).__name__}")
-    ranks = {name: pattern_value(name, config.rank_pattern, config.r) for name in targets}
-    alphas = {name: pattern_value(name, config.alpha_pattern, config.lora_alpha) for name in targets}
+    configs = {}
     for name, module in targets.items():
-        _check_target(name, module, ranks[name], alphas[name], config)
+        r = pattern_value(name, config.rank_pattern, config.r)
+        configs[name] = of_one_layer(config, r, pattern_value(name, config.alpha_pattern, config.lora_alpha))
+        _check_target(name, module, configs[name])
     linears = {module for module in targets.values() if isinstance(module, (nn.Linear, LoRALinear))}
     siblings_of = siblings.find(model, lambda module: module in linears or isinstance(module, LoRALinear), groups)
     refuse_changed_base(model)
@@ -89,8 +91,7 @@ def inject(
         for name, module in targets.items():
             # A module under two names stays one module, with one adapter.
             if module not in given:
-                init = config.init_lora_weights
-                give_adapter(module, adapter_name, ranks[name], alphas[name], config, init, made)
+                give_adapter(module, adapter_name, configs[name], made)
                 given.add(module)
         made |= give_copies(whole.values(), adapter_name)
         replace_modules(model, made)
@@ -111,7 +112,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: LoRAConfig) -> None:
+def _check_target(name: str, module: nn.Module, config: LoRAConfig) -> None:
     """Raise where a target cannot have the adapter that `config` describes."""
     base = module.base_layer if isinstance(module, LoRALayer) else module
     kind = LAYERS.get(type(base))
@@ -124,9 +125,8 @@ def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: Lo
         )
     if isinstance(module, LoRALayer) and module.merged:
         raise RuntimeError(f"adapters are merged into {name!r}; call unmerge first")
-    scaling = scaling_of(alpha, r, config.use_rslora)
     try:
-        kind.check_adapter(base, r, scaling, config.init_lora_weights, config.use_dora, config.lora_bias)
+        kind.check_adapter(base, config)
     except (ValueError, TypeError) as error:
         raise type(error)(f"target {name!r}: {error}") from error
 
@@ -144,20 +144,13 @@ def served(module: nn.Module) -> str:
 
 
 def give_adapter(
-    module: nn.Module,
-    adapter_name: str,
-    r: int,
-    alpha: float,
-    config: LoRAConfig,
-    init: bool | str,
-    made: dict[nn.Module, nn.Module],
+    module: nn.Module, adapter_name: str, config: LoRAConfig, made: dict[nn.Module, nn.Module]
 ) -> LoRALayer:
     """Give a layer an adapter; one that had none goes into `made`, with the layer to put in its place."""
-    settings = (config.lora_dropout, config.use_rslora, init, config.use_dora, config.lora_bias)
     if isinstance(module, LoRALayer):
-        module.add_adapter(adapter_name, r, alpha, *settings)
+        module.add_adapter(adapter_name, config)
         return module
-    layer = adapt(module, adapter_name, r, alpha, *settings)
+    layer = adapt(module, adapter_name, config)
     made[module] = layer
     return layer
 
@@ -166,7 +159,9 @@ def give_adapter(
 def nothing_on_error(model: nn.Module, adapter_name: str, made: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
     """Where the body raises, take out of the model what it has added under a new name: no memory, an SVD that fails."""
     needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers = [(layer, layer.active_adapters) for layer in adapted_layers(model).values() if adapter_name not in layer.r]
+    layers = [
+        (layer, layer.active_adapters) for layer in adapted_layers(model).values() if adapter_name not in layer.adapters
+    ]
     wrappers = [(wrapper, wrapper.active_adapter) for wrapper in saved_modules(model).values()]
     wrappers = [(wrapper, active) for wrapper, active in wrappers if adapter_name not in wrapper.modules_to_save]
     try:
@@ -174,7 +169,7 @@ def nothing_on_error(model: nn.Module, adapter_name: str, made: Mapping[nn.Modul
     except BaseException:
         fresh = [layer for layer in made.values() if isinstance(layer, LoRALayer)]
         for layer in [layer for layer, _ in layers] + fresh:
-            if adapter_name in layer.r:
+            if adapter_name in layer.adapters:
                 layer.delete_adapter(adapter_name)
         for wrapper, active_adapter in wrappers:
             if adapter_name in wrapper.modules_to_save:
@@ -264,7 +259,7 @@ def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
 
 def config_of(model: nn.Module, adapter_name: str) -> LoRAConfig:
     """The configuration of an adapter; raises KeyError where `model` as a whole was not given it."""
-    paths = [path for path, layer in adapted_layers(model).items() if adapter_name in layer.r]
+    paths = [path for path, layer in adapted_layers(model).items() if adapter_name in layer.adapters]
     if not paths:
         raise KeyError(f"the model has no adapter {adapter_name!r}; its adapters: {list(adapters_in(model))}")
     configs = adapter_configs(model)
@@ -282,7 +277,7 @@ def adapters_in(model: nn.Module) -> dict[str, None]:
     names: dict[str, None] = {}
     for module in model.modules():
         if isinstance(module, (LoRALayer, SavedModule)):
-            names |= dict.fromkeys(module.r if isinstance(module, LoRALayer) else module.modules_to_save)
+            names |= dict.fromkeys(module.adapters if isinstance(module, LoRALayer) else module.modules_to_save)
     return names
 
 
@@ -295,7 +290,9 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
     """The layers that an adapter has, without those where its last hot swap has left it nothing."""
     unused = getattr(model, "_lora_unused", {}).get(adapter_name, ())
     return {
-        path: layer for path, layer in adapted_layers(model).items() if adapter_name in layer.r and path not in unused
+        path: layer
+        for path, layer in adapted_layers(model).items()
+        if adapter_name in layer.adapters and path not in unused
     }
 
 
@@ -326,7 +323,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> lis
     in_layers = [
         parameter
         for layer in adapted_layers(model).values()
-        for name in layer.r
+        for name in layer.adapters
         if adapter_name in (None, name)
         for parameter in layer.adapter_tensors(name).values()
     ]

@@ -17,9 +17,10 @@ from lorakernels.adapters.adapter_config import AdapterFileError, read_config
 from lorakernels.adapters.inject import adaptable, served
 from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import by_pattern, find_modules_to_save, owner_of, plain_modules
-from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.nn.adapt import LAYERS
-from lorakernels.nn.layer import MAGNITUDE, LoRALayer
+from lorakernels.nn.base import MAGNITUDE
+from lorakernels.nn.layer import LoRALayer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -208,7 +209,7 @@ def _check_layer(path: str, base: nn.Module, tensors: Tensors, r: int, alpha: fl
     """Each tensor of a layer is there, is finite and has the shape that the configuration says."""
     kind = LAYERS[type(base)]
     try:
-        kind.check_adapter(base, r, scaling_of(alpha, r, config.use_rslora), True, config.use_dora, config.lora_bias)
+        kind.check_adapter(base, of_one_layer(config, r, alpha, init_lora_weights=True))
         shapes = kind.adapter_shapes(base, r, config.use_dora, config.lora_bias)
     except (TypeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"module {path!r}: {error}") from error

@@ -20,10 +20,12 @@ from torch.nn.modules import module as torch_module
 
 from lorakernels import functional
 from lorakernels.nn.modules import runs_more_than_forward
+from lorakernels.nn.terms import Call
 from lorakernels.ops import small_linear
 from lorakernels.tuning.table import FEW_TOKENS
 
 Names = tuple[str, ...]
+_Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float | torch.Tensor, float]
 
 # What models call those children of one module that read the same x.
 FAMILIES: tuple[Names, ...] = (
@@ -48,45 +50,25 @@ _CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder|\battn2\b|cont
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-class Call(NamedTuple):
-    """One LoRA linear as it would run now: what `functional.lora_linear` is given behind x."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float | torch.Tensor
-    p: float  # dropout's; 0 where it is off
-
-
-class _Context(NamedTuple):
-    """What a result depends on beside tensors."""
-
-    grad: bool
-    hooks: Any  # of saved tensors, which a checkpointed region has: each run its own
-    autocast: torch.dtype | None
-    stream: int
-
-
 class _Result(NamedTuple):
-    """What a leader has left for one of the others, and what it was made of."""
+    """What a leader has left for one of the others."""
 
     y: torch.Tensor
-    x: torch.Tensor
-    call: Call
+    of_x: list[Any]
     state: list[Any] | None
-    context: _Context
+    made_of: Any  # kept, so that no other tensor gets its id
 
 
 class _Scope:
-    """A call of a parent that runs."""
+    """A call of a parent that runs, within another's or not."""
 
-    def __init__(self, parent: nn.Module, groups: _Groups) -> None:
-        self.parent, self.groups = weakref.ref(parent), groups
-        self.mode = (torch.is_grad_enabled(), _saved_tensors_hooks())
+    __slots__ = ("groups", "leaders", "mode", "outer", "parent", "results")
+
+    def __init__(self, parent: nn.Module, groups: _Groups, outer: _Scope | None) -> None:
+        self.parent, self.groups, self.outer = weakref.ref(parent), groups, outer
+        self.mode = _mode()
         self.leaders: dict[Names, nn.Module] = {}
         self.results: dict[nn.Module, _Result] = {}
-        self.outer: _Scope | None = None
 
 
 class _Thread(threading.local):
@@ -107,11 +89,9 @@ class _Groups:
             return
         if _thread.scope is not None:
             _close(parent, args)  # what an interrupt has left open, which runs no hook
-        scope = _Scope(parent, self)
-        if _thread.scope is not None:
-            _thread.scope.results.clear()  # lest those of an interrupted parent stay until it runs again
-            scope.outer = _thread.scope
-        _thread.scope = scope
+            if _thread.scope is not None:
+                _thread.scope.results.clear()  # lest those of an interrupted parent stay until it runs again
+        _thread.scope = _Scope(parent, self, _thread.scope)
 
 
 def _close(parent: nn.Module, args: Any, output: Any = None) -> None:
@@ -186,41 +166,38 @@ def has_groups(parent: nn.Module) -> bool:
 def from_group(layer: Any, x: torch.Tensor, call: Call) -> torch.Tensor | None:
     """y [..., N] of this call as its group has made it, or makes it now; None where the layer is to run by itself.
 
-    Layers have `group_call(x)`, which says what they would do with x; None where that is not one plain LoRA linear.
+    Layers have `linear_call(x)`, which says what they would do with x.
     """
-    if torch.compiler.is_compiling():
-        return None
-    scope = _thread.scope
-    if scope is None:
+    if torch.compiler.is_compiling() or (scope := _thread.scope) is None:
         return None
     result = scope.results.pop(layer, None)
-    if result is None and not _may_join(scope, x, call):
+    parts = _parts(scope, x, call)
+    if parts is None:
         return None
-    context = _context(x)
     # Not in a region, or under a mode, that began within the parent: when it runs again the parent does not.
-    if context is None or (context.grad, context.hooks) != scope.mode:
+    if not _may_share(x) or scope.mode != _mode():
         return None
     if result is None:
-        return _lead(scope, layer, x, call, context)
-    pairs = zip(call, result.call, strict=True)
-    same = all(now is then or (isinstance(now, (int, float)) and now == then) for now, then in pairs)
-    if same and result.x is x and result.context == context and result.state == _state(x, call):
-        return result.y
-    return None
+        return _lead(scope, layer, x, parts)
+    return result.y if result.of_x == _state_of_x(x) and result.state == _state(*parts) else None
 
 
-def _may_join(scope: _Scope, x: torch.Tensor, call: Call) -> bool:
-    """Whether a call may be one of a group, and would be faster so: few tokens and small layers are not."""
-    if call.p and not scope.groups.with_dropout:
-        return False
+def _parts(scope: _Scope, x: torch.Tensor, call: Call | None) -> _Parts | None:
+    """What `lora_linear_group` takes; None for a call that no group has, or that would be no faster so."""
+    if call is None:
+        return None
+    weight, bias, terms, base_layer = call
+    A, B, lora_bias, scaling, p, magnitude = terms[0]
     if x.is_cuda:
-        return x.numel() > FEW_TOKENS * x.shape[-1]
-    return x.is_cpu and (call.p > 0 or x.numel() * call.weight.shape[0] >= small_linear.SMALL)
+        pays = x.numel() > FEW_TOKENS * x.shape[-1]
+    else:
+        pays = x.is_cpu and (p > 0 or x.numel() * weight.shape[0] >= small_linear.SMALL)
+    plain = len(terms) == 1 and base_layer is None and lora_bias is None and magnitude is None
+    return (weight, bias, A, B, scaling, p) if pays and plain and (not p or scope.groups.with_dropout) else None
 
 
-def _context(x: torch.Tensor) -> _Context | None:
-    """None where results are not to be shared."""
-    if (
+def _may_share(x: torch.Tensor) -> bool:
+    return not (
         torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._are_functorch_transforms_active()
@@ -230,53 +207,61 @@ def _context(x: torch.Tensor) -> _Context | None:
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
-    ):
-        return None
-    device = x.device
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else 0
-    return _Context(torch.is_grad_enabled(), _saved_tensors_hooks(), autocast, stream)
+    )
 
 
-def _saved_tensors_hooks() -> Any:
+def _mode() -> tuple[Any, ...]:
+    """Whether gradients are on, and the hooks of saved tensors: a checkpointed region has its own, in each run."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if top is None else top[0]
+    return torch.is_grad_enabled(), None if top is None else top[0]
 
 
-def _lead(scope: _Scope, layer: Any, x: torch.Tensor, call: Call, context: _Context) -> torch.Tensor | None:
+def _lead(scope: _Scope, layer: Any, x: torch.Tensor, parts: _Parts) -> torch.Tensor | None:
     """The leader's y, the others' results in the scope; None where now they cannot be computed together."""
     modules: dict[str, Any] = getattr(scope.parent(), "_modules", {})
     names = next((names for names in scope.groups.groups if any(modules.get(name) is layer for name in names)), None)
     # Where the others are called with another x than their leader was, each is by itself.
     if names is None or scope.leaders.setdefault(names, layer) is not layer:
         return None
-    calls: dict[Any, Call] = {layer: call}
+    members: dict[Any, _Parts] = {layer: parts}
     for sibling in (modules[name] for name in names if name in modules):
-        if sibling not in calls and hasattr(sibling, "group_call") and not runs_more_than_forward(sibling):
-            other = sibling.group_call(x)
-            if other is not None and other.p == call.p and _may_join(scope, x, other):
-                calls[sibling] = other
-    states = [_state(x, each) for each in calls.values()]
-    if len(calls) == 1 or None in states:
+        if sibling not in members and hasattr(sibling, "linear_call") and not runs_more_than_forward(sibling):
+            other = _parts(scope, x, sibling.linear_call(x))
+            if other is not None and other[-1] == parts[-1]:
+                members[sibling] = other
+    if len(members) == 1:
         return None
-    weights, biases, As, Bs, scalings, _ = (list(values) for values in zip(*calls.values(), strict=True))
+    of_x, states = _state_of_x(x), [_state(*each) for each in members.values()]
+    if of_x is None or None in states:
+        return None
+    weights, biases, As, Bs, scalings, _ = (list(values) for values in zip(*members.values(), strict=True))
     try:
-        y, *others = functional.lora_linear_group(
-            x, weights, As, Bs, biases=biases, scalings=scalings, dropout_p=call.p
-        )
+        ys = functional.lora_linear_group(x, weights, As, Bs, biases=biases, scalings=scalings, dropout_p=parts[-1])
     except (TypeError, ValueError):  # an argument is wrong, and nothing has run: let the layer raise whose it is
         return None
-    for (sibling, each), state, made in zip(list(calls.items())[1:], states[1:], others, strict=True):
-        scope.results[sibling] = _Result(made, x, each, state, context)
-    return y
+    for (sibling, each), state, y in zip(members.items(), states, ys, strict=True):
+        scope.results[sibling] = _Result(y, of_x, state, (x, each))
+    return scope.results.pop(layer).y
 
 
-def _state(x: torch.Tensor, call: Call) -> list[Any] | None:
-    """What tells that tensors were changed since; None where torch does not keep count, or they are no plain ones."""
+def _state(*values: Any) -> list[Any] | None:
+    """What tells one call from another; None where torch does not count changes, or tensors are no plain ones."""
     state: list[Any] = []
-    for tensor in (x, *call):
-        if isinstance(tensor, torch.Tensor):
-            if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_inference():
-                return None
-            state += tensor._version, tensor.data_ptr(), tensor.requires_grad
+    try:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                if type(value) not in _PLAIN:
+                    return None
+                state += (id(value), value._version, value.data_ptr(), value.requires_grad)
+            else:
+                state.append(value)
+    except RuntimeError:  # made in inference mode, or sparse
+        return None
     return state
+
+
+def _state_of_x(x: torch.Tensor) -> list[Any] | None:
+    device = x.device
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else 0
+    return _state(x, autocast, stream)
