@@ -72,7 +72,7 @@ def inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """say what an adapter's files hold: kind, ranks, and how large each update is"""
-    from lorakernels.adapters.inspect import as_json, inspect_adapter, plot_spectra, print_report
+    from lorakernels.files.inspect import as_json, inspect_adapter, plot_spectra, print_report
 
     report = inspect_adapter(arguments.adapter)
     if arguments.plot is not None:
@@ -93,7 +93,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def convert(arguments: argparse.Namespace) -> int:
     """write a kohya or mlx-lm adapter as PEFT's folder, number for number"""
-    from lorakernels.adapters.convert import convert as convert_files
+    from lorakernels.files.convert import convert as convert_files
 
     print(convert_files(arguments.source, arguments.to, model=arguments.model, prefix=arguments.prefix))
     return 0
@@ -112,7 +112,7 @@ def merge(arguments: argparse.Namespace) -> int:
     """merge an adapter into a model's files, one tensor at a time"""
     import torch
 
-    from lorakernels.adapters.merge_files import merge_files
+    from lorakernels.files.merge import merge_files
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     print(merge_files(arguments.model, arguments.adapter, arguments.out, dtype=dtype, progress=True))
@@ -218,6 +218,29 @@ def compile_report(arguments: argparse.Namespace) -> int:
     return report.main(arguments.arch or (), arguments.kernel or (), arguments.json, arguments.jobs)
 
 
+def precompile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="FILE.tar.xz", help="the archive to write")
+    parser.add_argument("--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90 or sm_100 (%(default)s)")
+    parser.add_argument("--python", metavar="TAG", help="CPython over there, such as cp312, or a path (as here)")
+    parser.add_argument("--triton", metavar="VERSION", help="Triton over there, such as 3.6.0 (as here)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what launches the kernels (all)")
+
+
+def precompile(arguments: argparse.Namespace) -> int:
+    """compile the kernels for a GPU that is elsewhere, into an archive that its machine unpacks"""
+    import subprocess
+    from pathlib import Path
+
+    from lorakernels.tuning.precompile import precompile as fill
+
+    command = arguments.command[arguments.command[:1] == ["--"] :]
+    try:
+        found = fill(Path(arguments.out), arguments.arch, arguments.python, arguments.triton, command)
+    except subprocess.CalledProcessError as error:
+        raise ValueError(f"{' '.join(map(str, error.cmd))[:200]} ended with status {error.returncode}") from None
+    return 0 if found else FAILED
+
+
 COMMANDS = (
     Command("demo", demo_arguments, demo),
     Command("doctor", doctor_arguments, doctor),
@@ -227,6 +250,7 @@ COMMANDS = (
     Command("merge", merge_arguments, merge),
     Command("tune", tune_arguments, tune),
     Command("compile-report", compile_report_arguments, compile_report),
+    Command("precompile", precompile_arguments, precompile),
 )
 
 

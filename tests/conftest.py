@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
+from lorakernels.testing.device import COMPILED, DEVICE, STUB
+
+RESULTS = os.environ.get("LORAKERNELS_RESULTS")  # a file that gets a line of JSON for each test
+if not COMPILED:
     # Before anything imports the kernels: a kernel is made for the interpreter or for a GPU when it is defined.
     os.environ["TRITON_INTERPRET"] = "1"
+elif STUB:
+    from lorakernels.testing import driver
 
-DEVICE = "cuda" if ON_GPU else "cpu"
+    driver.install(STUB)
+elif "LORAKERNELS_COMPILED" in os.environ:
+    from lorakernels.testing import driver
+
+    driver.log_compilations()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
 
 
 def pytest_report_header() -> str:
-    kernels = "on the GPU" if ON_GPU else "in Triton's interpreter (no GPU here)"
+    kernels = "in Triton's interpreter (no GPU here)"
+    if COMPILED:
+        kernels = f"on a driver that only checks ({STUB}): no number is compared" if STUB else "on the GPU"
     return f"lorakernels: kernels run {kernels}; torch {torch.__version__}"
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if RESULTS and "PYTEST_XDIST_WORKER" not in os.environ and (report.when == "call" or report.outcome != "passed"):
+        row = {"kind": "test", "test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3)}
+        if report.outcome != "passed":
+            row["why"] = str(report.longrepr)[-1000:]
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 @pytest.fixture(autouse=True)

@@ -39,10 +39,14 @@ def run(
     limit_s: float | None = None,
     progress: Progress = lambda line: None,
     out: str | Path | None = None,
+    keep_row: Callable[[Row], None] = lambda row: None,
+    launch_only: bool = False,
 ) -> list[Row]:
     """Rows of every case and peer, and of the host's own time; after `limit_s` seconds no further case is started.
 
-    The file `out` is written anew after every case, so that a run that is cut short leaves what it has.
+    The file `out` is written anew after every case, so that a run that is cut short leaves what it has; `keep_row` is
+    called with each row at once. With `launch_only` every peer makes one step, which is neither checked nor timed: for
+    a driver that runs nothing.
 
     Raises:
         ValueError: `impl` names no peer, or `rounds` is below 1.
@@ -58,6 +62,7 @@ def run(
     def keep(more: Iterable[Row]) -> None:
         for row in more:
             rows.append(row | origin)
+            keep_row(row)
             progress(line_of(row))
         if out is not None:
             write_rows(rows, out)
@@ -66,9 +71,27 @@ def run(
         for case in cases:
             late = limit_s is not None and time.monotonic() - start > limit_s
             skip = f"the time limit of {limit_s:g} s was reached" if late else None
-            keep(_case_rows(case, peers[case.operation], device, rounds, skip))
-        keep(host_rows(device, rounds))
+            own = peers[case.operation]
+            if launch_only and skip is None:
+                keep(_launched(case, own, device))
+            else:
+                keep(_case_rows(case, own, device, rounds, skip))
+        if not launch_only:
+            keep(host_rows(device, rounds))
     return rows
+
+
+def _launched(case: AnyCase, peers: Sequence[AnyPeer], device: torch.device) -> Iterable[Row]:
+    tensors = operation_of(case).make_tensors(case, device, 0)
+    for peer in peers:
+        row = _head(case, peer) | {"reason": peer.why_not(case, device)}
+        if row["reason"] is None:
+            try:
+                peer.make(case, tensors)()
+                row["status"] = "ok"
+            except Exception as error:  # what one peer is refused must not hide the others' launches
+                row |= {"status": "error", "reason": _one_line(error)}
+        yield row
 
 
 def _case_rows(
@@ -169,7 +192,7 @@ def line_of(row: Row) -> str:
     if row["status"] != "ok":
         return f"{head} {row['status']}: {row['reason']}"
     if "seconds" not in row:
-        return f"{head} right"
+        return f"{head} {'right' if 'error_over_budget' in row else 'launched'}"
     text = f"{head} {row['seconds'][1] * 1e6:12.1f} µs"
     if clock(row["timing"]) == EVENTS:
         text += " (events)"

@@ -82,6 +82,19 @@ LINEAR_CASES = (
     LinearCase("row_scale_zero_tokens", tokens=(2, 0), row_scale=True),
 )
 
+# For compiled kernels: large enough for TMA, wgmma and every program of a device. Odd ones have edges in every tile.
+LARGE_CASES = (
+    LinearCase("headline", tokens=(8192,), K=4096, N=4096, r=16, bias=False),
+    LinearCase("headline_dropout", tokens=(8192,), K=4096, N=4096, r=16, dropout_p=0.1, adapter_dtype=torch.float32),
+    LinearCase("edges", tokens=(8200,), K=4112, N=4104, r=17),
+    LinearCase("edges_dora_dropout", tokens=(2056,), K=1040, N=2056, r=16, row_scale=True, dropout_p=0.1),
+    LinearCase("edges_transposed", tokens=(2056,), K=2064, N=2056, r=16, layout="transposed"),
+    LinearCase("no_descriptors", tokens=(1031,), K=1021, N=1019, r=8, dropout_p=0.1),
+    LinearCase("wide_rank", tokens=(2048,), K=2048, N=1024, r=200),
+    LinearCase("few_tokens", tokens=(64,), K=4096, N=4096, r=16),
+    LinearCase("few_tokens_dropout", tokens=(250,), K=4096, N=2048, r=33, dropout_p=0.1),
+)
+
 # Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
 _HUGE = 1 << 30
 
@@ -107,10 +120,11 @@ def make_inputs(
     case: LinearCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> LinearInputs:
     """Random tensors of the case's layout, in memory that is NaN everywhere else."""
-    generator = torch.Generator().manual_seed(seed)
+    where = generating(device)
+    generator = torch.Generator(where).manual_seed(seed)
 
     def randn(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
-        plain = (torch.randn(shape, generator=generator) * scale).to(device, of)
+        plain = (torch.randn(shape, generator=generator, device=where) * scale).to(device, of)
         return _laid_out(plain, case.layout)
 
     adapter = case.adapter_dtype or dtype
@@ -127,6 +141,12 @@ def make_inputs(
     )
 
 
+def generating(device: torch.device | str) -> torch.device:
+    """Where random numbers are drawn: on a GPU itself, where large sizes take seconds less; else on the CPU."""
+    device = torch.device(device)
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 def _laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
     if plain.dim() == 0 or plain.numel() == 0:
         return plain
@@ -139,9 +159,11 @@ def _laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "expanded" and plain.dim() == 3:
         return guarded(plain[:1].expand_as(plain))
     if layout == "huge_strides" and plain.dim() == 2 and plain.dtype is torch.float16:
-        # Sparse in memory: the pages between the rows are reserved and never touched.
-        storage = torch.UntypedStorage(plain.element_size() * (_HUGE * (plain.shape[0] - 1) + plain.shape[1]))
-        spread = torch.empty(0, dtype=plain.dtype).set_(storage, 0, plain.shape, (_HUGE, 1))
+        # Sparse in memory: the pages between the rows are reserved and never touched; on a GPU they are there.
+        storage = torch.UntypedStorage(
+            plain.element_size() * (_HUGE * (plain.shape[0] - 1) + plain.shape[1]), device=plain.device
+        )
+        spread = torch.empty(0, dtype=plain.dtype, device=plain.device).set_(storage, 0, plain.shape, (_HUGE, 1))
         return spread.copy_(plain)
     return guarded(plain)
 

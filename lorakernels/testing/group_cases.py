@@ -65,6 +65,11 @@ GROUP_CASES = (
     GroupCase("first_unused", used=(1, 2), dropout_p=0.1),
     GroupCase("only_the_last_used", ranks=(8, 4, 3), used=(2,)),
 )
+# For compiled kernels, as LARGE_CASES of one linear.
+LARGE_GROUP_CASES = (
+    GroupCase("qkv", tokens=(2048,), K=4096, Ns=(4096, 1024, 1024), ranks=(16, 16, 16), bias=False),
+    GroupCase("qkv_dropout", tokens=(2056,), K=2064, Ns=(2056, 520, 520), ranks=(16, 5, 8), dropout_p=0.1),
+)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,12 +47,80 @@ _MULTI_SHRINK = {"BLOCK_M": FORMS, "BLOCK_K": (32, 64, 128, 256), **_LOOP}
 _MULTI_EXPAND = {"BLOCK_M": FORMS, "BLOCK_N": (32, 64, 128, 256), "num_warps": (4, 8, 2)}
 _MULTI_OUTER = {"BLOCK_M": (32, 64, 128), "BLOCK_N": (32, 64, 128), **_LOOP}
 
+# The likeliest of each kernel, in this order: what is measured where time is short. For the passes more stages than the
+# heuristic's two, whose loop drains every load before it starts the next, and more programs (not measured yet).
+_OVER_K = ("BLOCK_M", "BLOCK_K", "SPLIT", "num_warps", "num_stages")
+_OVER_TOKENS = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
+_TILES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "GROUP_M", "PROGRAMS_PER_SM", "tma", "cublas")
+_OUTERS = (
+    *((64, 128, 8, 8, 3), (64, 64, 8, 4, 4), (64, 128, 16, 8, 3), (128, 64, 8, 8, 3), (64, 64, 4, 4, 4)),
+    *((32, 128, 16, 4, 4), (64, 128, 4, 8, 4), (128, 128, 8, 8, 3), (32, 64, 16, 4, 4), (64, 256, 16, 8, 2)),
+)
+_FIRST: dict[str, tuple[tuple[str, ...], tuple[tuple[int | bool, ...], ...]]] = {
+    "shrink": (
+        _OVER_K,
+        (
+            *((64, 64, 2, 4, 4), (64, 64, 4, 4, 4), (32, 128, 2, 4, 4), (128, 64, 2, 8, 4), (64, 128, 2, 8, 3)),
+            *((32, 64, 4, 4, 4), (64, 64, 1, 4, 4), (16, 128, 4, 4, 4), (64, 128, 4, 4, 3), (128, 64, 4, 4, 3)),
+        ),
+    ),
+    "outer": (_OVER_TOKENS, _OUTERS),
+    "linear_expand": (
+        _TILES,
+        (
+            *((128, 256, 64, 8, 3, group, 1, True, False) for group in (8, 16, 4)),
+            *((128, 128, 64, 4, 3, 8, 2, True, False), (256, 128, 64, 8, 3, 8, 1, True, False)),
+            *((128, 128, 64, 8, 4, 8, 1, True, False), (128, 128, 64, 4, 4, 8, 1, True, False)),
+            *((128, 128, 128, 8, 3, 8, 1, True, False), (64, 256, 64, 8, 4, 8, 1, True, False)),
+            *((128, 128, 16, 8, 2, 8, 1, False, True), (64, 128, 16, 4, 2, 8, 1, False, True)),
+            (64, 64, 16, 4, 2, 8, 1, False, True),
+        ),
+    ),
+    "few_tokens": (
+        ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT", "num_warps", "num_stages"),
+        (
+            *((64, 64, 128, 4, 4, 4), (64, 64, 64, 4, 4, 4), (64, 128, 64, 8, 8, 4), (64, 32, 128, 4, 4, 4)),
+            *((16, 64, 128, 8, 4, 4), (128, 64, 64, 4, 8, 4), (64, 64, 128, 2, 8, 3), (16, 128, 128, 16, 4, 4)),
+        ),
+    ),
+    "multi_shrink": (
+        _OVER_K,
+        (
+            *((1, 256, 16, 4, 2), (1, 256, 8, 4, 2), (1, 512, 8, 4, 2), (1, 128, 16, 2, 3), (1, 128, 8, 4, 4)),
+            *((16, 128, 16, 4, 4), (16, 256, 8, 4, 3), (16, 64, 16, 2, 4), (64, 64, 4, 4, 4), (64, 128, 2, 8, 3)),
+        ),
+    ),
+    "multi_expand": (
+        ("BLOCK_M", "BLOCK_N", "num_warps"),
+        (
+            *((1, 128, 2), (1, 256, 4), (1, 128, 4), (1, 64, 2), (1, 512, 4)),
+            *((16, 128, 4), (16, 64, 2), (16, 256, 4), (64, 128, 4), (64, 64, 4)),
+        ),
+    ),
+    "multi_outer": (_OVER_TOKENS, _OUTERS),
+}
+
+
+def first_candidates(problem: Problem, device: Device) -> list[KernelConfig]:
+    """The heuristic's config, then a short fixed list of the likeliest: a dozen to compile and measure."""
+    names, rows = _FIRST[problem.operation]
+    fields: list[dict[str, Any]] = [dict(zip(names, row, strict=True)) for row in rows]
+    if "SPLIT" in names:
+        summed, block = (problem.K, "BLOCK_K") if "BLOCK_K" in names else (problem.M, "BLOCK_M")
+        fields = [chosen for chosen in fields if chosen["SPLIT"] <= cdiv(summed, chosen[block])]
+    return _fitting(problem, device, (KernelConfig(**chosen) for chosen in fields))
+
 
 def candidates(problem: Problem, device: Device) -> list[KernelConfig]:
     """Every config of the grid that a launch may take; the heuristic's is the first, so that it is always measured."""
+    return _fitting(problem, device, _GRIDS[problem.operation](problem))
+
+
+def _fitting(problem: Problem, device: Device, configs: Iterable[KernelConfig]) -> list[KernelConfig]:
+    """Of the heuristic's config and these, with the rank's block, those that a launch may take."""
     p = problem
     first = heuristic(p.operation, p.M, p.N, p.K, p.r, p.itemsize, device.arch, p.tma, p.batch)
-    found = [first, *(replace(config, BLOCK_R=_rank_block(p)) for config in _GRIDS[p.operation](p))]
+    found = [first, *(replace(config, BLOCK_R=_rank_block(p)) for config in configs)]
     tiles = p.batch is not None and p.batch.tiles
 
     def fits(config: KernelConfig) -> bool:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lorakernels.backend import BackendError, interpreter_on
 from lorakernels.kernels.launch import record_launches
-from lorakernels.tuning.candidates import Candidate, candidates, ranked
+from lorakernels.tuning.candidates import Candidate, candidates, first_candidates, ranked
 from lorakernels.tuning.compile_report import ARCHS, CompileRow, compile_report
 from lorakernels.tuning.config import KernelConfig
 from lorakernels.tuning.device import Device, assume, device_of
@@ -71,13 +71,15 @@ def tune(
     resume: bool = False,
     keep: int = KEEP,
     jobs: int = 2,
+    short: bool = False,
 ) -> Result:
     """Measure the candidates of every launch of these layers (M, N, K, r, dtype, dropout), and write the table `out`.
 
     With `slots` the launches are those for many adapters, so many in a batch.
 
     The file is written after each entry. One that is there already keeps its other entries; with `resume` launches
-    that it holds are not measured again. `timed_by` says in the table what the timer is.
+    that it holds are not measured again. `timed_by` says in the table what the timer is. With `short` the candidates
+    are the fixed list of `first_candidates`, none of which is compiled for the compile report first.
 
     Raises:
         ValueError: `out` is not a table, or is another device's; a shape cannot be.
@@ -92,9 +94,11 @@ def tune(
             result.skipped += 1
             continue
         progress.set_postfix_str(str(problem))
-        configs = [row.config for row in shortlist(problem, gpu, keep, jobs) if not row.pruned]
-        first = candidates(problem, gpu)[0]
-        configs.sort(key=lambda config: config != first)
+        configs = first_candidates(problem, gpu)
+        if not short:
+            first = configs[0]
+            configs = [row.config for row in shortlist(problem, gpu, keep, jobs) if not row.pruned]
+            configs.sort(key=lambda config: config != first)
         entry = _measure(problem, configs, device, timer, timed_by, result)
         if entry is None:
             result.left.append(problem)
