@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypedDict
 
 import regex
 
@@ -84,6 +84,40 @@ class LoRAConfig:
             check_rank(rank, f"rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
             check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
+
+
+class AdapterFields(TypedDict, total=False):
+    """The fields that are about one layer."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    init_lora_weights: bool | str
+    use_dora: bool
+    lora_bias: bool
+
+
+def layer_config(config: LoRAConfig | None, fields: Any) -> LoRAConfig:
+    """`config`, or one of these fields of one layer; raises TypeError for both, and for a field of another name."""
+    if config is not None and (fields or not isinstance(config, LoRAConfig)):
+        raise TypeError(f"config is {config!r}, beside {sorted(fields)}; expected a LoRAConfig alone, or fields of one")
+    unknown = sorted(set(fields) - set(AdapterFields.__annotations__))
+    if unknown:
+        raise TypeError(f"{unknown} mean nothing for one layer; expected some of {list(AdapterFields.__annotations__)}")
+    return LoRAConfig(**fields) if config is None else config
+
+
+def split_fields(arguments: dict[str, Any]) -> tuple[AdapterFields, dict[str, Any]]:
+    """The fields of one layer, and what else was given by name: arguments of the base layer."""
+    own: Any = {name: value for name, value in arguments.items() if name in AdapterFields.__annotations__}
+    return own, {name: value for name, value in arguments.items() if name not in own}
+
+
+def of_one_layer(config: LoRAConfig, r: int, lora_alpha: float, **changes: Any) -> LoRAConfig:
+    """What a layer gets by a model's configuration: the rank and alpha that its patterns give it, and no patterns."""
+    changes |= {"target_modules": None, "exclude_modules": None, "rank_pattern": {}, "alpha_pattern": {}}
+    return replace(config, r=r, lora_alpha=lora_alpha, **changes)
 
 
 def check_modules(modules: Any, name: str) -> None:

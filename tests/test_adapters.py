@@ -148,7 +148,7 @@ def test_patterns_of_rank_and_alpha() -> None:
     )
     model = lk.inject(net(), config)
     found = {
-        name: (model.get_submodule(name).r["default"], model.get_submodule(name).scaling)
+        name: (model.get_submodule(name).adapters["default"].r, model.get_submodule(name).scaling)
         for name in adapted_names(model)
     }
     assert found["head"] == (1, 8.0)
@@ -288,7 +288,7 @@ def test_loading_over_an_adapter_takes_its_alpha_too(tmp_path: Path) -> None:
     )
     lk.load_adapter(other, folder)
     assert torch.equal(other(X), model(X))
-    assert other.head.scaling == 32 / 3 and other.head.lora_dropout["default"] == 0
+    assert other.head.scaling == 32 / 3 and other.head.adapters["default"].lora_dropout == 0
 
 
 def test_merging_a_tied_weight_is_refused() -> None:

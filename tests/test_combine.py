@@ -60,7 +60,7 @@ def pair(tmp_path: Path, **fields: Any) -> tuple[Any, Any]:
 
 def deltas(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, LoRALayer)}
-    return {path: layer.delta_weight(name) for path, layer in layers.items() if name in layer.r}
+    return {path: layer.delta_weight(name) for path, layer in layers.items() if name in layer.adapters}
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -124,7 +124,11 @@ def test_the_new_adapter_is_off_and_frozen_and_goes_into_files(tmp_path: Path) -
     folder = lk.save_adapter(ours, tmp_path / "sum", name)
     assert torch.equal(lk.load_adapter(net(), folder)(IDS), ours(IDS))
     assert_close(peft.PeftModel.from_pretrained(net(), folder)(IDS), ours(IDS))
-    assert ours.q_proj.r[name] == 6 and ours.embed.r[name] == 4 and ours.embed.scalings[name] == 1
+    assert (
+        ours.q_proj.adapters[name].r == 6
+        and ours.embed.adapters[name].r == 4
+        and ours.embed.adapters[name].scaling == 1
+    )
 
 
 def test_a_grouped_convolution_is_added_group_by_group() -> None:

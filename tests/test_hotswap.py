@@ -55,7 +55,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def state(model: nn.Module) -> dict[str, Any]:
     tensors = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
-    return tensors | {name: {n: float(s) for n, s in layer.scalings.items()} for name, layer in layers.items()}
+    return tensors | {name: {n: float(s.scaling) for n, s in layer.adapters.items()} for name, layer in layers.items()}
 
 
 def is_same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -237,7 +237,7 @@ def test_what_is_merged_is_not_the_slots_scaling(tmp_path: Path) -> None:
     model.grouped.set_adapter([])  # no grouped weight does what its adapter does
     weight = model.v_proj.weight.clone()
     lk.merge(model)
-    model.v_proj.scalings["default"].fill_(9)
+    model.v_proj.adapters["default"].scaling.fill_(9)
     lk.unmerge(model)
     assert_close(model.v_proj.weight, weight)
 

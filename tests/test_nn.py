@@ -142,7 +142,7 @@ def test_changes_while_merged_do_not_confuse_unmerge() -> None:
     layer.merge()
     with pytest.raises(RuntimeError, match="call unmerge"):
         layer.scaling = 100.0
-    layer.scalings["default"] = 100.0
+    layer.adapters["default"].scaling = 100.0
     nn.init.normal_(layer.lora_A["default"].weight)
     copied = copy.deepcopy(layer)
     for merged in (layer, copied):
@@ -168,7 +168,7 @@ def test_several_adapters_add_up(training: bool, dropout: float) -> None:
     expected = first + x @ layer.delta_weight("second").double().T
     assert torch.allclose(both, expected)
     layer.set_adapter(["default", "second"])
-    layer.scalings["second"] = 0.0
+    layer.adapters["second"].scaling = 0.0
     nn.init.constant_(layer.lora_A["second"].weight, float("inf"))
     torch.manual_seed(1)
     assert torch.equal(layer(x), first)
@@ -261,10 +261,10 @@ def test_a_tensor_scaling_stays_one_and_zero_is_the_base() -> None:
     nn.init.uniform_(layer.lora_magnitude_vector["default"].weight, 2, 3)
     x = torch.randn(3, 6)
     scaling = torch.tensor(2.0)
-    layer.scalings["default"] = scaling  # type: ignore[assignment]
+    layer.adapters["default"].scaling = scaling
     assert not torch.allclose(layer(x), layer.base_layer(x))
     layer.scaling = 0.0
-    assert layer.scalings["default"] is scaling and scaling == 0
+    assert layer.adapters["default"].scaling is scaling and scaling == 0
     assert torch.allclose(layer(x), layer.base_layer(x), atol=1e-6)
 
 

@@ -22,8 +22,9 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
-from lorakernels.integrations import peft as integration
+from lorakernels.integrations import peft_terms
 from lorakernels.integrations.peft import accelerate, restore
+from lorakernels.nn import adapted
 from lorakernels.testing.budget import assert_within_budget
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
@@ -103,8 +104,8 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
         monkeypatch.setattr(owner, name, spy)
 
-    spy_on(integration, "lora_linear")
-    spy_on(integration.ops, "small_lora_linear")
+    spy_on(adapted, "lora_linear")
+    spy_on(adapted.ops, "small_lora_linear")
     return calls
 
 
@@ -347,7 +348,7 @@ def test_dora_sees_what_a_new_adapters_start_did_to_the_base_weight(x: torch.Ten
     torch.testing.assert_close(fast(x), plain(x))
     assert not torch.allclose(fast(x), before)
     restore(fast)
-    assert not integration._norms
+    assert not peft_terms._norms
 
 
 def test_dora_keeps_nothing_of_the_outputs_size() -> None:

@@ -1,4 +1,4 @@
-"""Projections of one x that are found by watching: computed together, and never wrong."""
+"""Projections of one x that are declared by their names: computed together, and never wrong."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(functional, "lora_linear_group", spy)
     yield sizes
-    siblings._thread.__init__()  # type: ignore[misc]
+    siblings._thread.scope = None
 
 
 @pytest.fixture
@@ -97,13 +97,13 @@ def x() -> torch.Tensor:
     return torch.randn(2, 5, WIDTH, dtype=torch.float64).requires_grad_()
 
 
-def values(model: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output and every gradient of one step, which also teaches the model its groups."""
-    x = x.detach().requires_grad_()
-    model.zero_grad()
+def values(model: Any, x: torch.Tensor, module: Any = None) -> dict[str, torch.Tensor]:
+    """The output and every gradient of one step."""
+    x, module = x.detach().requires_grad_(), model if module is None else module
+    module.zero_grad()
     y = model(x)
     y.square().sum().backward()
-    found = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in model.named_parameters()}
+    found = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in module.named_parameters()}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -134,7 +134,7 @@ def test_training_is_the_same(kind: str, groups: list[int]) -> None:
             optimizer.zero_grad()
             losses.append(loss.item())
         curves.append(torch.tensor(losses))
-    assert groups == [3] * 2 * 11
+    assert groups == [3] * 2 * 12
     assert ((curves[0] - curves[1]).abs() < EXACT).all()
     assert curves[0][-1] < curves[0][0]
 
@@ -146,8 +146,24 @@ def test_without_gradients(kind: str, groups: list[int]) -> None:
         for tokens in (5, 3, 9):
             x = torch.randn(2, tokens, WIDTH, dtype=torch.float64)
             assert torch.allclose(model(x), plain(x), atol=EXACT)
-    assert groups == [3] * 2 * 2
-    assert siblings._thread.stash is None
+    assert groups == [3] * 2 * 3
+    assert siblings._thread.scope is None
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_pass_is_as_the_others(
+    kind: str, dropout: float, checkpointing: bool, x: torch.Tensor, groups: list[int]
+) -> None:
+    model = adapted(kind, dropout=dropout)
+    model.checkpointing = regions(False) if checkpointing else None
+    passes = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        passes.append(values(model, x))
+    assert all(torch.equal(passes[0][name], later[name]) for later in passes[1:] for name in later)
+    assert len(groups) == 3 * 2 * (1 + checkpointing)
 
 
 def factor(layer: Any) -> Any:
@@ -251,7 +267,8 @@ def call_another(block: Any, h: torch.Tensor) -> None:
 
 
 def copy_and_pickle(block: Any, h: torch.Tensor) -> None:
-    assert siblings._thread.stash is None or siblings._thread.stash.left
+    scope = siblings._thread.scope
+    assert scope is None or len(scope.results) == 2
     between, block.between = block.between, None
     for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert torch.equal(copied.q(h), block.q(h))
@@ -280,7 +297,7 @@ def test_what_happens_between_leader_and_sibling(
             with torch.set_grad_enabled(grad):
                 found.append(values(model, x) if grad else {"y": model(x)})
         results.append(found)
-    assert len(groups) >= 4
+    assert len(groups) >= 8
     for ours, theirs in zip(*results, strict=True):
         assert_equal(ours, theirs)
 
@@ -298,16 +315,14 @@ def test_plain_modules_see_every_event(x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sibling_that_is_not_called_ends_the_group(kind: str, x: torch.Tensor, groups: list[int]) -> None:
-    model, plain = pair(kind)
-    model.blocks = plain.blocks = None  # type: ignore[assignment]
+def test_a_sibling_that_is_not_called_does_no_harm(kind: str, x: torch.Tensor, groups: list[int]) -> None:
     model, plain = pair(kind)
     for use in ("qkv", "qk", "qkv", "qkv"):
         for each in (model, plain):
             each.blocks[0].use = use
         assert_equal(values(model, x), values(plain, x))
-    # The first block was computed as one once, and its v was left behind.
-    assert len(groups) == 1 + 3
+        assert siblings._thread.scope is None
+    assert groups == [3] * 2 * 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -347,21 +362,18 @@ def test_heads_of_features_that_have_no_backward_stay_apart(groups: list[int]) -
 
 
 def test_calls_outside_the_parent_make_no_group(x: torch.Tensor, groups: list[int]) -> None:
-    block, h = adapted("inject").blocks[0], x.detach()
+    model, h = adapted("inject"), x.detach()
+    block = model.blocks[0]
     with torch.no_grad():
         for _ in range(3):
             block.q(h), block.k(h), block.v(h)
         assert not groups
-        model = adapted("inject")
-        model(x)
         model(x)
         assert len(groups) == 2
-        block = model.blocks[0]
         block.q(h)
-        factor(block.k).weight.data = torch.zeros(8, 3, dtype=torch.float64)
-        assert torch.allclose(block.k(h), block.k.base_layer(h))
         factor(block.v).weight.data.zero_()  # which no counter shows
         assert torch.allclose(block.v(h), block.v.base_layer(h))
+    assert len(groups) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -370,9 +382,10 @@ def test_an_exception_between_leaves_nothing_wrong(kind: str, x: torch.Tensor, g
     values(model, x)
 
     def fail(block: Any, h: torch.Tensor) -> None:
-        left = [y for _, _, y in siblings._thread.stash.results.values()]  # type: ignore[union-attr]
-        alive.extend(weakref.ref(y) for y in left)
-        raise KeyboardInterrupt
+        scope = siblings._thread.scope
+        assert scope is not None
+        alive.extend(weakref.ref(result.y) for result in scope.results.values())
+        raise KeyboardInterrupt  # for which torch runs no hook
 
     alive: list[Any] = []
     model.blocks[1].between = fail
@@ -382,31 +395,20 @@ def test_an_exception_between_leaves_nothing_wrong(kind: str, x: torch.Tensor, g
     for _ in range(2):
         assert_equal(values(model, x), values(plain, x))
     assert len(alive) == 2 and not any(reference() is not None for reference in alive)
-    assert siblings._thread.stash is None
+    assert siblings._thread.scope is None
 
 
-def test_results_die_with_x(x: torch.Tensor) -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_step_that_failed_leaves_nothing_behind(grad: bool, x: torch.Tensor) -> None:
     model = adapted("inject")
-    with torch.no_grad():
-        model(x)
-        model.blocks[1].between = lambda block, h: pytest.fail("unused") if block is None else 1 / 0
-        with pytest.raises(ZeroDivisionError):
-            model(x)
-    gc.collect()  # the traceback of the exception held h
-    assert siblings._thread.stash is None
-
-
-def test_a_step_that_failed_leaves_nothing_behind(x: torch.Tensor) -> None:
-    model = adapted("inject")
-    model(x)
     model.blocks[1].between = lambda block, h: 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    with torch.set_grad_enabled(grad), pytest.raises(ZeroDivisionError):
         model(x)
-    assert siblings._thread.stash is not None
+    assert siblings._thread.scope is None
     weight = weakref.ref(model.blocks[1].q.base_layer.weight)
     del model
-    gc.collect()
-    assert siblings._thread.stash is None and weight() is None
+    gc.collect()  # the traceback of the exception held the blocks
+    assert weight() is None
 
 
 def test_the_outputs_of_a_group_have_one_backward(x: torch.Tensor, groups: list[int]) -> None:
@@ -440,16 +442,15 @@ def regions(use_reentrant: bool, nested: bool = False) -> Callable[..., Any]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
-    ("checkpointing", "grouped"),
-    [(regions(False), True), (regions(True), False), (regions(False, True), False), (regions(True, True), False)],
+    "checkpointing",
+    [regions(False), regions(True), regions(False, True), regions(True, True)],
     ids=["non-reentrant", "reentrant", "nested", "reentrant in non-reentrant"],
 )
 def test_checkpointing(
-    checkpointing: Callable[..., Any], grouped: bool, dropout: float, kind: str, x: torch.Tensor, groups: list[int]
+    checkpointing: Callable[..., Any], dropout: float, kind: str, x: torch.Tensor, groups: list[int]
 ) -> None:
     """A region that is recomputed decides as it did: the same masks, and the same number of tensors kept."""
-    model = adapted(kind, dropout=dropout)
-    plain = adapted(kind, group=grouped, dropout=dropout)
+    model, plain = adapted(kind, dropout=dropout), adapted(kind, dropout=dropout)
     model.checkpointing = checkpointing
     for step in range(4):
         found = []
@@ -457,10 +458,39 @@ def test_checkpointing(
             torch.manual_seed(step)
             found.append(values(each, x))
         assert_equal(*found)
-    if grouped:  # forward and again, beside the plain model's
-        assert len(groups) == 2 * 3 * 3
-    elif dropout:
-        assert not groups
+    assert set(groups) == {3} and len(groups) >= 4 * 2 * 3  # forward and again, beside the plain model's
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_region_within_the_parent_has_no_group(
+    kind: str, dropout: float, use_reentrant: bool, x: torch.Tensor, groups: list[int]
+) -> None:
+    """When it runs again the parent does not."""
+    found = []
+    for group in (True, False):
+        model = adapted(kind, group=group, dropout=dropout)
+        for block in model.blocks:
+            type(block).forward, whole = of_a_part(use_reentrant), type(block).forward
+            try:
+                torch.manual_seed(0)
+                found.append(values(block, x))
+            finally:
+                type(block).forward = whole
+    assert not groups
+    assert_equal(found[0], found[2])
+    assert_equal(found[1], found[3])
+
+
+def of_a_part(use_reentrant: bool) -> Callable[..., Any]:
+    def forward(block: Any, x: torch.Tensor) -> torch.Tensor:
+        def projections(h: torch.Tensor) -> torch.Tensor:
+            return torch.cat([block.q(h), block.k(h), block.v(h)], -1)
+
+        return checkpoint(projections, x.exp(), use_reentrant=use_reentrant)
+
+    return forward
 
 
 def test_recomputation_that_stops_early(x: torch.Tensor, groups: list[int]) -> None:
@@ -480,11 +510,18 @@ def test_recomputation_that_stops_early(x: torch.Tensor, groups: list[int]) -> N
     for layer in (block.q, block.k):
         nn.init.normal_(layer.lora_B["default"].weight)
     expected = values(block, x)
+    declare(block)
     for _ in range(4):
         y = checkpoint(block, x, use_reentrant=False)
         (grad,) = torch.autograd.grad(y.square().sum(), x)
         assert torch.allclose(grad, expected["x"], atol=EXACT)
     assert len(groups) >= 4
+
+
+def declare(*modules: nn.Module) -> None:
+    """For layers that nobody injected."""
+    for module in modules:
+        siblings.declare(siblings.find(module, lambda child: isinstance(child, lk.LoRALinear)), True)
 
 
 def test_one_mask_for_the_group(groups: list[int]) -> None:
@@ -497,15 +534,13 @@ def test_one_mask_for_the_group(groups: list[int]) -> None:
             return self.q(x), self.k(x)
 
     module = Same()
-    for layer in (module.q, module.k):
-        siblings.switch(layer, True)
+    declare(module)
     nn.init.normal_(module.q.lora_B["default"].weight)
     module.k.load_state_dict(module.q.state_dict())
     x = torch.randn(8, WIDTH, requires_grad=True)
-    first, second = module(x * 1), module(x * 1)
-    assert not torch.equal(*first) and torch.equal(*second)
+    assert torch.equal(*module(x * 1))
     assert len(groups) == 1
-    module.k.lora_dropout["default"] = 0.1  # then each has its own
+    module.k.adapters["default"].lora_dropout = 0.1  # then each has its own
     module(x * 1)
     module.k.eval()
     module(x * 1)
@@ -517,8 +552,8 @@ def test_compiled_traced_and_transformed_models_do_without(x: torch.Tensor, grou
     model, plain = pair("inject")
     values(model, x)
     values(model, x)
-    learned = len(groups)
-    assert learned == 2
+    grouped = len(groups)
+    assert grouped == 4
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         assert torch.allclose(compiled(x), plain(x), atol=EXACT)
@@ -537,7 +572,7 @@ def test_compiled_traced_and_transformed_models_do_without(x: torch.Tensor, grou
         assert torch.allclose(traced(2 * x), plain(2 * x), atol=EXACT)
     with torch.inference_mode():
         assert torch.allclose(model(x), plain(x), atol=EXACT)
-    assert len(groups) == learned
+    assert len(groups) == grouped
 
 
 def test_threads(x: torch.Tensor) -> None:
@@ -575,10 +610,14 @@ def test_switched_off(kind: str, x: torch.Tensor, groups: list[int]) -> None:
         lk.accelerate(model)
         values(model, x)
         values(model, x)
-        assert len(groups) == 2
-        lk.accelerate(model, group=False)
+        assert len(groups) == 4
+        hooks = model.blocks[0]._forward_pre_hooks, model.blocks[0]._forward_hooks
+        assert all(hooks)
         lk.restore(model)
-        assert "group_siblings" not in model.blocks[0].q.__dict__
+        assert not any(hooks) and not model.blocks[0]._forward_hooks_always_called
+        lk.accelerate(model)
+        lk.accelerate(model, group=False)
+        assert not any(hooks)
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
@@ -635,3 +674,137 @@ def test_llama_trains_and_generates(checkpointing: bool, groups: list[int]) -> N
     texts = [model.eval().generate(input_ids=tokens, max_new_tokens=5, do_sample=False) for model in models]
     assert torch.equal(*texts)
     assert len(groups) > count
+
+
+class Cross(nn.Module):
+    """k and v of another tensor than q, of the same width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.q_proj(x) + self.k_proj(other).tanh() * self.v_proj(other)
+
+
+@pytest.mark.parametrize(("name", "members"), [("attn", [3, 3]), ("encoder_attn", [2, 2]), ("EncDecAttention", [2, 2])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cross_attention(kind: str, name: str, members: list[int], x: torch.Tensor, groups: list[int]) -> None:
+    """Where the names tell of it, k and v are a group; where not, they compute their own."""
+    results = []
+    for group in (None, False):
+        torch.manual_seed(0)
+        model: Any = nn.ModuleDict({name: Cross()})
+        if kind == "inject":
+            lk.inject(model, lk.LoRAConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]), group=group)
+        else:
+            peft = pytest.importorskip("peft")
+            config = peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"])
+            lk.accelerate(peft.inject_adapter_in_model(config, model), group=group)
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_" in parameter_name:
+                nn.init.normal_(parameter)
+        for _ in range(2):
+            results.append(values(lambda x, model=model: model[name](x, x * 2), x, model))
+    assert groups == members
+    assert_equal(results[0], results[2])
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_caller_lists(kind: str, x: torch.Tensor, groups: list[int]) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right, self.q, self.k = (nn.Linear(WIDTH, WIDTH, dtype=torch.float64) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = x.exp()
+            return self.left(h) + self.right(h) + self.q(h) + self.k(h)
+
+    names = ["left", "right", "q", "k"]
+
+    def make(groups: Any, targets: list[str] = names) -> Any:
+        model = Odd()
+        if kind == "inject":
+            return lk.inject(model, lk.LoRAConfig(r=2, target_modules=targets), groups=groups)
+        peft = pytest.importorskip("peft")
+        model = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=targets), model)
+        lk.accelerate(model, groups=groups)
+        return model
+
+    make([])(x)
+    assert groups == [2]
+    make([("left", "right")])(x)
+    assert groups == [2, 2, 2]
+    make([names])(x)
+    assert groups == [2, 2, 2, 4]
+    make([["left", "k"]])(x)
+    assert groups == [2, 2, 2, 4, 2]
+    for wrong in ("left", ["left", "right"], [["left", 1]], [[nn.Linear(1, 1)]]):
+        with pytest.raises(TypeError, match=r"groups is .* expected a list of lists of names"):
+            make(wrong)
+    for wrong in ([["left"]], [["left", "centre"]], [[]]):
+        with pytest.raises(ValueError, match=r"groups has .* expected the names of two or more"):
+            make(wrong)
+    with pytest.raises(ValueError, match="groups has"):
+        make([["left", "right"]], targets=["left", "q"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5", "bart", "whisper", "gpt_neox"])
+def test_families_of_models_that_people_use(kind: str) -> None:
+    """By the module that has them, with layers' numbers left out."""
+    transformers = pytest.importorskip("transformers")
+    small = {"num_hidden_layers": 1, "vocab_size": 32, "hidden_size": 16, "intermediate_size": 16}
+    encdec = {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    encdec |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    configs = {
+        "llama": lambda: transformers.LlamaConfig(**small, num_attention_heads=2, num_key_value_heads=1),
+        "bert": lambda: transformers.BertConfig(
+            **small, num_attention_heads=2, is_decoder=True, add_cross_attention=True
+        ),
+        "t5": lambda: transformers.T5Config(
+            vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+        ),
+        "bart": lambda: transformers.BartConfig(**encdec),
+        "whisper": lambda: transformers.WhisperConfig(**encdec, pad_token_id=0, max_source_positions=8),
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(**small, num_attention_heads=2),
+    }
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(configs[kind]())
+    names = {module: name for name, module in model.named_modules()}
+    found = siblings.find(model, lambda module: type(module) is nn.Linear)
+    qkv, kv = {("q_proj", "k_proj", "v_proj")}, {("k_proj", "v_proj")}
+    expected: dict[str, dict[str, set[tuple[str, ...]]]] = {
+        "llama": {"self_attn": qkv, "mlp": {("gate_proj", "up_proj")}},
+        "bert": {"attention.self": {("query", "key", "value")}, "crossattention.self": {("key", "value")}},
+        "t5": {
+            "SelfAttention": {("q", "k", "v")},
+            "EncDecAttention": {("k", "v")},
+            "DenseReluDense": {("wi_0", "wi_1")},
+        },
+        "bart": {"self_attn": qkv, "encoder_attn": kv},
+        "whisper": {"self_attn": qkv, "encoder_attn": kv},
+        "gpt_neox": {},
+    }
+    by_parent: dict[str, set[tuple[str, ...]]] = {}
+    for parent, groups in found.items():
+        end = names[parent].split(".")
+        key = ".".join(end[-2:]) if end[-1] == "self" else end[-1]
+        by_parent.setdefault(key, set()).update(groups)
+    assert by_parent == expected[kind]
+
+
+def test_a_second_adapter_and_one_from_files(tmp_path: Path, x: torch.Tensor, groups: list[int]) -> None:
+    model = adapted("inject")
+    lk.save_adapter(model, tmp_path)
+    loaded = lk.load_adapter(Model().double(), tmp_path, adapter_name="first")
+    loaded(x)
+    assert groups == [3, 3]
+    lk.inject(model, lk.LoRAConfig(r=2, target_modules=["q", "v"]), adapter_name="second")
+    lk.set_adapter(model, "second")
+    model(x)
+    assert groups == [3, 3, 2, 2]  # k has nothing to add now
+    lk.inject(model, lk.LoRAConfig(r=2, target_modules=["q", "v"]), adapter_name="third", group=False)
+    model(x)
+    assert groups == [3, 3, 2, 2]

@@ -269,7 +269,7 @@ def test_several_adapters_add_up(kind: str, dropout: float, use_dora: bool) -> N
         layer.set_adapter(name)
         expected = expected + layer(x) - base
     layer.set_adapter([*names, "off"])
-    layer.scalings["off"] = 0.0
+    layer.adapters["off"].scaling = 0.0
     assert error(layer(x), expected) < 1e-10
     assert (error(layer.train()(x), expected) < 1e-10) == (not dropout or kind == "embedding")
     parameters = {f"{n}.{s}": p for n in names for s, p in layer.adapter_tensors(n).items()}

@@ -13,7 +13,7 @@ from torch import nn
 from lorakernels.adapters.inject import adaptable, served
 from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import find_modules_to_save, plain_modules
-from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.config_file import check_start, not_supported
 from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, updates_of
 from lorakernels.files.reading import AdapterFileError, Tensors, check_finite
@@ -60,7 +60,7 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
         (base, kind), variant = found[path], (config.use_dora, config.lora_bias)
         try:
-            kind.check_adapter(base, r, scaling_of(alpha, r, config.use_rslora), True, *variant)
+            kind.check_adapter(base, of_one_layer(config, r, alpha, init_lora_weights=True))
             return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
         except (TypeError, ValueError, OverflowError) as error:
             raise AdapterFileError(f"module {path!r}: {error}") from error

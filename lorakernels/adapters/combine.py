@@ -23,7 +23,8 @@ from lorakernels.adapters.rank_slices import by_group, smaller
 from lorakernels.adapters.switch import refuse_merged
 from lorakernels.config import LoRAConfig, check_alpha, check_rank
 from lorakernels.files.peft import with_ranks
-from lorakernels.nn.layer import LoRALayer, check_adapter_name
+from lorakernels.nn.base import check_adapter_name
+from lorakernels.nn.layer import LoRALayer
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Weighted = list[tuple[str, float]]
@@ -117,7 +118,7 @@ def _check_can_be_combined(name: str, config: LoRAConfig) -> None:
 
 
 def _add(layer: LoRALayer, name: str, r: int, A: torch.Tensor, B: torch.Tensor) -> None:
-    layer.add_adapter(name, r, lora_alpha=r)
+    layer.add_adapter(name, r=r, lora_alpha=r)
     for parameter, value in zip(layer.adapter_tensors(name).values(), (A, B), strict=True):
         parameter.data = value.to(parameter.device)
 
@@ -125,19 +126,19 @@ def _add(layer: LoRALayer, name: str, r: int, A: torch.Tensor, B: torch.Tensor) 
 def _factors(layer: LoRALayer, name: str) -> Pair:
     """A and B of an adapter without the ranks that a slot for hot swaps has beyond it."""
     A, B = (
-        smaller(suffix, tensor.detach(), layer.r[name], layer.base_layer)
+        smaller(suffix, tensor.detach(), layer.adapters[name].r, layer.base_layer)
         for suffix, tensor in list(layer.adapter_tensors(name).items())[:2]
     )
     return A, B
 
 
 def _linear(layer: LoRALayer, own: Weighted, svd_rank: int | None) -> Pair:
-    ranks = {name: layer.r[name] for name, _ in own}
+    ranks = {name: layer.adapters[name].r for name, _ in own}
     if len(set(ranks.values())) > 1:
         raise ValueError(f'the ranks are {ranks}; combination_type="linear" expects one rank, "cat" and "svd" do not')
     A_sum, B_sum = (torch.zeros_like(factor) for factor in _factors(layer, own[0][0]))
     for name, weight in own:
-        scaled = weight * float(layer.scalings[name])
+        scaled = weight * float(layer.adapters[name].scaling)
         A, B = _factors(layer, name)
         A_sum = A_sum + A * math.copysign(math.sqrt(abs(scaled)), scaled)
         B_sum = B_sum + B * math.sqrt(abs(scaled))
@@ -148,7 +149,7 @@ def _cat(layer: LoRALayer, own: Weighted, svd_rank: int | None) -> Pair:
     As, Bs = [], []
     for name, weight in own:
         A, B = _factors(layer, name)
-        As.append(by_group(A * (weight * float(layer.scalings[name])), layer.base_layer))
+        As.append(by_group(A * (weight * float(layer.adapters[name].scaling)), layer.base_layer))
         Bs.append(B)
     return torch.cat(As, dim=1).flatten(0, 1), torch.cat(Bs, dim=1)
 
@@ -158,7 +159,7 @@ def _svd(layer: LoRALayer, own: Weighted, svd_rank: int | None) -> Pair:
     delta = sum(layer._matrix(layer.delta_weight(name)) * weight for name, weight in own)
     assert isinstance(delta, torch.Tensor)
     U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
-    r = min(svd_rank or max(layer.r[name] for name, _ in own), len(S))
+    r = min(svd_rank or max(layer.adapters[name].r for name, _ in own), len(S))
     shapes = list(type(layer).adapter_shapes(layer.base_layer, r).values())
     return Vh[:r].reshape(shapes[0]).to(A.dtype), (U[:, :r] * S[:r]).reshape(shapes[1]).to(B.dtype)
 

@@ -18,7 +18,8 @@ from lorakernels.config import check_rank
 from lorakernels.files.peft import local_folder, read_peft
 from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.files.update import Update
-from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
+from lorakernels.nn.base import DEFAULT, MAGNITUDE
+from lorakernels.nn.layer import LoRALayer
 
 
 @torch.no_grad()
@@ -43,7 +44,7 @@ def prepare_for_hotswap(model: nn.Module, max_rank: int, adapter_name: str = DEF
     refuse_changed_base(model)
     for layer in owners:
         # Raises where a layer cannot have such a rank.
-        type(layer).adapter_shapes(layer.base_layer, max_rank, layer.use_dora[adapter_name])
+        type(layer).adapter_shapes(layer.base_layer, max_rank, layer.adapters[adapter_name].use_dora)
         if _room(layer, adapter_name) > max_rank:
             rank = _room(layer, adapter_name)
             raise ValueError(f"adapter {adapter_name!r} has rank {rank}, more than max_rank={max_rank}")
@@ -51,11 +52,10 @@ def prepare_for_hotswap(model: nn.Module, max_rank: int, adapter_name: str = DEF
     for parameter, value in padded:
         parameter.data = value
     for layer in owners:
-        scaling = layer.scalings[adapter_name]
-        if not isinstance(scaling, torch.Tensor):
+        adapter = layer.adapters[adapter_name]
+        if not isinstance(adapter.scaling, torch.Tensor):
             dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-            tensor = torch.tensor(scaling, device=layer.weight.device, dtype=dtype)
-            layer.scalings[adapter_name] = tensor  # type: ignore[assignment]
+            adapter.scaling = torch.tensor(adapter.scaling, device=layer.weight.device, dtype=dtype)
     return model
 
 
@@ -118,7 +118,8 @@ def _room(layer: LoRALayer, name: str) -> int:
 
 
 def _padded(layer: LoRALayer, name: str, max_rank: int) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    shapes = type(layer).adapter_shapes(layer.base_layer, max_rank, layer.use_dora[name], layer.lora_bias[name])
+    adapter = layer.adapters[name]
+    shapes = type(layer).adapter_shapes(layer.base_layer, max_rank, adapter.use_dora, adapter.lora_bias)
     r, padded = _room(layer, name), []
     for suffix, parameter in layer.adapter_tensors(name).items():
         if tuple(parameter.shape) != shapes[suffix]:
@@ -150,7 +151,7 @@ def _check_fits(model: nn.Module, name: str, contents: Contents) -> None:
             )
     for path, update in contents.layers.items():
         layer = contents.modules[path]
-        if not isinstance(layer, LoRALayer) or name not in layer.r:
+        if not isinstance(layer, LoRALayer) or name not in layer.adapters:
             raise AdapterFileError(f"the file has {path!r}, where adapter {name!r} is not; load it under another name")
         r, room = update.r, _room(layer, name)
         if r > room:
@@ -177,14 +178,15 @@ def _fill(layer: LoRALayer, name: str, update: Update, use_rslora: bool) -> None
     for suffix, parameter in layer.adapter_tensors(name).items():
         parameter.zero_()
         _copy_into(suffix, parameter, update.tensors[suffix], update.r, layer)
-    layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = update.r, update.alpha, use_rslora
-    layer._set_scaling(name, layer.own_scaling(name))
+    adapter = layer.adapters[name]
+    adapter.r, adapter.lora_alpha, adapter.use_rslora = update.r, update.alpha, use_rslora
+    adapter.rescale(adapter.own_scaling)
 
 
 def _switch_off(layer: LoRALayer, name: str) -> None:
     for parameter in layer.adapter_tensors(name).values():
         parameter.zero_()
-    if layer.use_dora[name]:
+    if layer.adapters[name].use_dora:
         magnitude: torch.Tensor = layer.adapter_tensors(name)[MAGNITUDE]
         matrix = layer._matrix(layer.weight)
         norm = layer.lora_magnitude_vector[name].norm(layer.weight, matrix, *layer._factors(name), 1.0)  # type: ignore

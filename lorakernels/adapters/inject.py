@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,17 +10,23 @@ from torch import nn
 
 from lorakernels.adapters.saved_modules import SavedModule, give_copies, saved_modules
 from lorakernels.adapters.targets import find_modules_to_save, find_targets, warn_of_unused
-from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, adapt
+from lorakernels.nn.base import DEFAULT, check_adapter_name
 from lorakernels.nn.init import changes_base
-from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
+from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
 
 
 def inject(
-    model: nn.Module, config: LoRAConfig, adapter_name: str = DEFAULT, *, group: bool | None = None
+    model: nn.Module,
+    config: LoRAConfig,
+    adapter_name: str = DEFAULT,
+    *,
+    group: bool | None = None,
+    groups: Sequence[Sequence[str]] = (),
 ) -> nn.Module:
     """Give the target layers of `model` an adapter, in place, and freeze everything else.
 
@@ -31,9 +37,10 @@ def inject(
         model: any module that holds layers that can be adapted: linear, embedding, convolution; compiled or not.
         config: which layers, and what rank and scale.
         adapter_name: the adapter's name, part of its parameters' names.
-        group: whether projections that one module calls with the same x (q, k, v; gate, up) may be computed together,
-            as `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one
-            mask for all; False, never. It holds for all adapters of these layers.
+        group: whether projections that one module calls with the same x (q, k, v; gate, up) are computed together, as
+            `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one mask
+            for all; False, never. They are found by the names that models give them. It holds for all adapters.
+        groups: further groups, each a list of names of one module's children: [["query_key", "value"]].
 
     Returns:
         `model` itself.
@@ -41,8 +48,9 @@ def inject(
     Raises:
         ValueError: nothing matches (with near names), or the name is taken or malformed, or a layer cannot have
             such an adapter; one of several adapters trains biases; PiSSA or OLoRA on a weight that is tied, computed
-            at each call, or on the meta device.
-        TypeError: a target is not a layer that can be adapted, or its weight is no plain tensor.
+            at each call, or on the meta device; no module has two adapted linear layers of the names of a group.
+        TypeError: a target is not a layer that can be adapted, or its weight is no plain tensor; `groups` is not a list
+            of lists of names.
         RuntimeError: adapters are merged, or one in the model has changed the base weights (PiSSA, OLoRA).
     """
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
@@ -61,8 +69,11 @@ def inject(
         raise ValueError(f"modules_to_save={missing!r} matches no module of {type(model).__name__}")
     ranks = by_pattern(targets, config.rank_pattern, config.r)
     alphas = by_pattern(targets, config.alpha_pattern, config.lora_alpha)
+    configs = {name: of_one_layer(config, ranks[name], alphas[name]) for name in targets}
     for name, module in targets.items():
-        _check_target(name, module, ranks[name], alphas[name], config)
+        _check_target(name, module, configs[name])
+    linears = {module for module in targets.values() if isinstance(module, (nn.Linear, LoRALinear))}
+    siblings_of = siblings.find(model, lambda module: module in linears or isinstance(module, LoRALinear), groups)
     refuse_changed_base(model)
     if changes_base(config.init_lora_weights):
         start = f"init_lora_weights={config.init_lora_weights!r}"
@@ -81,10 +92,7 @@ def inject(
         for name, module in targets.items():
             # A module under two names stays one module, with one adapter.
             if module not in given:
-                init = config.init_lora_weights
-                layer = give_adapter(module, adapter_name, ranks[name], alphas[name], config, init, made)
-                if isinstance(layer, LoRALinear):
-                    siblings.switch(layer, group)
+                give_adapter(module, adapter_name, configs[name], made)
                 given.add(module)
         made |= give_copies(whole.values(), adapter_name)
         replace_modules(model, made)
@@ -94,6 +102,8 @@ def inject(
             for wrapper in saved_modules(model).values():
                 wrapper.set_adapter([adapter_name])
             freeze_all_but_adapters(model, config.bias)
+    own = {made.get(module, module) for module in linears}
+    siblings.declare({p: names for p, names in siblings_of.items() if not own.isdisjoint(p._modules.values())}, group)
     remember(model, adapter_name, config)
     return compiled
 
@@ -103,7 +113,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: LoRAConfig) -> None:
+def _check_target(name: str, module: nn.Module, config: LoRAConfig) -> None:
     """Raise where a target cannot have the adapter that `config` describes."""
     base = module.base_layer if isinstance(module, LoRALayer) else module
     kind = LAYERS.get(type(base))
@@ -116,9 +126,8 @@ def _check_target(name: str, module: nn.Module, r: int, alpha: float, config: Lo
         )
     if isinstance(module, LoRALayer) and module.merged:
         raise RuntimeError(f"adapters are merged into {name!r}; call unmerge first")
-    scaling = scaling_of(alpha, r, config.use_rslora)
     try:
-        kind.check_adapter(base, r, scaling, config.init_lora_weights, config.use_dora, config.lora_bias)
+        kind.check_adapter(base, config)
     except (ValueError, TypeError) as error:
         raise type(error)(f"target {name!r}: {error}") from error
 
@@ -136,20 +145,13 @@ def served(module: nn.Module) -> str:
 
 
 def give_adapter(
-    module: nn.Module,
-    adapter_name: str,
-    r: int,
-    alpha: float,
-    config: LoRAConfig,
-    init: bool | str,
-    made: dict[nn.Module, nn.Module],
+    module: nn.Module, adapter_name: str, config: LoRAConfig, made: dict[nn.Module, nn.Module]
 ) -> LoRALayer:
     """Give a layer an adapter; one that had none goes into `made`, with the layer to put in its place."""
-    settings = (config.lora_dropout, config.use_rslora, init, config.use_dora, config.lora_bias)
     if isinstance(module, LoRALayer):
-        module.add_adapter(adapter_name, r, alpha, *settings)
+        module.add_adapter(adapter_name, config)
         return module
-    layer = adapt(module, adapter_name, r, alpha, *settings)
+    layer = adapt(module, adapter_name, config)
     made[module] = layer
     return layer
 
@@ -223,11 +225,14 @@ def refuse_tied(model: nn.Module, weights: Iterable[torch.Tensor], what: str) ->
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put each new module under every name that the old one has in `model`."""
-    new = set(replacements.values())
+    new, touched = set(replacements.values()), set()
     for parent in [module for module in model.modules() if module not in new]:
         for name, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, name, replacements[child])
+                touched.add(parent)
+    found = siblings.find(model, lambda module: isinstance(module, LoRALinear))
+    siblings.declare({p: names for p, names in found.items() if p in touched and not siblings.has_groups(p)})
     for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
         if any(isinstance(module, LoRALayer) for module in encoder.modules()):
             encoder.use_nested_tensor = False  # whose attention needs the fast path, which adapted layers turn off
@@ -241,7 +246,7 @@ def adapter_configs(model: nn.Module) -> dict[str, LoRAConfig]:
 
 def config_of(model: nn.Module, adapter_name: str) -> LoRAConfig:
     """The configuration of an adapter; raises KeyError where `model` as a whole was not given it."""
-    paths = [path for path, layer in adapted_layers(model).items() if adapter_name in layer.r]
+    paths = [path for path, layer in adapted_layers(model).items() if adapter_name in layer.adapters]
     if not paths:
         raise KeyError(f"the model has no adapter {adapter_name!r}; its adapters: {list(adapters_in(model))}")
     configs = adapter_configs(model)
@@ -267,7 +272,7 @@ def adapters_in(model: nn.Module) -> dict[str, None]:
 
 def _names_in(module: nn.Module) -> Iterable[str]:
     if isinstance(module, LoRALayer):
-        return module.r
+        return module.adapters
     return module.modules_to_save if isinstance(module, SavedModule) else ()
 
 
@@ -279,9 +284,8 @@ def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def layers_of(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
     """The layers that an adapter has, without those where its last hot swap has left it nothing."""
     unused = getattr(model, "_lora_unused", {}).get(adapter_name, ())
-    return {
-        path: layer for path, layer in adapted_layers(model).items() if adapter_name in layer.r and path not in unused
-    }
+    owners = {path: layer for path, layer in adapted_layers(model).items() if adapter_name in layer.adapters}
+    return {path: layer for path, layer in owners.items() if path not in unused}
 
 
 class TrainableParameters(list[nn.Parameter]):
@@ -311,7 +315,7 @@ def adapter_parameters(model: nn.Module, adapter_name: str | None = None) -> lis
     in_layers = [
         parameter
         for layer in adapted_layers(model).values()
-        for name in layer.r
+        for name in layer.adapters
         if adapter_name in (None, name)
         for parameter in layer.adapter_tensors(name).values()
     ]

@@ -29,10 +29,11 @@ from lorakernels.adapters.inject import (
 from lorakernels.adapters.rank_slices import smaller
 from lorakernels.adapters.saved_modules import copies_of, give_copies, state_of
 from lorakernels.adapters.switch import refuse_merged, set_adapter
-from lorakernels.config import LoRAConfig
+from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.peft import local_folder, read_peft, with_ranks, write_peft
 from lorakernels.files.reading import AdapterFileError, Tensors
-from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
+from lorakernels.nn.base import DEFAULT, check_adapter_name
+from lorakernels.nn.layer import LoRALayer
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = DEFAULT) -> Path:
@@ -120,9 +121,10 @@ def load_adapter(
     with nothing_on_error(model, adapter_name, made):
         for path, update in contents.layers.items():
             module = made.get(contents.modules[path], contents.modules[path])
-            if not isinstance(module, LoRALayer) or adapter_name not in module.r:
-                module = give_adapter(module, adapter_name, update.r, update.alpha, config, True, made)
-            module.r[adapter_name] = update.r  # a hot swap may have left a smaller one
+            if not isinstance(module, LoRALayer) or adapter_name not in module.adapters:
+                own = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
+                module = give_adapter(module, adapter_name, own, made)
+            module.adapters[adapter_name].r = update.r  # a hot swap may have left a smaller one
             module.configure(adapter_name, update.alpha, config.lora_dropout, config.use_rslora)
             _set_weights(module, adapter_name, update.tensors)
         new = [contents.modules[path] for path in contents.whole.keys() - copies_of(model, adapter_name)]
@@ -147,12 +149,13 @@ def load_adapter(
 
 def _plain(layer: LoRALayer, name: str) -> tuple[dict[str, torch.Tensor], int, float]:
     """An adapter's tensors as its file has them, its rank and its alpha."""
-    r, alpha = layer.r[name], layer.lora_alpha[name]
+    adapter = layer.adapters[name]
+    r, alpha = adapter.r, adapter.lora_alpha
     tensors: dict[str, torch.Tensor] = dict(layer.adapter_tensors(name))
     if name in layer.base_changed_by:
         tensors |= dict(zip(tensors, layer.as_plain_lora(name), strict=False))
         # Of twice the rank, and with the same scaling.
-        return tensors, 2 * r, alpha * (math.sqrt(2) if layer.use_rslora[name] else 2)
+        return tensors, 2 * r, alpha * (math.sqrt(2) if adapter.use_rslora else 2)
     return {suffix: smaller(suffix, tensor, r, layer.base_layer) for suffix, tensor in tensors.items()}, r, alpha
 
 
@@ -161,7 +164,8 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
     if config.bias == "none":
         return {}
     of_adapters = set(map(id, adapter_parameters(model)))
-    adapted = tuple(f"{path}.base_layer." for path, layer in adapted_layers(model).items() if adapter_name in layer.r)
+    owners = [path for path, layer in adapted_layers(model).items() if adapter_name in layer.adapters]
+    adapted = tuple(f"{path}.base_layer." for path in owners)
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)  # PEFT has each of a tied one's names
@@ -180,9 +184,8 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
         refuse_merged(layers)
     except (RuntimeError, ValueError) as error:
         raise AdapterFileError(str(error)) from error
-    taken = {
-        layer: _shapes(layer.adapter_tensors(adapter_name)) for layer in layers.values() if adapter_name in layer.r
-    }
+    owners = [layer for layer in layers.values() if adapter_name in layer.adapters]
+    taken = {layer: _shapes(layer.adapter_tensors(adapter_name)) for layer in owners}
     copies = copies_of(model, adapter_name)
     new = {contents.modules[path]: _shapes(update.tensors) for path, update in contents.layers.items()}
     if (taken or copies) and (taken != new or copies.keys() != contents.whole.keys()):
@@ -190,7 +193,7 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
             f"the model has an adapter {adapter_name!r} with other layers or ranks ({len(taken)} layers; the file has "
             f"{len(new)}) or modules_to_save; load it under another name, or use hotswap_adapter"
         )
-    if any(isinstance(layer.scalings[adapter_name], torch.Tensor) for layer in taken):
+    if any(isinstance(layer.adapters[adapter_name].scaling, torch.Tensor) for layer in taken):
         raise AdapterFileError(f"adapter {adapter_name!r} is prepared for hot swaps; use hotswap_adapter")
 
 

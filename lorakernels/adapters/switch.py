@@ -31,7 +31,7 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
         if len(both) > 1:
             raise ValueError(f"adapters {both} each have a copy of {path!r}; expected at most one of them active")
     for layer in layers.values():
-        layer.set_adapter([name for name in wanted if name in layer.r])
+        layer.set_adapter([name for name in wanted if name in layer.adapters])
     for wrapper in wrappers.values():
         wrapper.set_adapter(dict.fromkeys(wanted))
 
@@ -45,7 +45,8 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     layers = adapted_layers(model)
     refuse_merged(layers)
     for layer in layers_with(layers, name):
-        layer._set_scaling(name, layer.own_scaling(name) * scale)
+        adapter = layer.adapters[name]
+        adapter.rescale(adapter.own_scaling * scale)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -59,7 +60,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     layers = adapted_layers(model)
     copies = [wrapper for wrapper in saved_modules(model).values() if name in wrapper.modules_to_save]
     # A layer's own delete_adapter may have left the copies alone.
-    owners = [layer for layer in layers.values() if name in layer.r] if copies else layers_with(layers, name)
+    owners = [layer for layer in layers.values() if name in layer.adapters] if copies else layers_with(layers, name)
     refuse_merged(layers)
     for layer in owners:
         layer.delete_adapter(name)
@@ -81,8 +82,8 @@ def refuse_merged(layers: dict[str, LoRALayer]) -> None:
 
 def layers_with(layers: dict[str, LoRALayer], name: str) -> list[LoRALayer]:
     """The layers that have an adapter; raises KeyError where none has."""
-    found = [layer for layer in layers.values() if name in layer.r]
+    found = [layer for layer in layers.values() if name in layer.adapters]
     if not found:
-        known = sorted({adapter for layer in layers.values() for adapter in layer.r})
+        known = sorted({adapter for layer in layers.values() for adapter in layer.adapters})
         raise KeyError(f"the model has no adapter {name!r}; its adapters: {known}")
     return found

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lorakernels import ops
 from lorakernels.eager.product import cast
 from lorakernels.functional import lora_linear
-from lorakernels.integrations.peft import adapter_terms, autocast_is_on, is_plain, takes_dtypes
+from lorakernels.integrations.peft_terms import adapter_terms, autocast_is_on, is_plain, takes_dtypes
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.plan import BASE, BatchPlan
 
@@ -202,7 +202,7 @@ def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Ten
         scalings.append(float(scaling))
         As.append(_padded(cast(term.A, dtype), rank))
         Bs.append(_padded(B, rank))
-        biases.append(None if term.lora_bias is None else (term.lora_bias * term.scaling).to(dtype))
+        biases.append(None if term.bias is None else (term.bias * term.scaling).to(dtype))
     slots = tuple(there.index(name) if name in there else BASE for name in names)
     return _Pack(
         names[:],

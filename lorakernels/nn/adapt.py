@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import nn
 
+from lorakernels.config import LoRAConfig
+from lorakernels.nn.base import DEFAULT
 from lorakernels.nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lorakernels.nn.embedding import LoRAEmbedding
-from lorakernels.nn.layer import DEFAULT, LoRALayer
+from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lorakernels.config import AdapterFields
 
 LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
     layer.BASE: layer for layer in (LoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
@@ -17,15 +26,10 @@ LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
 def adapt(
     base_layer: nn.Module,
     adapter_name: str = DEFAULT,
-    r: int = 8,
-    lora_alpha: float = 16,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = False,
-    init_lora_weights: bool | str = True,
-    use_dora: bool = False,
-    lora_bias: bool = False,
+    config: LoRAConfig | None = None,
+    **fields: Unpack[AdapterFields],
 ) -> LoRALayer:
-    """The adapted layer around `base_layer`, which is kept, shared and frozen.
+    """The adapted layer around `base_layer`, see `LoRALayer.from_base`.
 
     Raises TypeError unless it is exactly of a class in `LAYERS`: a subclass may hold its weight in another form, as
     quantised layers do. When anything is raised `base_layer` is as it was.
@@ -37,6 +41,4 @@ def adapt(
             f"{type(base_layer).__module__}.{type(base_layer).__qualname__} has no adapted layer; "
             f"expected exactly one of {names}"
         )
-    return kind.from_base(
-        base_layer, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, use_dora, lora_bias, adapter_name
-    )
+    return kind.from_base(base_layer, adapter_name, config, **fields)

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lorakernels.config import LoRAConfig, split_fields
+from lorakernels.nn.base import DEFAULT, MAGNITUDE
 from lorakernels.nn.dora import scale_product
-from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
+from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import of_base_layer, runs_more_than_forward
 
 
@@ -25,7 +27,8 @@ class _LoRAConv(LoRALayer):
     grouped weight, so such a layer cannot be merged and has no DoRA.
 
     Args:
-        in_channels, out_channels, kernel_size, conv: as for torch's convolution; `padding_mode` must be "zeros".
+        in_channels, out_channels, kernel_size, and more by name: as for torch's convolution; `padding_mode` must be
+            "zeros".
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, use_dora, lora_bias: as for `LoRAConfig`.
         adapter_name: the name of the first adapter.
 
@@ -43,19 +46,13 @@ class _LoRAConv(LoRALayer):
         in_channels: int,
         out_channels: int,
         kernel_size: int | tuple[int, ...],
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
         *,
-        init_lora_weights: bool | str = True,
-        use_dora: bool = False,
-        lora_bias: bool = False,
         adapter_name: str = DEFAULT,
-        **conv: Any,
+        **fields_and_conv: Any,
     ) -> None:
+        fields, conv = split_fields(fields_and_conv)
         super().__init__(self.BASE(in_channels, out_channels, kernel_size, **conv))
-        self.add_adapter(adapter_name, r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, use_dora, lora_bias)
+        self.add_adapter(adapter_name, **fields)
 
     @classmethod
     def adapter_shapes(
@@ -83,18 +80,11 @@ class _LoRAConv(LoRALayer):
         }
 
     @classmethod
-    def check_adapter(
-        cls,
-        base_layer: nn.Module,
-        r: int,
-        scaling: float,
-        init_lora_weights: bool | str = True,
-        use_dora: bool = False,
-        lora_bias: bool = False,
-    ) -> None:
-        super().check_adapter(base_layer, r, scaling, init_lora_weights, use_dora, lora_bias)
-        if base_layer.groups != 1 and init_lora_weights not in (True, False, "kaiming", "gaussian"):
-            raise ValueError(f"init_lora_weights={init_lora_weights!r} needs groups=1; got groups={base_layer.groups}")
+    def check_adapter(cls, base_layer: nn.Module, config: LoRAConfig) -> None:
+        super().check_adapter(base_layer, config)
+        start = config.init_lora_weights
+        if base_layer.groups != 1 and start not in (True, False, "kaiming", "gaussian"):
+            raise ValueError(f"init_lora_weights={start!r} needs groups=1; got groups={base_layer.groups}")
 
     def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
         base: Any = self.base_layer
@@ -122,7 +112,7 @@ class _LoRAConv(LoRALayer):
         if self.merged:
             self._refuse_training_while_merged()
             return self.base_layer(x)
-        scales, base_scale = self._sum_of_row_scales(self._running())
+        scales, base_scale = self._row_scales()
         if base_scale is None:
             y = self.base_layer(x)
         else:
@@ -148,12 +138,13 @@ class _LoRAConv(LoRALayer):
     def _low_rank(self, x: torch.Tensor, name: str, row_scale: torch.Tensor | None) -> torch.Tensor:
         A: Any = self.lora_A[name]
         B: Any = self.lora_B[name]
-        factor = self.scalings[name] if row_scale is None else (self.scalings[name] * row_scale)
+        adapter = self.adapters[name]
+        factor = adapter.scaling if row_scale is None else adapter.scaling * row_scale
         if isinstance(factor, torch.Tensor):
             factor = factor.view(-1, *(1,) * (self.weight.dim() - 1))
         # The scaling goes into B, [out_channels, r], and not into the update, an output's size.
-        weight, bias = B.weight * factor, B.bias * self.scalings[name] if self.lora_bias[name] else None
-        dropped = F.dropout(x, self.lora_dropout[name], self.training)
+        weight, bias = B.weight * factor, B.bias * adapter.scaling if adapter.lora_bias else None
+        dropped = F.dropout(x, adapter.lora_dropout, self.training)
         s = A._conv_forward(dropped, A.weight.to(x.dtype), None)
         return B._conv_forward(s, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

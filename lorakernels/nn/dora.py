@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,14 +96,16 @@ class Magnitude(nn.Module):
         self._cache = NormCache()
 
     def row_scale(
-        self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
+        self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Any
     ) -> torch.Tensor:
         """magnitude / ‖W + scaling · B A‖ [N], the norm without a gradient (section 4.3); a row of zeros stays one.
 
         The arguments are those of `NormCache.norm`.
         """
         norm = self.norm(base, matrix, A, B, scaling)
-        return self.weight.flatten() / torch.where(norm > 0, norm, 1)
+        scale = self.weight.flatten() / torch.where(norm > 0, norm, 1)
+        # Off is the base layer. Of a number the caller sees it; a tensor is not looked into.
+        return torch.where(scaling == 0, 1.0, scale) if isinstance(scaling, torch.Tensor) else scale
 
     def norm(
         self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
@@ -126,6 +128,12 @@ class Magnitude(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": NormCache()}
+
+
+def change_of_base(scales: Iterable[torch.Tensor | None]) -> torch.Tensor | None:
+    """1 + Σ (factor - 1) over the adapters with DoRA: what several multiply the base product by; None without."""
+    with_dora = [scale for scale in scales if scale is not None]
+    return sum(with_dora[1:], with_dora[0]) - (len(with_dora) - 1) if with_dora else None
 
 
 def scale_product(

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lorakernels.config import split_fields
+from lorakernels.nn.base import DEFAULT, MAGNITUDE
 from lorakernels.nn.dora import scale_product
-from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
+from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import of_base_layer
 
 
@@ -25,7 +27,7 @@ class LoRAEmbedding(LoRALayer):
     the whole table, at every training step.
 
     Args:
-        num_embeddings, embedding_dim, embedding: as for `torch.nn.Embedding`; `max_norm` is refused.
+        num_embeddings, embedding_dim, and more by name: as for `torch.nn.Embedding`; `max_norm` is refused.
         r, lora_alpha, use_rslora, init_lora_weights, use_dora: as for `LoRAConfig`.
         adapter_name: the name of the first adapter.
 
@@ -46,17 +48,13 @@ class LoRAEmbedding(LoRALayer):
         self,
         num_embeddings: int,
         embedding_dim: int,
-        r: int = 8,
-        lora_alpha: float = 16,
-        use_rslora: bool = False,
         *,
-        init_lora_weights: bool | str = True,
-        use_dora: bool = False,
         adapter_name: str = DEFAULT,
-        **embedding: Any,
+        **fields_and_embedding: Any,
     ) -> None:
+        fields, embedding = split_fields(fields_and_embedding)
         super().__init__(nn.Embedding(num_embeddings, embedding_dim, **embedding))
-        self.add_adapter(adapter_name, r, lora_alpha, 0.0, use_rslora, init_lora_weights, use_dora)
+        self.add_adapter(adapter_name, **fields)
 
     def _make_containers(self) -> None:
         self.lora_embedding_A = nn.ParameterDict()
@@ -81,12 +79,12 @@ class LoRAEmbedding(LoRALayer):
         return shapes | ({MAGNITUDE: (N,)} if use_dora else {})
 
     def adapter_tensors(self, adapter_name: str = DEFAULT) -> dict[str, nn.Parameter]:
-        name = self._known(adapter_name)
-        A, B = self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return {"lora_embedding_A": A, "lora_embedding_B": B} | self._magnitude(name)
+        self._adapter(adapter_name)
+        A, B = self.lora_embedding_A[adapter_name], self.lora_embedding_B[adapter_name]
+        return {"lora_embedding_A": A, "lora_embedding_B": B} | self._magnitude(adapter_name)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        # Without a look at `r`: torch.compile would make a graph for each rank of it.
+        # Without a look at the adapter: torch.compile would make a graph for each rank of it.
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
     @property
@@ -115,7 +113,7 @@ class LoRAEmbedding(LoRALayer):
         if self.merged:
             self._refuse_training_while_merged()
             return self.base_layer(ids)
-        scales, base_scale = self._sum_of_row_scales(self._running())
+        scales, base_scale = self._row_scales()
         if not scales:
             return self.base_layer(ids)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)  # summed in float32, rounded once, as in PEFT
@@ -125,8 +123,8 @@ class LoRAEmbedding(LoRALayer):
 
         y = base_product(ids) if base_scale is None else scale_product(base_scale, base_product, ids)
         for name, row_scale in scales.items():
-            A, B = self._factors(name)
-            B = B * self.scalings[name] if row_scale is None else B * (self.scalings[name] * row_scale)[:, None]
+            (A, B), scaling = self._factors(name), self.adapters[name].scaling
+            B = B * scaling if row_scale is None else B * (scaling * row_scale)[:, None]
             y = y + F.linear(self._look_up(ids, A), B.to(A.dtype))
         return y.to(self.weight.dtype)
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from lorakernels.config import check_init
-from lorakernels.nn.merging import product, unmerged_weight, wide
+from lorakernels.nn.base import DEFAULT
+from lorakernels.nn.merging import Mergeable, product, wide
 from lorakernels.nn.modules import check_can_change, check_weight_type
-
-if TYPE_CHECKING:
-    from lorakernels.nn.layer import LoRALayer
 
 
 class Initial(nn.Module):
@@ -103,72 +101,91 @@ def start_from(
     return root[:, None] * Vh, U * root
 
 
-@torch.no_grad()
-def restart(layer: LoRALayer, name: str, init_lora_weights: bool | str) -> None:
-    """Start an adapter of a layer anew."""
-    check_init(init_lora_weights)
-    layer._refuse_while_merged()
-    A, B = layer._factors(name)
-    r, scaling = layer.r[name], layer.own_scaling(name)
-    check_start(init_lora_weights, B.shape[0], A.shape[1], r, scaling)
-    if changes_base(init_lora_weights):
-        assert isinstance(init_lora_weights, str)
-        check_base(layer.base_layer, init_lora_weights)
-        refuse_a_second_change(layer, name)
-        original = wide(layer._matrix(original_weight(layer)))
-        for factor, start in zip((A, B), start_from(original, r, scaling, init_lora_weights), strict=True):
-            factor.copy_(start)
-        initial = Initial(wide(A).clone(), wide(B) * scaling)
-        layer.weight.copy_(layer._from_matrix(original - product(initial.B, initial.A)))
-        layer.lora_initial[name] = initial
-    else:
-        give_back(layer, name)
-        layer._start(A, B, init_lora_weights)
-    for parameter, factor in zip(layer.adapter_tensors(name).values(), (A, B), strict=False):
-        if factor is not parameter:  # a matrix of it: a view that overlaps it, or a copy where it is channels_last
-            parameter.copy_(factor.clone().view_as(parameter))
-    if layer.lora_bias[name]:
-        bias = layer.adapter_tensors(name)["lora_B.bias"]
-        bound = r**-0.5 if init_lora_weights is False else 0.0  # as nn.Linear starts its bias
-        nn.init.uniform_(bias, -bound, bound)
-    if layer.use_dora[name]:
-        magnitude: Any = layer.lora_magnitude_vector[name]
-        norm = magnitude.norm(layer.weight, layer._matrix(layer.weight), A, B, scaling)
-        magnitude.weight.copy_(norm.view_as(magnitude.weight))
+class Startable(Mergeable):
+    """An adapted layer whose adapters start, and start anew."""
 
+    @torch.no_grad()
+    def reset_lora_parameters(self, adapter_name: str = DEFAULT, init_lora_weights: bool | str = True) -> None:
+        """Start an adapter anew, as `LoRAConfig.init_lora_weights` says; DoRA's magnitude is then the weight's norm.
 
-@torch.no_grad()
-def original_weight(layer: LoRALayer) -> torch.Tensor:
-    weight = unmerged_weight(layer)
-    for initial in layer.lora_initial.values():
+        "pissa" and "olora" take scaling · B A out of the base weight, in float32 and rounded once, so that the
+        layer's function stays: see `base_changed_by`, `delete_adapter` and `as_plain_lora`.
+        """
+        adapter = self._adapter(adapter_name)
+        check_init(init_lora_weights)
+        self._refuse_while_merged()
+        A, B = self._factors(adapter_name)
+        r, scaling = adapter.r, adapter.own_scaling
+        check_start(init_lora_weights, B.shape[0], A.shape[1], r, scaling)
+        if changes_base(init_lora_weights):
+            assert isinstance(init_lora_weights, str)
+            check_base(self.base_layer, init_lora_weights)
+            self._refuse_a_second_change(adapter_name)
+            original = wide(self._matrix(self.original_weight()))
+            for factor, start in zip((A, B), start_from(original, r, scaling, init_lora_weights), strict=True):
+                factor.copy_(start)
+            initial = Initial(wide(A).clone(), wide(B) * scaling)
+            self.weight.copy_(self._from_matrix(original - product(initial.B, initial.A)))
+            self.lora_initial[adapter_name] = initial
+        else:
+            self._give_back(adapter_name)
+            self._start(A, B, init_lora_weights)
+        tensors = self.adapter_tensors(adapter_name)
+        for parameter, factor in zip(tensors.values(), (A, B), strict=False):
+            if factor is not parameter:  # a matrix of it: a view that overlaps it, or a copy where it is channels_last
+                parameter.copy_(factor.clone().view_as(parameter))
+        if adapter.lora_bias:
+            bound = r**-0.5 if init_lora_weights is False else 0.0  # as nn.Linear starts its bias
+            nn.init.uniform_(tensors["lora_B.bias"], -bound, bound)
+        if adapter.use_dora:
+            magnitude: Any = self.lora_magnitude_vector[adapter_name]
+            norm = magnitude.norm(self.weight, self._matrix(self.weight), A, B, scaling)
+            magnitude.weight.copy_(norm.view_as(magnitude.weight))
+
+    def _start(self, A: torch.Tensor, B: torch.Tensor, init_lora_weights: bool | str) -> None:
+        """Fill A and B without a look at the base weight."""
+        start_random(A, B, init_lora_weights)
+
+    @torch.no_grad()
+    def original_weight(self) -> torch.Tensor:
+        """The base weight as it was before PiSSA or OLoRA changed it, to within rounding, and without what is merged.
+
+        In float32 (float64 for a float64 base) where there is something to undo; otherwise the weight itself.
+        """
+        weight = self.unmerged_weight()
+        for initial in self.lora_initial.values():
+            assert isinstance(initial, Initial)
+            weight = wide(weight) + self._from_matrix(product(initial.B, initial.A))
+        return weight
+
+    @torch.no_grad()
+    def as_plain_lora(self, adapter_name: str = DEFAULT) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, in the shapes of `adapter_shapes`, of the adapter that does the same beside the original weight.
+
+        For one that changed the base they have rank 2 r: B' A' = B A - B0 A0, with the scaling that the adapter was
+        made with (what PEFT's path_initial_model_for_weight_conversion saves). For any other they are its own.
+        DoRA's magnitude is right beside both.
+        """
+        adapter = self._adapter(adapter_name)
+        A, B = list(self.adapter_tensors(adapter_name).values())[:2]
+        if adapter_name not in self.lora_initial:
+            return A.detach(), B.detach()
+        initial = self.lora_initial[adapter_name]
         assert isinstance(initial, Initial)
-        weight = wide(weight) + layer._from_matrix(product(initial.B, initial.A))
-    return weight
+        A0, B0 = initial.A.view_as(A), (initial.B / -adapter.own_scaling).view_as(B)
+        return torch.cat([A, A0.to(A)]), torch.cat([B, B0.to(B)], dim=1)
 
+    @torch.no_grad()
+    def _give_back(self, name: str) -> None:
+        """Undo what an adapter's start did to the base weight."""
+        if name in self.lora_initial:
+            self.weight.copy_(self.original_weight())
+            del self.lora_initial[name]
 
-@torch.no_grad()
-def as_plain_lora(layer: LoRALayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    A, B = list(layer.adapter_tensors(name).values())[:2]
-    if name not in layer.lora_initial:
-        return A.detach(), B.detach()
-    initial = layer.lora_initial[name]
-    assert isinstance(initial, Initial)
-    A0, B0 = initial.A.view_as(A), (initial.B / -layer.own_scaling(name)).view_as(B)
-    return torch.cat([A, A0.to(A)]), torch.cat([B, B0.to(B)], dim=1)
-
-
-@torch.no_grad()
-def give_back(layer: LoRALayer, name: str) -> None:
-    """Undo what an adapter's start did to the base weight."""
-    if name in layer.lora_initial:
-        layer.weight.copy_(original_weight(layer))
-        del layer.lora_initial[name]
-
-
-def refuse_a_second_change(layer: LoRALayer, name: str) -> None:
-    others = [other for other in layer.base_changed_by if other != name]
-    if others:
-        raise ValueError(
-            f"adapter {others[0]!r} has changed this layer's base weight; a second one would start from what is "
-            "left of it, and neither could be used alone: delete_adapter first, or start this one otherwise"
-        )
+    def _refuse_a_second_change(self, name: str) -> None:
+        others = [other for other in self.base_changed_by if other != name]
+        if others:
+            raise ValueError(
+                f"adapter {others[0]!r} has changed this layer's base weight; a second one would start from what is "
+                "left of it, and neither could be used alone: delete_adapter first, or start this one otherwise"
+            )

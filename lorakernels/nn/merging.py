@@ -6,48 +6,166 @@ import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from lorakernels.nn.base import LoRABase
 from lorakernels.nn.modules import check_can_change
-
-if TYPE_CHECKING:
-    from lorakernels.nn.layer import LoRALayer
 
 
 @dataclass(frozen=True)
-class Merged:
+class _Merged:
     """What went into the base weight, so that exactly that comes out again, whatever became of the adapter."""
 
     A: torch.Tensor
     B: torch.Tensor
-    scaling: float
+    scaling: float | torch.Tensor
     row_scale: torch.Tensor | None
     bias: torch.Tensor | None
 
     def update(self) -> torch.Tensor:
-        return _low_rank(self.A, self.B, self.scaling, self.row_scale)
+        update = product(self.B, self.A) * self.scaling
+        return update if self.row_scale is None else update * self.row_scale[:, None]
+
+    def to(self, device: torch.device) -> _Merged:
+        parts = (None if part is None else part.to(device) for part in (self.row_scale, self.bias))
+        return _Merged(self.A.to(device), self.B.to(device), self.scaling, *parts)
 
 
-class KeptBase(NamedTuple):
+class _KeptBase(NamedTuple):
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+class Mergeable(LoRABase):
+    """An adapted layer whose adapters can go into its base weight."""
+
+    _merged: dict[str, _Merged]
+    _kept_base: _KeptBase | None
+
+    @torch.no_grad()
+    def merge(self, keep_base: bool = False) -> None:
+        """Add the active adapters to the base weight, summed in float32 and rounded once to its dtype.
+
+        `keep_base` keeps a copy of the weight, so that `unmerge` brings it back to the bit; without it
+        the weight comes back within one rounding. A `lora_bias` goes into the base layer's bias.
+        """
+        if self.merged:
+            warnings.warn(f"adapters {self.merged_adapters} are merged already: nothing to do", stacklevel=3)
+            return
+        records, weight, bias = self._prepared(keep_base)
+        if keep_base:
+            kept_bias = None if bias is None or self.bias is None else self.bias.clone()
+            self._kept_base = _KeptBase(self.weight.detach().clone(), kept_bias)
+        self.weight.copy_(weight)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+        self._merged = records
+
+    @torch.no_grad()
+    def check_merge(self, keep_base: bool = False) -> None:
+        """Raise the ValueError that `merge` would raise."""
+        self._prepared(keep_base)
+
+    @torch.no_grad()
+    def merged_weight(self) -> torch.Tensor:
+        """The base weight with the active adapters in it, float32 (float64 for a float64 base).
+
+        Raises ValueError when it is not finite in the base's dtype, or when the adapters cannot be merged.
+        """
+        self._check_mergeable()
+        return self._with(self._records())
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take out of the base weight what `merge` has put in.
+
+        After PiSSA or OLoRA that is the changed base weight, as before `merge`, and not the original one.
+        """
+        if not self.merged:
+            warnings.warn("no adapter is merged: nothing to do", stacklevel=3)
+            return
+        weight = self.unmerged_weight()
+        biases = [record.bias for record in self._merged.values() if record.bias is not None]
+        if biases:
+            assert self.bias is not None
+            kept = None if self._kept_base is None else self._kept_base.bias
+            device = self.bias.device
+            self.bias.copy_(wide(self.bias) - sum(bias.to(device) for bias in biases) if kept is None else kept)
+        self.weight.copy_(weight)
+        self._merged, self._kept_base = {}, None
+
+    @torch.no_grad()
+    def unmerged_weight(self) -> torch.Tensor:
+        """The base weight without what is merged into it; the weight itself when nothing is."""
+        if self._kept_base is not None:
+            return self._kept_base.weight.to(self.weight.device)
+        if not self.merged:
+            return self.weight
+        matrix = wide(self._matrix(self.weight))
+        records = [record.to(matrix.device) for record in self._merged.values()]
+        for record in records:
+            matrix = matrix - record.update().to(matrix.dtype)
+        return self._from_matrix(matrix / _base_scale(records, matrix[:, :1]))
+
+    def delta_weight(self, adapter_name: str | None = None) -> torch.Tensor:
+        """What merging one adapter adds to the base weight, in its shape, float32 (float64 for a float64 adapter).
+
+        scaling · B A; with DoRA W' - W, where W' = magnitude / ‖W + scaling · B A‖ · (W + scaling · B A).
+        """
+        name = self._only_active("delta_weight") if adapter_name is None else adapter_name
+        adapter = self._adapter(name)
+        self._check_mergeable()
+        weight = self.unmerged_weight()
+        row_scale = self._row_scale(name, weight)
+        update = _Merged(*self._factors(name), adapter.scaling, row_scale, None).update()
+        if row_scale is not None:
+            update = update + wide(self._matrix(weight)) * (row_scale - 1)[:, None]
+        return self._from_matrix(update)
+
+    def _prepared(self, keep_base: bool) -> tuple[dict[str, _Merged], torch.Tensor, torch.Tensor | None]:
+        """What goes into the layer: the records, the weight, and the bias if it changes. Raises where it cannot."""
+        self._check_mergeable()
+        check_can_change(self.base_layer)
+        records = self._records()
+        weight = self._with(records)
+        if not keep_base and (_base_scale(records.values(), wide(self._matrix(self.weight))[:, :1]) == 0).any():
+            raise ValueError("a magnitude is zero, so merging would lose a row of the base weight; use keep_base=True")
+        biases = [record.bias for record in records.values() if record.bias is not None]
+        if not biases or self.bias is None:
+            return records, weight, None
+        check_can_change(self.base_layer, "bias")
+        bias = sum(biases, wide(self.bias))
+        _check_finite(bias, self.bias.dtype, records)
+        return records, weight, bias
+
+    def _records(self) -> dict[str, _Merged]:
+        records = {}
+        for name in self.active_adapters:
+            adapter = self.adapters[name]
+            A, B = (factor.detach().clone() for factor in self._factors(name))
+            scaling = adapter.scaling
+            if isinstance(scaling, torch.Tensor):  # in a slot for hot swaps, where the next value is written into it
+                scaling = scaling.clone()
+            bias = wide(self.adapter_tensors(name)["lora_B.bias"].detach()) * scaling if adapter.lora_bias else None
+            records[name] = _Merged(A, B, scaling, self._row_scale(name), bias)
+        if self.bias is None and any(record.bias is not None for record in records.values()):
+            raise ValueError("lora_bias cannot be merged into a layer without a bias: give the base layer one of zeros")
+        return records
+
+    def _with(self, records: dict[str, _Merged]) -> torch.Tensor:
+        matrix = wide(self._matrix(self.weight))
+        merged = matrix * _base_scale(records.values(), matrix[:, :1])
+        for record in records.values():
+            merged = merged + record.update().to(merged.dtype)
+        _check_finite(merged, self.weight.dtype, records)
+        return self._from_matrix(merged)
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """In the dtype that sums are made in: float32, or float64 for float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def delta_weight(layer: LoRALayer, name: str) -> torch.Tensor:
-    layer._check_mergeable()
-    weight = unmerged_weight(layer)
-    row_scale = layer._row_scale(name, weight)
-    update = _low_rank(*layer._factors(name), layer.scalings[name], row_scale)
-    if row_scale is not None:
-        update = update + wide(layer._matrix(weight)) * (row_scale - 1)[:, None]
-    return layer._from_matrix(update)
 
 
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
@@ -65,125 +183,16 @@ def product(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         return B.to(dtype) @ A.to(dtype)
 
 
-@torch.no_grad()
-def merged_weight(layer: LoRALayer) -> torch.Tensor:
-    layer._check_mergeable()
-    return _put_in(layer, _records(layer))
-
-
-@torch.no_grad()
-def merge(layer: LoRALayer, keep_base: bool) -> None:
-    if layer.merged:
-        warnings.warn(f"adapters {layer.merged_adapters} are merged already: nothing to do", stacklevel=3)
-        return
-    records, weight, bias = _prepared(layer, keep_base)
-    if keep_base:
-        kept_bias = None if bias is None or layer.bias is None else layer.bias.clone()
-        layer._kept_base = KeptBase(layer.weight.detach().clone(), kept_bias)
-    layer.weight.copy_(weight)
-    if bias is not None and layer.bias is not None:
-        layer.bias.copy_(bias)
-    layer._merged = records
-
-
-@torch.no_grad()
-def check(layer: LoRALayer, keep_base: bool) -> None:
-    _prepared(layer, keep_base)
-
-
-def _prepared(layer: LoRALayer, keep_base: bool) -> tuple[dict[str, Merged], torch.Tensor, torch.Tensor | None]:
-    """What goes into the layer: the records, the weight, and the bias if it changes. Raises where it cannot."""
-    layer._check_mergeable()
-    check_can_change(layer.base_layer)
-    records = _records(layer)
-    weight = _put_in(layer, records)
-    if not keep_base and (_base_scale(records.values(), wide(layer._matrix(layer.weight))[:, :1]) == 0).any():
-        raise ValueError("a magnitude is zero, so merging would lose a row of the base weight; use keep_base=True")
-    biases = [record.bias for record in records.values() if record.bias is not None]
-    if not biases or layer.bias is None:
-        return records, weight, None
-    check_can_change(layer.base_layer, "bias")
-    bias = sum(biases, wide(layer.bias))
-    _check_finite(bias, layer.bias.dtype, records)
-    return records, weight, bias
-
-
-@torch.no_grad()
-def unmerge(layer: LoRALayer) -> None:
-    if not layer.merged:
-        warnings.warn("no adapter is merged: nothing to do", stacklevel=3)
-        return
-    weight = unmerged_weight(layer)
-    biases = [record.bias for record in layer._merged.values() if record.bias is not None]
-    if biases:
-        assert layer.bias is not None
-        kept = layer._kept_base.bias if layer._kept_base is not None else None
-        layer.bias.copy_(
-            wide(layer.bias) - sum(bias.to(layer.bias.device) for bias in biases) if kept is None else kept
-        )
-    layer.weight.copy_(weight)
-    layer._merged, layer._kept_base = {}, None
-
-
-@torch.no_grad()
-def unmerged_weight(layer: LoRALayer) -> torch.Tensor:
-    """The base weight without what is merged into it; the weight itself when nothing is."""
-    if layer._kept_base is not None:
-        return layer._kept_base.weight.to(layer.weight.device)
-    if not layer.merged:
-        return layer.weight
-    matrix = wide(layer._matrix(layer.weight))
-    records = [_on(record, matrix.device) for record in layer._merged.values()]
-    for record in records:
-        matrix = matrix - record.update().to(matrix.dtype)
-    return layer._from_matrix(matrix / _base_scale(records, matrix[:, :1]))
-
-
-def _records(layer: LoRALayer) -> dict[str, Merged]:
-    records = {name: _record(layer, name, layer.weight) for name in layer.active_adapters}
-    if layer.bias is None and any(record.bias is not None for record in records.values()):
-        raise ValueError("lora_bias cannot be merged into a layer without a bias: give the base layer one of zeros")
-    return records
-
-
-def _record(layer: LoRALayer, name: str, weight: torch.Tensor) -> Merged:
-    A, B = (factor.detach().clone() for factor in layer._factors(name))
-    scaling, tensors = layer.scalings[name], layer.adapter_tensors(name)
-    if isinstance(scaling, torch.Tensor):  # in a slot for hot swaps, where the next value is written into it
-        scaling = scaling.clone()
-    bias = wide(tensors["lora_B.bias"].detach()) * scaling if layer.lora_bias[name] else None
-    return Merged(A, B, scaling, layer._row_scale(name, weight), bias)
-
-
-def _put_in(layer: LoRALayer, records: dict[str, Merged]) -> torch.Tensor:
-    matrix = wide(layer._matrix(layer.weight))
-    merged = matrix * _base_scale(records.values(), matrix[:, :1])
-    for record in records.values():
-        merged = merged + record.update().to(merged.dtype)
-    _check_finite(merged, layer.weight.dtype, records)
-    return layer._from_matrix(merged)
-
-
 def _check_finite(merged: torch.Tensor, dtype: torch.dtype, names: Iterable[str]) -> None:
     """In the dtype that it is kept in: float16 ends at 65504."""
     if not torch.isfinite(wide(merged.to(dtype))).all():
         raise ValueError(f"merging {list(names)} would give a {dtype} weight that is not finite; nothing changed")
 
 
-def _base_scale(records: Iterable[Merged], column: torch.Tensor) -> torch.Tensor:
+def _base_scale(records: Iterable[_Merged], column: torch.Tensor) -> torch.Tensor:
     """1 + Σ (row_scale - 1) over the adapters with DoRA, [N, 1]."""
     scale = torch.ones_like(column)
     for record in records:
         if record.row_scale is not None:
             scale = scale + (record.row_scale[:, None] - 1)
     return scale
-
-
-def _low_rank(A: torch.Tensor, B: torch.Tensor, scaling: float, row_scale: torch.Tensor | None) -> torch.Tensor:
-    update = product(B, A) * scaling
-    return update if row_scale is None else update * row_scale[:, None]
-
-
-def _on(record: Merged, device: torch.device) -> Merged:
-    row_scale = None if record.row_scale is None else record.row_scale.to(device)
-    return Merged(record.A.to(device), record.B.to(device), record.scaling, row_scale, None)

@@ -50,12 +50,13 @@ def check_can_change(base_layer: Any, name: str = "weight") -> None:
 
 def runs_more_than_forward(module: Any) -> bool:
     """Whether a call of `module` does other things than its class's forward: hooks, or a forward of its own."""
+    own = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
 
 

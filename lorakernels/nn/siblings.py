@@ -1,24 +1,18 @@
-"""Adapted linears of one module that are called with the same x (q, k, v; gate, up), found by watching, run as one.
+"""Adapted linears of one module that are called with the same x (q, k, v; gate, up): declared once, run as one.
 
-In a first pass of the parent each layer notes x. Where several of its children were called in turn with the same
-tensor object, the first of them (the leader) from then on computes all by `lora_linear_group`, and the others find
-their result when they are called with that object. They take it only if all that it depends on is as it was when it
-was computed; otherwise they compute their own. A leader whose results are left behind never leads again.
-
-Nothing is kept in the modules. What a leader leaves behind, because its parent ended early, goes with x, at the next
-collection of garbage on the thread, or at the thread's next call of a layer that a group could hold.
+`find` takes them from the names of a parent's children, and `declare` gives the parent two hooks. While the parent
+runs, the first member that is called, the leader, computes all by `lora_linear_group`. The others find their result
+when they are called with that very tensor, and take it only if all that it depends on is as it was; otherwise they
+compute their own. Nothing is learned: the first pass decides as every other, and a region as when it is recomputed.
 """
 
 from __future__ import annotations
 
-import gc
-import inspect
-import sys
+import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,338 +20,248 @@ from torch.nn.modules import module as torch_module
 
 from lorakernels import functional
 from lorakernels.nn.modules import runs_more_than_forward
+from lorakernels.nn.terms import Call
 from lorakernels.ops import small_linear
 from lorakernels.tuning.table import FEW_TOKENS
 
+Names = tuple[str, ...]
+_Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float | torch.Tensor, float]
+
+# What models call those children of one module that read the same x.
+FAMILIES: tuple[Names, ...] = (
+    ("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, Phi, OPT, BART, Whisper, CLIP
+    ("query", "key", "value"),  # BERT, RoBERTa, ViT
+    ("q", "k", "v"),  # T5
+    ("to_q", "to_k", "to_v"),  # diffusers
+    ("add_q_proj", "add_k_proj", "add_v_proj"),  # diffusers, of the text beside the picture
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa
+    ("linear_q", "linear_k", "linear_v"),  # Conformers
+    ("wq", "wk", "wv"),  # Llama as Meta has it
+    ("q_a_proj", "kv_a_proj_with_mqa"),  # DeepSeek
+    ("gate_proj", "up_proj"),  # Llama, Mistral, Qwen, Gemma
+    ("gate", "up"),
+    ("w1", "w3"),  # Llama as Meta has it, Mixtral
+    ("wi_0", "wi_1"),  # T5 1.1
+)
+# Where a parent's own name, or the one that holds it, says that it attends to something else than it is called with,
+# only keys and values are of one x.
+_CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder|\battn2\b|context_attn", re.IGNORECASE)
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
-class Call(NamedTuple):
-    """One LoRA linear as it would run now: what `functional.lora_linear` is given behind x."""
+class _Result(NamedTuple):
+    """What a leader has left for one of the others."""
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    A: torch.Tensor
-    B: torch.Tensor
-    scaling: float | torch.Tensor
-    p: float  # dropout's; 0 where it is off
+    y: torch.Tensor
+    of_x: list[Any]
+    state: list[Any] | None
+    made_of: Any  # kept, so that no other tensor gets its id
 
 
-Describe = Callable[[Any, torch.Tensor], "Call | None"]  # what a layer would do with x; None: not one plain LoRA linear
+class _Scope:
+    """A call of a parent that runs, within another's or not."""
 
+    __slots__ = ("groups", "leaders", "mode", "outer", "parent", "results")
 
-class _Group:
-    """A leader's siblings, in the order of their calls."""
-
-    def __init__(self, members: list[tuple[weakref.ref[Any], Describe]], code: Any) -> None:
-        self.members = members
-        self.code = code  # of the function that calls them
-        self.in_use = False
-        self.dissolved = False
-
-
-class _Run(NamedTuple):
-    """Layers that were called in turn with one x."""
-
-    x: weakref.ref[torch.Tensor]
-    frame: int
-    layers: list[tuple[weakref.ref[Any], Describe]]
-
-
-class _Context(NamedTuple):
-    """What else a result depends on."""
-
-    grad: bool
-    autocast: torch.dtype | None
-    stream: int
-    region: Any  # a checkpointed one, torch's own object
-    again: bool  # it is recomputed
-
-
-class _Stash:
-    """The results that a leader has left for its siblings, and what they were made of."""
-
-    def __init__(self, group: _Group, x: torch.Tensor, context: _Context, frame: int) -> None:
-        self.group, self.context, self.of_x = group, context, _state((x,))
-        self.frame = frame  # id of the call of the parent that runs
-        self.left = len(group.members)
-        # No reference to self in the callback: that would be a cycle, which keeps the results until it is collected.
-        self.results: dict[Any, tuple[Call, Any, torch.Tensor]] = {}
-        results = self.results
-        self.x = weakref.ref(x, lambda _: results.clear())
-
-    def take(self, layer: Any, x: torch.Tensor, call: Call, context: _Context) -> torch.Tensor | None:
-        result = self.results.pop(weakref.ref(layer), None)
-        if result is None or self.x() is not x or context != self.context or self.of_x != _state((x,)):
-            return None
-        if id(_caller()) != self.frame:
-            return None
-        made_of, state, y = result
-        pairs = zip(call, made_of, strict=True)
-        same = all(now is then or (isinstance(now, (int, float)) and now == then) for now, then in pairs)
-        if not same or state != _state(call):
-            return None
-        self.left -= 1
-        return y
-
-    def drop(self) -> None:
-        self.results.clear()
-        if self.left and not self.context.again:  # a recomputation may end anywhere
-            self.group.dissolved = True
+    def __init__(self, parent: nn.Module, groups: _Groups, outer: _Scope | None) -> None:
+        self.parent, self.groups, self.outer = weakref.ref(parent), groups, outer
+        self.mode = _mode()
+        self.leaders: dict[Names, nn.Module] = {}
+        self.results: dict[nn.Module, _Result] = {}
 
 
 class _Thread(threading.local):
-    run: _Run | None = None
-    stash: _Stash | None = None  # a collection of garbage may ask for it before a thread has more
-
-    def __init__(self) -> None:
-        self.groups: WeakKeyDictionary[nn.Module, _Group] = WeakKeyDictionary()  # by leader
+    scope: _Scope | None = None
 
 
 _thread = _Thread()
 
 
-def _drop_what_is_left(phase: str, info: dict[str, int]) -> None:
-    """Where a parent ended early, by an exception, its results hold their graph, and that holds x."""
-    stash = _thread.stash
-    if phase == "start" and stash is not None:
-        frame: Any = sys._getframe(1)
-        while frame is not None and id(frame) != stash.frame:
-            frame = frame.f_back
-        if frame is None:
-            _thread.stash = None
+class _Groups:
+    """A parent's pre-hook. It has names and no modules: a copied or pickled model has groups of its own."""
+
+    def __init__(self, groups: tuple[Names, ...], with_dropout: bool) -> None:
+        self.groups, self.with_dropout = groups, with_dropout
+
+    def __call__(self, parent: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # a compiled graph has no memory of earlier calls
+            return
+        if _thread.scope is not None:
+            _close(parent, args)  # what an interrupt has left open, which runs no hook
+            if _thread.scope is not None:
+                _thread.scope.results.clear()  # lest those of an interrupted parent stay until it runs again
+        _thread.scope = _Scope(parent, self, _thread.scope)
 
 
-gc.callbacks.append(_drop_what_is_left)
-# What was decided for each leader in a checkpointed region: its recomputation, maybe on another thread, must save the
-# same tensors and draw the same random numbers.
-_decided: WeakKeyDictionary[Any, WeakKeyDictionary[nn.Module, _Group | None]] = WeakKeyDictionary()
+def _close(parent: nn.Module, args: Any, output: Any = None) -> None:
+    """A parent's hook: forget its call, with all that has not been taken, and the calls within it."""
+    if torch.compiler.is_compiling():
+        return
+    scope = _thread.scope
+    while scope is not None and scope.parent() is not parent:
+        scope = scope.outer
+    if scope is not None:
+        _thread.scope = scope.outer
 
 
-def switch(layer: Any, group: bool | None) -> None:
-    """Let a layer be computed with its siblings: None where it has no dropout, True with dropout too, False never.
+def find(
+    model: nn.Module, is_member: Callable[[nn.Module], bool], listed: Sequence[Sequence[str]] = ()
+) -> dict[nn.Module, tuple[Names, ...]]:
+    """The groups among each parent's children for which `is_member` holds: as listed, then by families of names.
 
-    With dropout a group has one mask, so a seed draws other masks than for each layer alone.
+    Raises:
+        TypeError: `listed` is not a list of lists of names.
+        ValueError: a list has fewer than two names, or no module has two members of these names.
     """
-    layer.__dict__.pop("group_siblings", None)
-    if group is not None:  # the value of its class
-        layer.group_siblings = group
+    if isinstance(listed, str) or not all(isinstance(n, (list, tuple)) and set(map(type, n)) <= {str} for n in listed):
+        raise TypeError(f"groups is {listed!r}; expected a list of lists of names, such as [['q_proj', 'k_proj']]")
+    wanted = [tuple(dict.fromkeys(names)) for names in listed]
+    found: dict[nn.Module, tuple[Names, ...]] = {}
+    unused = set(wanted)
+    for path, parent in model.named_modules():
+        free = {name: child for name, child in parent._modules.items() if child is not None and is_member(child)}
+        crosses = bool(_CROSS.search(".".join(path.split(".")[-2:])))
+        groups = []
+        for names in (*wanted, *(names[1:] if crosses and len(names) == 3 else names for names in FAMILIES)):
+            group = tuple(name for name in names if name in free)
+            if len({free[name] for name in group}) > 1:  # not one layer under two names
+                groups.append(group)
+                unused.discard(names)
+                for name in group:
+                    del free[name]
+        if groups:
+            found[parent] = tuple(groups)
+    if unused:
+        raise ValueError(
+            f"groups has {list(min(unused))}; expected the names of two or more adapted linear layers of one module"
+        )
+    return found
 
 
-def _may_group(layer: Any, call: Call) -> bool:
-    return layer.group_siblings is not False and (call.p == 0 or layer.group_siblings is True)
+def declare(found: Mapping[nn.Module, tuple[Names, ...]], group: bool | None = None) -> None:
+    """Give these parents their groups, in the place of those they have.
+
+    None: members with dropout stay apart. True: they share one mask, so a seed draws other masks than for each alone.
+    False: there are no groups.
+    """
+    for parent, groups in found.items():
+        forget(parent)
+        if group is not False:
+            parent.register_forward_pre_hook(_Groups(groups, group is True))
+            parent.register_forward_hook(_close, always_call=True)
 
 
-def from_group(layer: Any, x: torch.Tensor, call: Call, describe: Describe) -> torch.Tensor | None:
+def forget(parent: nn.Module) -> None:
+    for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
+        for key in [key for key, hook in hooks.items() if type(hook) is _Groups or hook is _close]:
+            del hooks[key]
+            parent._forward_hooks_always_called.pop(key, None)
+
+
+def has_groups(parent: nn.Module) -> bool:
+    return any(type(hook) is _Groups for hook in parent._forward_pre_hooks.values())
+
+
+def from_group(layer: Any, x: torch.Tensor, call: Call) -> torch.Tensor | None:
     """y [..., N] of this call as its group has made it, or makes it now; None where the layer is to run by itself.
 
-    `layer.group_siblings` is what `switch` has set; `describe` says what a sibling of the same kind would do.
+    Layers have `linear_call(x)`, which says what they would do with x.
     """
-    # Dynamo goes no further: a compiled graph has no memory of earlier calls.
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or not (_may_group(layer, call) and _pays(x, call)):
+    if torch.compiler.is_compiling() or (scope := _thread.scope) is None:
         return None
-    thread = _thread
-    context = _context(x, call)
-    if thread.stash is not None:
-        if context is not None:
-            y = thread.stash.take(layer, x, call, context)
-            if y is not None:
-                if not thread.stash.left:
-                    thread.stash = None
-                return y
-        if context is None or thread.stash.x() is not x:
-            thread.stash.drop()
-            thread.stash = None
-    if context is None:
-        thread.run = None
+    result = scope.results.pop(layer, None)
+    parts = _parts(scope, x, call)
+    if parts is None:
         return None
-    group = _group_of(layer, context)
-    if group is None:
-        if not context.again:
-            _note(layer, x, describe)
+    # Not in a region, or under a mode, that began within the parent: when it runs again the parent does not.
+    if not _may_share(x) or scope.mode != _mode():
         return None
-    thread.run = None
-    return _lead(group, layer, x, call, context)
+    if result is None:
+        return _lead(scope, layer, x, parts)
+    return result.y if result.of_x == _state_of_x(x) and result.state == _state(*parts) else None
 
 
-def _pays(x: torch.Tensor, call: Call) -> bool:
-    """Whether a group would be faster: few tokens and small layers are as fast one by one."""
+def _parts(scope: _Scope, x: torch.Tensor, call: Call | None) -> _Parts | None:
+    """What `lora_linear_group` takes; None for a call that no group has, or that would be no faster so."""
+    if call is None:
+        return None
+    weight, bias, terms, base_layer = call
+    A, B, lora_bias, scaling, p, magnitude = terms[0]
     if x.is_cuda:
-        return x.numel() > FEW_TOKENS * x.shape[-1]
-    return x.is_cpu and (call.p > 0 or x.numel() * call.weight.shape[0] >= small_linear.SMALL)
+        pays = x.numel() > FEW_TOKENS * x.shape[-1]
+    else:
+        pays = x.is_cpu and (p > 0 or x.numel() * weight.shape[0] >= small_linear.SMALL)
+    plain = len(terms) == 1 and base_layer is None and lora_bias is None and magnitude is None
+    return (weight, bias, A, B, scaling, p) if pays and plain and (not p or scope.groups.with_dropout) else None
 
 
-def _context(x: torch.Tensor, call: Call) -> _Context | None:
-    """What a result of this call depends on beside tensors; None where results are not to be shared.
-
-    Also where a region that is run twice could decide otherwise the second time, see `_region`: without gradients
-    but with dropout, as checkpointing runs its first time in its older form.
-    """
-    if (
-        x.layout is not torch.strided
-        or torch._C._get_tracing_state() is not None
+def _may_share(x: torch.Tensor) -> bool:
+    return not (
+        torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
         or x.is_inference()
-        or torch.is_inference_mode_enabled()
         or torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
-    ):
-        return None
-    region, again = None, False
-    grad = torch.is_grad_enabled()
-    if grad:
-        found = _region()
-        if found is None:
-            return None
-        region, again = found
-        # One backward for several outputs: of an x that has no backward of its own, users may run one output's after
-        # another's, which frees what is kept.
-        if not again and (x.is_leaf or torch._C._current_graph_task_id() != -1):
-            return None
-    elif call.p:
-        return None
-    device = x.device
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else 0
-    return _Context(grad, autocast, stream, region, again)
-
-
-def _region() -> tuple[Any, bool] | None:
-    """The checkpointed region that runs, and whether it is recomputed; (None, False) outside.
-
-    None where saved tensors go through hooks of anybody else's, or regions are nested: what runs twice there is not
-    known. Checkpointing counts the tensors that are saved in both runs.
-    """
-    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if top is None:
-        return None, False
-    pack = getattr(top[0], "_torchdynamo_orig_callable", top[0])
-    if getattr(pack, "__module__", None) != "torch.utils.checkpoint":
-        return None
-    cells = zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)
-    names = {name: cell.cell_contents for name, cell in cells}
-    if "target_frame_ref" in names:
-        region = names["target_frame_ref"]()
-        return None if region is None else (region, True)
-    if "frame" not in names:
-        return None
-    torch._C._autograd._pop_saved_tensors_default_hooks()
-    try:
-        nested = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    finally:
-        torch._C._autograd._push_saved_tensors_default_hooks(*top)
-    return None if nested else (names["frame"], False)
-
-
-def _group_of(layer: Any, context: _Context) -> _Group | None:
-    """The group that this layer leads now. In a checkpointed region the first decision stands."""
-    group = _thread.groups.get(layer)
-    if group is not None and group.dissolved:
-        group = None
-    if context.region is None:
-        return group
-    decided = _decided.get(context.region)
-    if context.again:
-        return None if decided is None else decided.get(layer)
-    if decided is None:
-        decided = _decided[context.region] = WeakKeyDictionary()
-    return decided.setdefault(layer, group)
-
-
-def _lead(group: _Group, layer: Any, x: torch.Tensor, call: Call, context: _Context) -> torch.Tensor | None:
-    """The leader's y, the others' in the thread's stash; None where now they cannot be computed together."""
-    caller = _caller()
-    if caller is None or caller.f_code is not group.code:
-        return None
-    if not _is_plain(call):
-        return None
-    siblings, calls = [layer], [call]
-    for reference, describe in group.members:
-        sibling = reference()
-        if sibling is None or runs_more_than_forward(sibling):
-            return None
-        described = describe(sibling, x)
-        if described is None or described.p != call.p or not (_may_group(sibling, described) and _pays(x, described)):
-            return None
-        if not _is_plain(described):
-            return None
-        siblings.append(sibling)
-        calls.append(described)
-    states = [_state(each) for each in calls]
-    if None in states:
-        return None
-    weights, biases, As, Bs, scalings, _ = (list(values) for values in zip(*calls, strict=True))
-    stash = _Stash(group, x, context, id(caller))
-    group.in_use = True
-    try:
-        y, *others = functional.lora_linear_group(
-            x, weights, As, Bs, biases=biases, scalings=scalings, dropout_p=call.p
-        )
-    except (TypeError, ValueError):  # an argument is wrong, and nothing has run: let the layer raise whose it is
-        group.dissolved = True
-        return None
-    for sibling, made_of, state, other in zip(siblings[1:], calls[1:], states[1:], others, strict=True):
-        stash.results[weakref.ref(sibling)] = (made_of, state, other)
-    _thread.stash = stash
-    return y
-
-
-def _note(layer: Any, x: torch.Tensor, describe: Describe) -> None:
-    """Remember this call; with those of the same x before it, it may make a group."""
-    thread = _thread
-    run, this, caller = thread.run, (weakref.ref(layer), describe), _caller()
-    if caller is None:
-        thread.run = None
-        return
-    follows = run is not None and run.x() is x and run.frame == id(caller)
-    if run is None or not follows or any(reference() is layer for reference, _ in run.layers):
-        thread.run = _Run(weakref.ref(x), id(caller), [this])
-        return
-    run.layers.append(this)
-    leader = run.layers[0][0]()
-    known = None if leader is None else thread.groups.get(leader)
-    if leader is None or (known is not None and (known.in_use or known.dissolved)):
-        return
-    # Only of one module, in its own method: elsewhere anything may happen between two calls.
-    names = caller.f_locals
-    parent = names.get("self")
-    if type(names) is dict and caller.f_code.co_flags & inspect.CO_OPTIMIZED:
-        names.clear()  # before Python 3.13 a copy, which would hold all of them until the function returns
-    children = list(parent._modules.values()) if isinstance(parent, nn.Module) else []
-    if all(any(reference() is child for child in children) for reference, _ in run.layers):
-        thread.groups[leader] = _Group(run.layers[1:], caller.f_code)
-
-
-def _is_plain(call: Call) -> bool:
-    return all(
-        type(value) in _PLAIN and value.layout is torch.strided for value in call if isinstance(value, torch.Tensor)
     )
 
 
-_CALLS = (nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__)
+def _mode() -> tuple[Any, ...]:
+    """Whether gradients are on, and the hooks of saved tensors: a checkpointed region has its own, in each run."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), None if top is None else top[0]
 
 
-def _caller() -> Any:
-    """The frame that called the layer; None where it was not called as a module."""
-    frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code not in _CALLS:
-        frame = frame.f_back
-    while frame is not None and frame.f_code in _CALLS:
-        frame = frame.f_back
-    return frame
-
-
-def _state(values: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """What tells that tensors were changed since; None where torch does not keep count."""
-    try:
-        return tuple(
-            (value._version, value.data_ptr(), value.requires_grad)
-            for value in values
-            if isinstance(value, torch.Tensor)
-        )
-    except RuntimeError:  # made in inference mode
+def _lead(scope: _Scope, layer: Any, x: torch.Tensor, parts: _Parts) -> torch.Tensor | None:
+    """The leader's y, the others' results in the scope; None where now they cannot be computed together."""
+    modules: dict[str, Any] = getattr(scope.parent(), "_modules", {})
+    names = next((names for names in scope.groups.groups if any(modules.get(name) is layer for name in names)), None)
+    # Where the others are called with another x than their leader was, each is by itself.
+    if names is None or scope.leaders.setdefault(names, layer) is not layer:
         return None
+    members: dict[Any, _Parts] = {layer: parts}
+    for sibling in (modules[name] for name in names if name in modules):
+        if sibling not in members and hasattr(sibling, "linear_call") and not runs_more_than_forward(sibling):
+            other = _parts(scope, x, sibling.linear_call(x))
+            if other is not None and other[-1] == parts[-1]:
+                members[sibling] = other
+    if len(members) == 1:
+        return None
+    of_x, states = _state_of_x(x), [_state(*each) for each in members.values()]
+    if of_x is None or None in states:
+        return None
+    weights, biases, As, Bs, scalings, _ = (list(values) for values in zip(*members.values(), strict=True))
+    try:
+        ys = functional.lora_linear_group(x, weights, As, Bs, biases=biases, scalings=scalings, dropout_p=parts[-1])
+    except (TypeError, ValueError):  # an argument is wrong, and nothing has run: let the layer raise whose it is
+        return None
+    for (sibling, each), state, y in zip(members.items(), states, ys, strict=True):
+        scope.results[sibling] = _Result(y, of_x, state, (x, each))
+    return scope.results.pop(layer).y
+
+
+def _state(*values: Any) -> list[Any] | None:
+    """What tells one call from another; None where torch does not count changes, or tensors are no plain ones."""
+    state: list[Any] = []
+    try:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                if type(value) not in _PLAIN:
+                    return None
+                state += (id(value), value._version, value.data_ptr(), value.requires_grad)
+            else:
+                state.append(value)
+    except RuntimeError:  # made in inference mode, or sparse
+        return None
+    return state
+
+
+def _state_of_x(x: torch.Tensor) -> list[Any] | None:
+    device = x.device
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if x.is_cuda else 0
+    return _state(x, autocast, stream)

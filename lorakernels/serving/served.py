@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -161,27 +160,6 @@ def _open(batch: Batch | None) -> Batch | None:
     while batch is not None and batch.closed:
         batch = batch.outer
     return batch
-
-
-def check_opener(frame: FrameType | None) -> None:
-    """Raise RuntimeError where a generator opens a batch: what runs while it waits would have the batch's adapters."""
-    # `with` in a function that contextlib made a context manager is its caller's.
-    while frame is not None and (_is_contextlib(frame) or (_is_generator(frame) and _is_contextlib(frame.f_back))):
-        frame = frame.f_back
-    if frame is not None and _is_generator(frame):
-        raise RuntimeError(
-            f"the generator {frame.f_code.co_name!r} opens a batch, which would be the one of whatever runs in this "
-            "thread while the generator waits; acquire a lease, and open a batch for each step, in a function that "
-            "does not yield"
-        )
-
-
-def _is_generator(frame: FrameType) -> bool:
-    return bool(frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR))
-
-
-def _is_contextlib(frame: FrameType | None) -> bool:
-    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
 
 
 def _plan(site: Site | None, lead: torch.Size) -> BatchPlan | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import operator
 import os
-import sys
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from lorakernels.config import check_rank
 from lorakernels.plan import BASE
 from lorakernels.serving.books import Books, Lease
 from lorakernels.serving.pages import Site, Writer, find_sites
-from lorakernels.serving.served import BASES, Batch, check_opener, restore, running, serve
+from lorakernels.serving.served import BASES, Batch, restore, running, serve
 from lorakernels.serving.sources import (
     Given,
     check_given,
@@ -200,8 +199,8 @@ class AdapterStore:
         The first dimension of every x that reaches a served module must be a multiple of the rows: each is then as
         many successive ones, as `generate` repeats them for beams. None is the base model, to the bit; so is a batch
         of None alone, or of nothing. Of batches in each other the inner one counts. A batch is its thread's own (and
-        its asyncio task's): open it in the thread that calls the model. A generator may not: what else runs in
-        its thread while it waits would be in the batch.
+        its asyncio task's): open it in the thread that calls the model. A generator must not yield within one: what
+        else runs in its thread while it waits would be in the batch.
 
         Args:
             rows: the adapters by row; those that are not on the device are brought there first.
@@ -212,10 +211,9 @@ class AdapterStore:
             CapacityError: they do not fit the device together, or beside what is pinned and in use.
             AdapterFileError: one was to be read again, and its files are gone, or others.
             StaleBatchError: a lease was released; later, by a call or backward after the end of the batch.
-            RuntimeError: a generator opens it, or a CUDA graph is being captured.
+            RuntimeError: a CUDA graph is being captured.
             TypeError, ValueError: rows or lengths are not what is expected.
         """
-        check_opener(sys._getframe())
         numbers = _check_rows(rows, lengths)
         for pages in self._classes:
             pages.writer.check_no_capture()

@@ -1,0 +1,103 @@
+"""The one algorithm of an adapted linear layer, whoever holds its adapters: LoRALinear, or a layer of PEFT's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lorakernels import ops
+from lorakernels.functional import lora_linear
+from lorakernels.nn.dora import change_of_base, scale_product
+from lorakernels.nn.siblings import from_group
+from lorakernels.nn.terms import Term
+
+
+def adapted_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    terms: Sequence[Term],
+    base_layer: nn.Module | None = None,
+    layer: Any = None,
+) -> torch.Tensor:
+    """x [..., K] to [..., N]: x Wᵀ + bias and what each term adds (arXiv 2106.09685; with DoRA arXiv 2402.09353).
+
+    One term, and several without dropout, are one `lora_linear`. Each has a mask of its own. `base_layer` is the module
+    to run for x Wᵀ + bias where somebody watches it; `layer` the one whose call this is, if it may have siblings.
+
+    Raises what `lora_linear` does.
+    """
+    if len(terms) == 1 and base_layer is None:
+        if _is_small(x, weight, terms[0]):
+            A, B, _, scaling, *_ = terms[0]
+            return ops.small_lora_linear(x, weight, A, B, bias, scaling)  # type: ignore[arg-type]
+        grouped = None if layer is None else from_group(layer, x, (weight, bias, terms, None))
+        return _fused(x, weight, bias, terms[0]) if grouped is None else grouped
+    scales: Sequence[torch.Tensor | None] = [_row_scale(weight, term) for term in terms]
+    base_scale = change_of_base(scales)
+    if base_layer is not None:
+        y = base_layer(x)
+        if base_scale is not None:
+            added = 0 if bias is None else bias.to(y.dtype)
+            y = (y - added) * base_scale.to(y.dtype) + added
+    elif base_scale is not None:
+        y = scale_product(base_scale, lambda x: F.linear(x, weight), x)
+        y = y if bias is None else y + bias.to(y.dtype)
+    elif not any(term.p for term in terms):
+        # Several adapters are one of their ranks' sum: still one pass over x.
+        A = torch.cat([term.A for term in terms])
+        B = torch.cat([term.B * term.scaling for term in terms], dim=1)
+        return lora_linear(x, weight, A, B, bias=_sum_of_biases(bias, terms, weight.dtype))
+    else:
+        y = _fused(x, weight, bias, terms[0])
+        terms, scales = terms[1:], scales[1:]
+    for term, scale in zip(terms, scales, strict=True):
+        B = term.B * term.scaling if scale is None else term.B * (term.scaling * scale)[:, None]
+        lora_bias = None if term.bias is None else (term.bias * term.scaling).to(x.dtype)
+        y = y + F.linear(F.linear(F.dropout(x, term.p), term.A.to(x.dtype)), B.to(x.dtype), lora_bias)
+    return y
+
+
+def _is_small(x: torch.Tensor, weight: torch.Tensor, term: Term) -> bool:
+    """Where `lora_linear` would come to `small_lora_linear` too: it takes 20 µs to, between the layers of a model."""
+    A, B, bias, scaling, p, magnitude = term
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and not p
+        and bias is None
+        and magnitude is None
+        and isinstance(scaling, (int, float))
+        and scaling != 0
+        and math.isfinite(scaling)
+        and weight.dtype is x.dtype
+        and weight.shape[1:] == x.shape[-1:]
+        and ops.is_small(x, weight, A, B, "auto")
+    )
+
+
+def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: Term) -> torch.Tensor:
+    if term.bias is not None:
+        bias = _sum_of_biases(bias, [term], weight.dtype)
+    scale = None if term.magnitude is None else _row_scale(weight, term)
+    return lora_linear(x, weight, term.A, term.B, bias=bias, row_scale=scale, scaling=term.scaling, dropout_p=term.p)
+
+
+def _row_scale(weight: torch.Tensor, term: Term) -> torch.Tensor | None:
+    magnitude = term.magnitude
+    return None if magnitude is None else magnitude.row_scale(weight, weight, term.A, term.B, term.scaling)
+
+
+def _sum_of_biases(bias: torch.Tensor | None, terms: Sequence[Term], dtype: torch.dtype) -> torch.Tensor | None:
+    """The base bias [N] and scaling times the bias of each B."""
+    total = bias
+    for term in terms:
+        if term.bias is not None:
+            scaled = term.bias * term.scaling
+            total = scaled if total is None else total + scaled
+    return total if total is bias or total is None else total.to(dtype)
