@@ -74,7 +74,8 @@ def check_alike(name: str, given: torch.Tensor, other: str, tensor: torch.Tensor
 
 def check_base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """A linear layer and its input."""
-    check_floats("x", x)
+    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
+        check_floats("x", x)
     if not isinstance(weight, torch.Tensor):
         raise no_tensor("weight", weight)
     if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:

@@ -64,7 +64,8 @@ def lora_linear(
     if row_scale is not None:
         arguments.check_of_rows("row_scale", row_scale, weight)
     number, lora_B = arguments.number_of(scaling, lora_B)
-    arguments.check_probability(dropout_p)
+    if dropout_p != 0:
+        arguments.check_probability(dropout_p)
     return ops.lora_linear(x, weight, lora_A, lora_B, bias, row_scale, number, dropout_p if training else 0.0, impl)
 
 

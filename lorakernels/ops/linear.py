@@ -197,7 +197,9 @@ def _linears(
         # Resolved once: the backward's reading of the environment took 2 µs.
         numbers = _Numbers(scalings, dropout_p, resolve_impl(impl, x.device, x.dtype), direct)
         return _EagerFunction.apply(x, seed, numbers, *flat)
-    return _forward(x, seed, _Numbers(scalings, dropout_p, impl, direct), flat)[0]
+    if direct:
+        return GROUP.body(x, *by_kind(flat), seed, scalings, dropout_p, impl)[0]
+    return _forward(x, seed, _Numbers(scalings, dropout_p, impl, False), flat)[0]
 
 
 def lora_linear(
