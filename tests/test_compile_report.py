@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -269,7 +270,7 @@ def test_a_crash_of_the_compiler_costs_its_own_row_only(monkeypatch: pytest.Monk
         return task.row(ok=True)
 
     monkeypatch.setattr(compile_report, "_compile", compile_or_crash)
-    launch = Launch(object(), (1,), {}, {}, KernelConfig())
+    launch = Launch(object(), (1,), {"x_ptr": torch.empty(0)}, {}, KernelConfig())
     names = ["a", "crashes", "b", "crashes", "c"]
     kernels = [compile_report._Task(launch, ARCHS["sm_90"], SimpleNamespace(name=name), {}) for name in names]
     monkeypatch.setattr(compile_report._Task, "key", property(lambda task: id(task)))
