@@ -58,7 +58,7 @@ FACADE_OPEN_NAMES = frozenset({"lorakernels.__version__"})
 
 TRITON_UNITS = frozenset({"kernels", "testing", "tuning.tuner", "tuning.trial", "tuning.compile_report"})
 TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
-HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})  # each only in integrations/<one of these>.py
+HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})  # each only in integrations/<one of these>*.py
 MEASURED = {"lorakernels.bench.peers": "peft", "lorakernels.bench.multi_peers": "vllm"}  # and where they are measured
 MAX_LINES = 500
 
@@ -197,11 +197,11 @@ def kernels_late(module: str, imported: Import) -> str | None:
 
 def hosts(module: str, imported: Import) -> str | None:
     root = imported.target.split(".")[0]
-    if root not in HOSTS or module in {f"lorakernels.integrations.{name}" for name in HOSTS}:
+    if root not in HOSTS or module.startswith(tuple(f"lorakernels.integrations.{name}" for name in HOSTS)):
         return None
     if MEASURED.get(module) == root:
         return None
-    return f"only {', '.join(f'integrations/{name}.py' for name in sorted(HOSTS))} may import {root}"
+    return f"only {', '.join(f'integrations/{name}*.py' for name in sorted(HOSTS))} may import {root}"
 
 
 RULES: tuple[Rule, ...] = (ladder, beside, facade, triton, kernels_late, hosts)

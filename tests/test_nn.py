@@ -220,6 +220,23 @@ def test_names_that_cannot_be(name: str) -> None:
         lk.LoRALinear(4, 4, adapter_name=name)
 
 
+def test_a_configuration_or_its_fields() -> None:
+    layer = lk.LoRALinear(6, 4, r=2, lora_alpha=3, lora_dropout=0.1, use_rslora=True)
+    config = lk.LoRAConfig(r=2, lora_alpha=3, lora_dropout=0.1, use_rslora=True, target_modules=["q"])
+    layer.add_adapter("second", config)
+    assert layer.adapters["second"] == layer.adapters["default"]
+    assert lk.LoRALinear.from_base(nn.Linear(6, 4), config=config).adapters == {"default": layer.adapters["second"]}
+    for wrong, match in (
+        (lambda: layer.add_adapter("third", target_modules=["q"]), "'target_modules'] mean nothing for one layer"),
+        (lambda: layer.add_adapter("third", rank=3), "'rank'] mean nothing for one layer"),
+        (lambda: layer.add_adapter("third", config, r=3), "expected a LoRAConfig alone"),
+        (lambda: layer.add_adapter("third", {"r": 3}), "expected a LoRAConfig alone"),
+    ):
+        with pytest.raises(TypeError, match=match):
+            wrong()
+    assert layer.adapter_names == ["default", "second"]
+
+
 def test_adapters_are_float32_on_a_16_bit_base() -> None:
     layer = trained(lk.LoRALinear(24, 16, r=4, dtype=torch.bfloat16))
     assert layer.lora_A["default"].weight.dtype == torch.float32

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,18 +167,13 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Where a product must be float32's: autocast would make it in 16 bits, whatever its factors are."""
-    device_type = tensor.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
 def product(B: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
     """B A in float32, or float64 if one of them is float64."""
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    with without_autocast(A):
+    device_type = A.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return B.to(dtype) @ A.to(dtype)
+    with torch.autocast(device_type, enabled=False):  # which would make it in 16 bits, whatever its factors are
         return B.to(dtype) @ A.to(dtype)
 
 
