@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from lorakernels.bench import formulas, multi
-from lorakernels.bench.counting import Counted, own_multi, own_step, torch_step
-from lorakernels.bench.multi_peers import MULTI_PEERS
-from lorakernels.bench.peers import PEERS, make_tensors
-from lorakernels.bench.registry import Case, MultiCase
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.data_sheet import DATA_SHEETS, data_sheet
-from lorakernels.tuning.device import assume
-from lorakernels.tuning.table import choose, forced_configs, takes_few_tokens_form
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.data_sheet import DATA_SHEETS, data_sheet
+from lorakernels.configs.device import assume
+from lorakernels.configs.table import choose, forced_configs, takes_few_tokens_form
+from lorakernels.tools.bench import formulas, multi
+from lorakernels.tools.bench.counting import Counted, own_multi, own_step, torch_step
+from lorakernels.tools.bench.multi_peers import MULTI_PEERS
+from lorakernels.tools.bench.peers import PEERS, make_tensors
+from lorakernels.tools.bench.registry import Case, MultiCase
 
 MIB = 1 << 20
 HEADLINE = Case(8192, 4096, 4096)

@@ -13,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakernels as lk
+from lorakernels.configs import table
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import assume
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches
@@ -24,9 +27,6 @@ from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import LARGE_CASES, LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
 from lorakernels.testing.device import COMPILED, NUMBERS, has_room
 from lorakernels.testing.guards import canaries
-from lorakernels.tuning import table
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.device import assume
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEED = 1234

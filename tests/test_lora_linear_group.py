@@ -13,8 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
-from lorakernels.bench.group import frozen_passes, group_passes, own_group
-from lorakernels.bench.registry import Case
+from lorakernels.configs import table
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import assume
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.kernels import lora_linear_group as kernels
 from lorakernels.kernels.launch import record_launches
@@ -34,9 +35,8 @@ from lorakernels.testing.group_cases import (
     run_group_formula,
 )
 from lorakernels.testing.guards import canaries
-from lorakernels.tuning import table
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.device import assume
+from lorakernels.tools.bench.group import frozen_passes, group_passes, own_group
+from lorakernels.tools.bench.registry import Case
 
 SEED = 1234
 IMPLS = ["torch", "triton"]

@@ -14,16 +14,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from lorakernels.tuning import table_file, tuner
-from lorakernels.tuning.candidates import candidates, ranked
-from lorakernels.tuning.compile_report import CompileRow, table_launches
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.cost import LAUNCH_SECONDS, NOT_OVERLAPPED, Work, pipeline_bytes, seconds, work
-from lorakernels.tuning.device import UNKNOWN, Device, assume, example_of
-from lorakernels.tuning.heuristic import MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
-from lorakernels.tuning.problem import Problem, problems_of
-from lorakernels.tuning.table import clear, misfit
-from lorakernels.tuning.table_file import Entry, Table, read_table, write_table
+from lorakernels.configs import table_file
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import UNKNOWN, Device, assume, example_of
+from lorakernels.configs.heuristic import MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
+from lorakernels.configs.table import clear, misfit, pipeline_bytes
+from lorakernels.configs.table_file import Entry, Table, read_table, write_table
+from lorakernels.tools.compile_report import CompileRow, table_launches
+from lorakernels.tools.tune import tuner
+from lorakernels.tools.tune.candidates import candidates, ranked
+from lorakernels.tools.tune.cost import LAUNCH_SECONDS, NOT_OVERLAPPED, Work, seconds, work
+from lorakernels.tools.tune.problem import Problem, problems_of
 
 H100 = example_of("sm_90")
 CPU = torch.device("cpu")

@@ -15,13 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import num_processors
+from lorakernels.configs.table import choose
 from lorakernels.kernels.descriptors import descriptor, fits_descriptor
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.device import num_processors
-from lorakernels.tuning.table import choose
 
 _NUMBERS = ("", "2", "3")  # behind the arguments of each pair of x and weight in the kernels: q, k and v
 MAX_PAIRS = len(_NUMBERS)

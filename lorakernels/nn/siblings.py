@@ -25,9 +25,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from lorakernels import functional
+from lorakernels.configs.table import FEW_TOKENS
 from lorakernels.nn.modules import runs_more_than_forward
 from lorakernels.ops import small_linear
-from lorakernels.tuning.table import FEW_TOKENS
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
