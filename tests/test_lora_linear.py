@@ -167,7 +167,7 @@ def _rounds() -> Iterator[tuple[torch.dtype, dict[str, KernelConfig]]]:
         with assume(arch):
             for launch in shipped_launches():
                 operation = launch.kernel.__name__.removesuffix("_kernel").removesuffix("_tma")
-                dtype = next(a.dtype for a in launch.args.values() if isinstance(a, torch.Tensor))
+                dtype = launch.tensor.dtype
                 if operation in TINY:
                     found = configs.setdefault(dtype, {}).setdefault(operation, [])
                     found += [] if launch.config in found else [launch.config]

@@ -8,101 +8,98 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.kernels.tiles import Matrix
 from lorakernels.plan import TILE_HEIGHTS, PlanTensors
-
-
-@triton.jit
-def pick_slice(
-    which,
-    tensors,
-    factors,
-    cols,
-    strides_row,
-    strides_element,
-    strides_slot,
-    strides_rank,
-    strides_col,
-    NUM: tl.constexpr,
-):
-    """Of each tuple the entry `which`, known only when the program runs: a slice's tensors, width and strides."""
-    tensor, factor, num_cols = tensors[0], factors[0], cols[0]
-    stride_row, stride_element = strides_row[0], strides_element[0]
-    stride_slot, stride_rank, stride_col = strides_slot[0], strides_rank[0], strides_col[0]
-    for i in tl.static_range(1, NUM):
-        here = which == i
-        tensor = tl.where(here, tensors[i], tensor)
-        factor = tl.where(here, factors[i], factor)
-        num_cols = tl.where(here, cols[i], num_cols)
-        stride_row = tl.where(here, strides_row[i], stride_row)
-        stride_element = tl.where(here, strides_element[i], stride_element)
-        stride_slot = tl.where(here, strides_slot[i], stride_slot)
-        stride_rank = tl.where(here, strides_rank[i], stride_rank)
-        stride_col = tl.where(here, strides_col[i], stride_col)
-    return tensor, factor, num_cols, stride_row, stride_element, stride_slot, stride_rank, stride_col
-
-
-@triton.jit
-def rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED: tl.constexpr):
-    """Where the rank rows `offs_r` of a slot begin, in elements, 64-bit. What is past its rank must not be used."""
-    if PAGED:
-        page = tl.load(pages_ptr + slot.to(tl.int64) * max_rank + offs_r, mask=offs_r < max_rank, other=0)
-        return page.to(tl.int64) * stride_rank
-    return slot.to(tl.int64) * stride_slot + offs_r.to(tl.int64) * stride_rank
-
-
-@triton.jit
-def rank_mask(offs_r, rank, R, PAGED: tl.constexpr):
-    """Which rank rows are loaded. What is past the rank must be put aside afterwards, with `offs_r < rank`.
-
-    Of a stack up to a multiple of 8, for loads of 16 bytes where its rank is the contiguous dimension.
-    """
-    if PAGED:
-        return offs_r < rank
-    return (offs_r < (rank + 7) // 8 * 8) & (offs_r < R)
 
 
 class Factor(NamedTuple):
     """lora_A or lora_B of all slots, as rows of rank: element (slot, rank, col) by strides. Pages have no slot."""
 
-    tensor: torch.Tensor
+    ptr: Any
     cols: int
-    stride_slot: int
-    stride_rank: int
-    stride_col: int
+    strides: tuple[int, ...]  # of slot, rank and col
 
 
 def factor_A(lora_A: torch.Tensor) -> Factor:
     """[S, R, K], or pages [pages, K]."""
     if lora_A.dim() == 2:
-        return Factor(lora_A, lora_A.shape[1], 0, *lora_A.stride())
-    return Factor(lora_A, lora_A.shape[2], *lora_A.stride())
+        return Factor(lora_A, lora_A.shape[1], (0, *lora_A.stride()))
+    return Factor(lora_A, lora_A.shape[2], lora_A.stride())
 
 
 def factor_B(lora_B: torch.Tensor) -> Factor:
     """[S, N, R], or pages [pages, N]."""
     if lora_B.dim() == 2:
-        return Factor(lora_B, lora_B.shape[1], 0, *lora_B.stride())
+        return Factor(lora_B, lora_B.shape[1], (0, *lora_B.stride()))
     stride_slot, stride_col, stride_rank = lora_B.stride()
-    return Factor(lora_B, lora_B.shape[1], stride_slot, stride_rank, stride_col)
+    return Factor(lora_B, lora_B.shape[1], (stride_slot, stride_rank, stride_col))
 
 
-def factor_args(factors: list[Factor]) -> dict[str, Any]:
-    names = ("factors", "cols", "strides_slot", "strides_rank", "strides_col")
-    return dict(zip(names, zip(*factors, strict=True), strict=True))
+class Routes(NamedTuple):
+    """A plan as it goes into a kernel: its buffer, where in it the parts begin, and the pages of slots if there are."""
+
+    buffer: Any
+    at: Any  # a PlanLayout
+    tiles: int  # where the tiles of this launch's height begin
+    pages: Any  # [slots + 1, R], or None
 
 
-def plan_args(plan: PlanTensors) -> dict[str, Any]:
-    return {
-        "plan_ptr": plan.buffer,
-        "pages_ptr": plan.pages,
-        "max_rank": 0 if plan.pages is None else plan.pages.shape[1],
-        "ranks_at": plan.layout.ranks,
-    }
-
-
-def route_args(plan: PlanTensors, height: int) -> dict[str, int]:
-    """Where a kernel finds its tokens: by tiles of this height, or one by one for height 1."""
+def routes(plan: PlanTensors, height: int) -> Routes:
+    """For tiles of this height; for height 1 token by token."""
     layout = plan.layout
-    if height == 1:
-        return {"slots_at": layout.slots}
-    return {"order_at": layout.order, "tiles_at": layout.tiles[TILE_HEIGHTS.index(height)]}
+    return Routes(plan.buffer, layout, layout.tiles[TILE_HEIGHTS.index(height)] if height > 1 else 0, plan.pages)
+
+
+@triton.jit
+def tile_of_tokens(routes, tile):
+    """Slot of a tile of tokens and its rank; the tile's first place in the order of tokens and its end."""
+    tile_ptr = routes.buffer + routes.tiles + tile * 3
+    slot, first, end = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
+    rank = tl.load(routes.buffer + routes.at.ranks + slot)
+    return slot, rank, first, end
+
+
+@triton.jit
+def tokens_from(routes, first, end, T, BLOCK_M: tl.constexpr):
+    """The tokens of a slot from one place to another in their order; T, which is none, past the end."""
+    places = first + tl.arange(0, BLOCK_M)
+    return tl.load(routes.buffer + routes.at.order + places, mask=places < end, other=T)
+
+
+@triton.jit
+def pick_slice(which, matrices, factors, T, NUM: tl.constexpr):
+    """Matrix and factor of the slice `which`, known only when the program runs."""
+    m, f = matrices[0], factors[0]
+    ptr, cols, row, col = m.ptr, m.cols, m.strides[0], m.strides[1]
+    factor, by_slot, by_rank, by_col = f.ptr, f.strides[0], f.strides[1], f.strides[2]
+    for i in tl.static_range(1, NUM):
+        here = which == i
+        ptr = tl.where(here, matrices[i].ptr, ptr)
+        cols = tl.where(here, matrices[i].cols, cols)
+        row = tl.where(here, matrices[i].strides[0], row)
+        col = tl.where(here, matrices[i].strides[1], col)
+        factor = tl.where(here, factors[i].ptr, factor)
+        by_slot = tl.where(here, factors[i].strides[0], by_slot)
+        by_rank = tl.where(here, factors[i].strides[1], by_rank)
+        by_col = tl.where(here, factors[i].strides[2], by_col)
+    return Matrix(ptr, T, cols, (row, col)), Factor(factor, cols, (by_slot, by_rank, by_col))
+
+
+@triton.jit
+def rank_offsets(routes, factor, slot, offs_r, R):
+    """Where the rank rows `offs_r` of a slot begin, in elements, 64-bit. What is past its rank must not be used."""
+    if routes.pages is not None:
+        page = tl.load(routes.pages + slot.to(tl.int64) * R + offs_r, mask=offs_r < R, other=0)
+        return page.to(tl.int64) * factor.strides[1]
+    return slot.to(tl.int64) * factor.strides[0] + offs_r.to(tl.int64) * factor.strides[1]
+
+
+@triton.jit
+def rank_mask(routes, offs_r, rank, R):
+    """Which rank rows are loaded. What is past the rank must be put aside afterwards, with `offs_r < rank`.
+
+    Of a stack up to a multiple of 8, for loads of 16 bytes where its rank is the contiguous dimension.
+    """
+    if routes.pages is not None:
+        return offs_r < rank
+    return (offs_r < (rank + 7) // 8 * 8) & (offs_r < R)

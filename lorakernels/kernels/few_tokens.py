@@ -16,41 +16,35 @@ from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
-from lorakernels.kernels.tiles import draw_mask_bytes, load_mask_bytes, load_tile, store_tile, unpack_mask
+from lorakernels.kernels.tiles import (
+    draw,
+    drop,
+    epilogue,
+    finish,
+    load_tile,
+    plane,
+    sized,
+    store_tile,
+    tall,
+    transposed,
+)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def few_tokens_kernel(
-    x_ptr,
-    w_ptr,
-    a_ptr,
-    b_ptr,
-    bias_ptr,
-    row_scale_ptr,
+    x,  # [M, K]
+    w,  # [K, N]
+    a,  # [K, R]
+    b,  # [R, N]
+    epilogue,
     s_ptr,
     y_ptr,
     mask_ptr,
-    seed_ptr,
+    seed_ptr,  # with it the mask is drawn, on x; else a mask is applied, to the low-rank term
     M,
-    N,
-    K,
-    R,
     threshold,
     s_scale,
     y_scale,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    stride_bias,
-    HAS_BIAS: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
-    DRAW_MASK: tl.constexpr,
-    APPLY_MASK: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,43 +57,32 @@ def few_tokens_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
-    if DRAW_MASK:
+    K, N, R = x.cols, w.cols, a.cols
+    x, w, a, b = sized(x, M, K), sized(w, K, N), sized(a, K, R), sized(b, R, N)
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        num_mask_bytes = (K + 7) // 8
 
-    y_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    s_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    s = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(pid_k * BLOCK_K, K, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk)
-        w = load_tile(w_ptr, offs_k, offs_n, K, N, stride_wk, stride_wn)
-        y_acc = tl.dot(x, w, y_acc, input_precision=INPUT_PRECISION)
-        if DRAW_MASK:
-            byte_cols = k // 8 + tl.arange(0, BLOCK_K // 8)
-            mask_bytes = draw_mask_bytes(seed, offs_m, byte_cols, threshold)
-            if pid_n == 0:
-                store_tile(mask_ptr, mask_bytes, offs_m, byte_cols, M, num_mask_bytes, num_mask_bytes)
-            x = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_K), x, 0.0)
-        a = load_tile(a_ptr, offs_k, offs_r, K, R, stride_ak, stride_ar).to(x.dtype)
-        s_acc = tl.dot(x, a, s_acc, input_precision=INPUT_PRECISION)
+        x_tile = load_tile(x, offs_m, offs_k)
+        y = tl.dot(x_tile, load_tile(w, offs_k, offs_n), y, input_precision=INPUT_PRECISION)
+        if seed_ptr is not None:
+            x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_n == 0)
+        a_tile = load_tile(a, offs_k, offs_r).to(x_tile.dtype)
+        s = tl.dot(x_tile, a_tile, s, input_precision=INPUT_PRECISION)
 
-    s_acc *= s_scale
+    s *= s_scale
     if pid_n == 0:
-        store_tile(s_ptr + pid_k.to(tl.int64) * M * R, s_acc, offs_m, offs_r, M, R, R)
-    b = load_tile(b_ptr, offs_r, offs_n, R, N, stride_br, stride_bn).to(x_ptr.dtype.element_ty)
-    low_rank = tl.dot(s_acc.to(x_ptr.dtype.element_ty), b, input_precision=INPUT_PRECISION) * y_scale
-    if APPLY_MASK:
-        num_out_bytes = (N + 7) // 8
-        out_byte_cols = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-        out_bytes = load_mask_bytes(mask_ptr, offs_m, out_byte_cols, M, num_out_bytes)
-        low_rank = tl.where(unpack_mask(out_bytes, BLOCK_M, BLOCK_N), low_rank, 0.0)
-    y_acc += low_rank
-    if HAS_ROW_SCALE:
-        y_acc *= tl.load(row_scale_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n.to(tl.int64) * stride_bias, mask=offs_n < N, other=0.0).to(tl.float32)
-        y_acc += tl.where(pid_k == 0, bias, 0.0)[None, :]
-    store_tile(y_ptr + pid_k.to(tl.int64) * M * N, y_acc, offs_m, offs_n, M, N, N)
+        store_tile(plane(s_ptr, pid_k, M, R), s, offs_m, offs_r)
+    dtype = x.ptr.dtype.element_ty
+    b_tile = load_tile(b, offs_r, offs_n).to(dtype)
+    low_rank = tl.dot(s.to(dtype), b_tile, input_precision=INPUT_PRECISION) * y_scale
+    if seed_ptr is None and mask_ptr is not None:
+        low_rank = drop(low_rank, mask_ptr, offs_m, pid_n, M, N)
+    y = finish(y + low_rank, epilogue, offs_n, N, pid_k)
+    store_tile(plane(y_ptr, pid_k, M, N), y, offs_m, offs_n)
 
 
 @retried("few_tokens")
@@ -133,44 +116,21 @@ def few_tokens(
         few_tokens_kernel,
         (cdiv(N, config.BLOCK_N), cdiv(M, config.BLOCK_M), config.SPLIT),
         {
-            "x_ptr": x,
-            "w_ptr": weight,
-            "a_ptr": lora_A,
-            "b_ptr": lora_B,
-            "bias_ptr": bias,
-            "row_scale_ptr": None if row_scale is None else row_scale.contiguous(),
+            "x": tall(x),
+            "w": transposed(weight),
+            "a": transposed(lora_A),
+            "b": transposed(lora_B),
+            "epilogue": epilogue(row_scale, bias),
             "s_ptr": s_planes,
             "y_ptr": y_planes,
             "mask_ptr": drawn if threshold else mask,
-            "seed_ptr": seed,
+            "seed_ptr": seed if threshold else None,
             "M": M,
-            "N": N,
-            "K": K,
-            "R": R,
             "threshold": threshold,
             "s_scale": s_scale * inverse_keep(threshold),
             "y_scale": y_scale,
-            "stride_xm": x.stride(0),
-            "stride_xk": x.stride(1),
-            "stride_wn": weight.stride(0),
-            "stride_wk": weight.stride(1),
-            "stride_ar": lora_A.stride(0),
-            "stride_ak": lora_A.stride(1),
-            "stride_bn": lora_B.stride(0),
-            "stride_br": lora_B.stride(1),
-            "stride_bias": 0 if bias is None else bias.stride(0),
         },
-        {
-            "HAS_BIAS": bias is not None,
-            "HAS_ROW_SCALE": row_scale is not None,
-            "DRAW_MASK": threshold > 0,
-            "APPLY_MASK": mask is not None,
-            "INPUT_PRECISION": input_precision(x),
-            "BLOCK_M": config.BLOCK_M,
-            "BLOCK_N": config.BLOCK_N,
-            "BLOCK_K": config.BLOCK_K,
-            "BLOCK_R": config.BLOCK_R,
-        },
+        {"INPUT_PRECISION": input_precision(x)},
         config,
     )
     sum_planes(y_planes, y)

@@ -20,13 +20,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch as it was asked for: what the compile report compiles, and what bench counts."""
+    """One launch as it was asked for: what the compile report compiles, and what bench counts.
+
+    The first of its arguments is, or begins with, a tensor on the device.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     args: dict[str, Any]
     constexprs: dict[str, Any]
     config: KernelConfig
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return first_tensor(self.args)
 
 
 _recorded: list[Launch] | None = None
@@ -52,24 +59,48 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def first_tensor(args: dict[str, Any]) -> torch.Tensor:
+    """Of a launch: the first argument, or what is first in it."""
+    value = next(iter(args.values()))
+    while not isinstance(value, torch.Tensor):
+        value = value[0] if isinstance(value, tuple) else value.base  # a descriptor's
+    return value
+
+
+_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "GROUP_M")
+_blocks_of: dict[Any, tuple[str, ...]] = {}  # by the kernel's function: a JITFunction's own hash takes 1 µs
+
+
+def _blocks(kernel: Any, config: KernelConfig) -> dict[str, Any]:
+    """What the kernel takes of its config."""
+    names = _blocks_of.get(kernel.fn)
+    if names is None:
+        names = _blocks_of[kernel.fn] = tuple(name for name in _BLOCKS if name in kernel.arg_names)
+    return {name: getattr(config, name) for name in names}
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], args: dict[str, Any], constexprs: dict[str, Any], config: KernelConfig
 ) -> None:
-    """Start `kernel` on `grid`. A grid with no programs starts nothing: CUDA refuses it."""
+    """Start `kernel` on `grid`. Block sizes that `constexprs` does not have are the config's.
+
+    A grid with no programs starts nothing: CUDA refuses it.
+    """
+    constexprs = _blocks(kernel, config) | constexprs
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, constexprs, config))
         return
     if 0 in grid:
         return
-    device = next((tensor.device for tensor in args.values() if isinstance(tensor, torch.Tensor)), None)
+    device = first_tensor(args).device
     # Triton starts kernels on the current device, which need not be the tensors'.
-    elsewhere = device is not None and device.type == "cuda" and device.index != torch.cuda.current_device()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
         try:
             # `kernel[grid](…)` would gather the arguments once more, 2 µs of 45.
             kernel.run(grid=grid, warmup=False, **args, **constexprs, **compile_options(config))
         except (OutOfResources, PTXASError) as error:  # before anything has run
-            raise _DoesNotFit(config, device or torch.device("cpu")) from error
+            raise _DoesNotFit(config, device) from error
 
 
 class _DoesNotFit(Exception):

@@ -11,10 +11,18 @@ import torch
 import triton
 import triton.language as tl
 
-from lorakernels.kernels.adapters import Factor, factor_args, pick_slice, plan_args, rank_mask, rank_offsets, route_args
+from lorakernels.kernels.adapters import (
+    Factor,
+    pick_slice,
+    rank_mask,
+    rank_offsets,
+    routes,
+    tile_of_tokens,
+    tokens_from,
+)
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
-from lorakernels.kernels.tiles import draw_mask_bytes, load_tile, store_tile, unpack_mask
+from lorakernels.kernels.tiles import draw, load_tile, plane, store_tile, tall
 from lorakernels.plan import PlanTensors, num_tiles
 
 
@@ -23,74 +31,50 @@ def multi_shrink_kernel(
     s_ptr,
     xs,
     factors,
-    plan_ptr,
+    routes,
     scales_ptr,
-    pages_ptr,
     mask_ptr,
-    seed_ptr,
+    seed_ptr,  # None without dropout
     thresholds_ptr,
     T,
     R,
-    cols,
-    max_rank,
-    ranks_at,
-    order_at,
-    tiles_at,
-    strides_xm,
-    strides_xk,
-    strides_slot,
-    strides_rank,
-    strides_col,
     NUM_SLICES: tl.constexpr,
-    PAGED: tl.constexpr,
-    DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """A program a tile of tokens of one slot, block of its rank, slice and part of the sum."""
-    tile_ptr = plan_ptr + tiles_at + tl.program_id(0) * 3
-    slot, first, end = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
+    slot, rank, first, end = tile_of_tokens(routes, tl.program_id(0))
     if first >= end:
         return
+    tokens = tokens_from(routes, first, end, T, BLOCK_M)
     num_blocks_r = tl.cdiv(R, BLOCK_R)
     pid_s = tl.program_id(1) // num_blocks_r
     pid_r = tl.program_id(1) % num_blocks_r
     pid_k = tl.program_id(2)
-    rank = tl.load(plan_ptr + ranks_at + slot)
-    places = first + tl.arange(0, BLOCK_M)
-    tokens = tl.load(plan_ptr + order_at + places, mask=places < end, other=T)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    x_ptr, a_ptr, K, stride_xm, stride_xk, stride_slot, stride_rank, stride_col = pick_slice(
-        pid_s, xs, factors, cols, strides_xm, strides_xk, strides_slot, strides_rank, strides_col, NUM_SLICES
-    )
-    rows = rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED)
-    if DROPOUT:
+    x, a = pick_slice(pid_s, xs, factors, T, NUM_SLICES)
+    rows = rank_offsets(routes, a, slot, offs_r, R)
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr)
         threshold = tl.load(thresholds_ptr + slot)
-        num_mask_bytes = (K + 7) // 8
 
-    loaded = rank_mask(offs_r, rank, R, PAGED)
+    loaded = rank_mask(routes, offs_r, rank, R)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     # Nothing is read for a block past the slot's rank.
-    summed = tl.where(pid_r * BLOCK_R < rank, K, 0)
+    summed = tl.where(pid_r * BLOCK_R < rank, x.cols, 0)
     for k in range(pid_k * BLOCK_K, summed, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, tokens, offs_k, T, K, stride_xm, stride_xk)
-        if DROPOUT:
-            byte_cols = k // 8 + tl.arange(0, BLOCK_K // 8)
-            mask_bytes = draw_mask_bytes(seed, tokens, byte_cols, threshold)
-            if tl.program_id(1) == 0:
-                store_tile(mask_ptr, mask_bytes, tokens, byte_cols, T, num_mask_bytes, num_mask_bytes)
-            x = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_K), x, 0.0)
-        inside = (offs_k[:, None] < K) & loaded[None, :]
-        a = tl.load(a_ptr + offs_k.to(tl.int64)[:, None] * stride_col + rows[None, :], mask=inside, other=0.0)
-        acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        x_tile = load_tile(x, tokens, offs_k)
+        if seed_ptr is not None:
+            x_tile = draw(x_tile, mask_ptr, seed, threshold, tokens, k, T, x.cols, tl.program_id(1) == 0)
+        inside = (offs_k[:, None] < x.cols) & loaded[None, :]
+        a_tile = tl.load(a.ptr + offs_k.to(tl.int64)[:, None] * a.strides[2] + rows[None, :], mask=inside, other=0.0)
+        acc = tl.dot(x_tile, a_tile.to(x_tile.dtype), acc, input_precision=INPUT_PRECISION)
     # Columns past the rank are of no meaning: each is its own sum.
     acc = tl.where(offs_r[None, :] < rank, acc * tl.load(scales_ptr + slot), 0.0)
-    s_plane = s_ptr + (pid_k * NUM_SLICES + pid_s).to(tl.int64) * T * R
-    store_tile(s_plane, acc, tokens, offs_r, T, R, R)
+    store_tile(plane(s_ptr, pid_k * NUM_SLICES + pid_s, T, R), acc, tokens, offs_r)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -98,22 +82,11 @@ def multi_shrink_token_kernel(
     s_ptr,
     xs,
     factors,
-    plan_ptr,
+    routes,
     scales_ptr,
-    pages_ptr,
     T,
     R,
-    cols,
-    max_rank,
-    ranks_at,
-    slots_at,
-    strides_xm,
-    strides_xk,
-    strides_slot,
-    strides_rank,
-    strides_col,
     NUM_SLICES: tl.constexpr,
-    PAGED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -123,25 +96,23 @@ def multi_shrink_token_kernel(
     pid_s = tl.program_id(1) // num_blocks_r
     pid_r = tl.program_id(1) % num_blocks_r
     pid_k = tl.program_id(2)
-    slot = tl.load(plan_ptr + slots_at + token)
-    rank = tl.load(plan_ptr + ranks_at + slot)
+    slot = tl.load(routes.buffer + routes.at.slots + token)
+    rank = tl.load(routes.buffer + routes.at.ranks + slot)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    x_ptr, a_ptr, K, stride_xm, stride_xk, stride_slot, stride_rank, stride_col = pick_slice(
-        pid_s, xs, factors, cols, strides_xm, strides_xk, strides_slot, strides_rank, strides_col, NUM_SLICES
-    )
-    rows = rank_offsets(pages_ptr, slot, offs_r, max_rank, stride_slot, stride_rank, PAGED)
-    x_row = x_ptr + token.to(tl.int64) * stride_xm
+    x, a = pick_slice(pid_s, xs, factors, T, NUM_SLICES)
+    rows = rank_offsets(routes, a, slot, offs_r, R)
+    x_row = x.ptr + token.to(tl.int64) * x.strides[0]
 
-    loaded = rank_mask(offs_r, rank, R, PAGED)
+    loaded = rank_mask(routes, offs_r, rank, R)
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
-    summed = tl.where(pid_r * BLOCK_R < rank, K, 0)
+    summed = tl.where(pid_r * BLOCK_R < rank, x.cols, 0)
     for k in range(pid_k * BLOCK_K, summed, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_row + offs_k.to(tl.int64) * stride_xk, mask=offs_k < K, other=0.0).to(tl.float32)
-        inside = loaded[:, None] & (offs_k[None, :] < K)
-        a = tl.load(a_ptr + rows[:, None] + offs_k.to(tl.int64)[None, :] * stride_col, mask=inside, other=0.0)
+        x_part = tl.load(x_row + offs_k.to(tl.int64) * x.strides[1], mask=offs_k < x.cols, other=0.0).to(tl.float32)
+        inside = loaded[:, None] & (offs_k[None, :] < x.cols)
+        a_tile = tl.load(a.ptr + rows[:, None] + offs_k.to(tl.int64)[None, :] * a.strides[2], mask=inside, other=0.0)
         # In x's dtype first, as the tile form multiplies it.
-        acc += a.to(x_ptr.dtype.element_ty).to(tl.float32) * x[None, :]
+        acc += a_tile.to(x.ptr.dtype.element_ty).to(tl.float32) * x_part[None, :]
     s = tl.where(offs_r < rank, tl.sum(acc, axis=1) * tl.load(scales_ptr + slot), 0.0)
     s_row = s_ptr + ((pid_k * NUM_SLICES + pid_s).to(tl.int64) * T + token) * R
     tl.store(s_row + offs_r, s, mask=offs_r < R)
@@ -172,28 +143,20 @@ def multi_shrink(
     mask = x.new_empty((T, cdiv(x.shape[1], 8)), dtype=torch.uint8) if dropout else None
     args = {
         "s_ptr": s,
-        "xs": tuple(xs),
+        "xs": tuple(map(tall, xs)),
+        "factors": tuple(factors),
+        "routes": routes(plan, config.BLOCK_M),
         "scales_ptr": scales,
         "T": T,
         "R": width,
-        "strides_xm": tuple(x.stride(0) for x in xs),
-        "strides_xk": tuple(x.stride(1) for x in xs),
-        **factor_args(factors),
-        **plan_args(plan),
-        **route_args(plan, config.BLOCK_M),
     }
-    constexprs: dict[str, Any] = {
-        "NUM_SLICES": len(xs),
-        "PAGED": plan.pages is not None,
-        "BLOCK_K": config.BLOCK_K,
-        "BLOCK_R": config.BLOCK_R,
-    }
+    constexprs: dict[str, Any] = {"NUM_SLICES": len(xs)}
     blocks = len(xs) * cdiv(width, config.BLOCK_R)
     if config.BLOCK_M == 1:
         launch(multi_shrink_token_kernel, (T, blocks, config.SPLIT), args, constexprs, config)
     else:
-        args |= {"mask_ptr": mask, "seed_ptr": seed, "thresholds_ptr": thresholds}
-        constexprs |= {"DROPOUT": dropout, "INPUT_PRECISION": input_precision(x), "BLOCK_M": config.BLOCK_M}
+        args |= {"mask_ptr": mask, "seed_ptr": seed if dropout else None, "thresholds_ptr": thresholds}
+        constexprs["INPUT_PRECISION"] = input_precision(x)
         tiles = num_tiles(T, plan.num_slots, config.BLOCK_M)
         launch(multi_shrink_kernel, (tiles, blocks, config.SPLIT), args, constexprs, config)
     return s, mask

@@ -19,80 +19,63 @@ from lorakernels.configs.table import choose, takes_one_pass
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
-from lorakernels.kernels.tiles import load_mask_bytes, load_tile, store_tile, unpack_mask
+from lorakernels.kernels.tiles import NO_MATRIX, Matrix, drop, load_tile, matrix, plane, sized, store_tile, tall
 
 
 @triton.jit(do_not_specialize=["M"])
 def outer_kernel(
-    z_ptr,
-    t_ptr,
-    q_ptr,
+    z,  # [M, N]
+    t,  # [M, R]
+    q,  # [N, R]
     mask_ptr,
-    out_ptr,
+    out,  # [N, R], the first of its planes
     p_ptr,
     sums_ptr,
     M,
-    N,
     R,
     scale,
-    stride_zm,
-    stride_zn,
-    stride_tm,
-    stride_qn,
-    stride_qr,
-    stride_on,
-    stride_or,
-    WITH_OUT: tl.constexpr,
-    WITH_P: tl.constexpr,
-    WITH_SUMS: tl.constexpr,
-    DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    """What is not asked for has no pointer: `out` without t, `p` without q."""
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     pid_r = tl.program_id(2)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    if WITH_OUT:
-        out = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    if WITH_SUMS:
+    N = z.cols
+    z = sized(z, M, N)
+    if out.ptr is not None:
+        t = sized(t, M, R)
+        acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    if sums_ptr is not None:
         sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if WITH_P:
-        q = load_tile(q_ptr, offs_n, offs_r, N, R, stride_qn, stride_qr).to(z_ptr.dtype.element_ty)
-        p_plane = p_ptr + pid_n.to(tl.int64) * M * R
+    if p_ptr is not None:
+        q_tile = load_tile(sized(q, N, R), offs_n, offs_r).to(z.ptr.dtype.element_ty)
 
     for m in range(pid_m * BLOCK_M, M, BLOCK_M * tl.num_programs(1)):
         offs_m = m + tl.arange(0, BLOCK_M)
-        z = load_tile(z_ptr, offs_m, offs_n, M, N, stride_zm, stride_zn)
-        if DROPOUT:
-            num_mask_bytes = (N + 7) // 8
-            byte_cols = pid_n * (BLOCK_N // 8) + tl.arange(0, BLOCK_N // 8)
-            mask_bytes = load_mask_bytes(mask_ptr, offs_m, byte_cols, M, num_mask_bytes)
-            z = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_N), z, 0.0)
-        if WITH_OUT:
-            t = load_tile(t_ptr, offs_m, offs_r, M, R, stride_tm, 1).to(z.dtype)
-            out = tl.dot(tl.trans(z), t, out, input_precision=INPUT_PRECISION)
-        if WITH_P:
-            p = tl.dot(z, q, input_precision=INPUT_PRECISION) * scale
-            store_tile(p_plane, p, offs_m, offs_r, M, R, R)
-        if WITH_SUMS:
-            sums += tl.sum(z.to(tl.float32), axis=0)
+        z_tile = load_tile(z, offs_m, offs_n)
+        if mask_ptr is not None:
+            z_tile = drop(z_tile, mask_ptr, offs_m, pid_n, M, N)
+        if out.ptr is not None:
+            t_tile = load_tile(t, offs_m, offs_r).to(z_tile.dtype)
+            acc = tl.dot(tl.trans(z_tile), t_tile, acc, input_precision=INPUT_PRECISION)
+        if p_ptr is not None:
+            p = tl.dot(z_tile, q_tile, input_precision=INPUT_PRECISION) * scale
+            store_tile(plane(p_ptr, pid_n, M, R), p, offs_m, offs_r)
+        if sums_ptr is not None:
+            sums += tl.sum(z_tile.to(tl.float32), axis=0)
 
-    inside_n = offs_n < N
-    if WITH_OUT:
-        offsets = offs_n.to(tl.int64)[:, None] * stride_on + offs_r.to(tl.int64)[None, :] * stride_or
-        out_plane = out_ptr + pid_m.to(tl.int64) * N * R
-        tl.store(
-            out_plane + offsets,
-            (out * scale).to(out_ptr.dtype.element_ty),
-            mask=inside_n[:, None] & (offs_r[None, :] < R),
-        )
-    if WITH_SUMS:
+    if out.ptr is not None:
+        out_plane = plane(out.ptr, pid_m, N, R)
+        store_tile(Matrix(out_plane.ptr, N, R, out.strides), acc * scale, offs_n, offs_r)
+    if sums_ptr is not None:
         if pid_r == 0:
-            tl.store(sums_ptr + pid_m.to(tl.int64) * N + offs_n, sums.to(sums_ptr.dtype.element_ty), mask=inside_n)
+            sums_at = sums_ptr + pid_m.to(tl.int64) * N + offs_n
+            tl.store(sums_at, sums.to(sums_ptr.dtype.element_ty), mask=offs_n < N)
 
 
 @retried("outer")
@@ -158,35 +141,18 @@ def _outer(
         outer_kernel,
         (num_blocks_n, config.SPLIT, cdiv(R, config.BLOCK_R)),
         {
-            "z_ptr": z,
-            "t_ptr": t,
-            "q_ptr": q,
+            "z": tall(z),
+            "t": NO_MATRIX if out is None else tall(t),
+            "q": NO_MATRIX if q is None or p is None else matrix(q),
             "mask_ptr": mask,
-            "out_ptr": out_planes,
+            "out": NO_MATRIX if out is None else Matrix(out_planes, N, R, out_strides),
             "p_ptr": p_planes,
             "sums_ptr": sums_planes,
             "M": M,
-            "N": N,
             "R": R,
             "scale": scale,
-            "stride_zm": z.stride(0),
-            "stride_zn": z.stride(1),
-            "stride_tm": t.stride(0),
-            "stride_qn": 0 if q is None else q.stride(0),
-            "stride_qr": 0 if q is None else q.stride(1),
-            "stride_on": out_strides[0],
-            "stride_or": out_strides[1],
         },
-        {
-            "WITH_OUT": out is not None,
-            "WITH_P": p is not None,
-            "WITH_SUMS": sums is not None,
-            "DROPOUT": mask is not None,
-            "INPUT_PRECISION": input_precision(z),
-            "BLOCK_M": config.BLOCK_M,
-            "BLOCK_N": config.BLOCK_N,
-            "BLOCK_R": config.BLOCK_R,
-        },
+        {"INPUT_PRECISION": input_precision(z)},
         config,
     )
     for planes, total in ((out_planes, out), (p_planes, p), (sums_planes, sums)):

@@ -10,26 +10,19 @@ from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
-from lorakernels.kernels.tiles import draw_mask_bytes, load_tile, store_tile, unpack_mask
+from lorakernels.kernels.tiles import draw, load_tile, plane, sized, store_tile, tall, transposed
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def shrink_kernel(
-    x_ptr,
-    a_ptr,
+    x,  # [M, K]
+    a,  # [K, R]
     s_ptr,
     mask_ptr,
-    seed_ptr,
+    seed_ptr,  # None without dropout
     M,
-    K,
-    R,
     threshold,
     scale,
-    stride_xm,
-    stride_xk,
-    stride_ar,
-    stride_ak,
-    DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -40,24 +33,20 @@ def shrink_kernel(
     pid_k = tl.program_id(2)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    if DROPOUT:
+    K, R = x.cols, a.cols
+    x, a = sized(x, M, K), sized(a, K, R)
+    if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-        num_mask_bytes = (K + 7) // 8
 
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in range(pid_k * BLOCK_K, K, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = load_tile(x_ptr, offs_m, offs_k, M, K, stride_xm, stride_xk)
-        if DROPOUT:
-            byte_cols = k // 8 + tl.arange(0, BLOCK_K // 8)
-            mask_bytes = draw_mask_bytes(seed, offs_m, byte_cols, threshold)
-            if pid_r == 0:
-                store_tile(mask_ptr, mask_bytes, offs_m, byte_cols, M, num_mask_bytes, num_mask_bytes)
-            x = tl.where(unpack_mask(mask_bytes, BLOCK_M, BLOCK_K), x, 0.0)
-        a = load_tile(a_ptr, offs_k, offs_r, K, R, stride_ak, stride_ar).to(x.dtype)
-        acc = tl.dot(x, a, acc, input_precision=INPUT_PRECISION)
-    s_plane = s_ptr + pid_k.to(tl.int64) * M * R
-    store_tile(s_plane, acc * scale, offs_m, offs_r, M, R, R)
+        x_tile = load_tile(x, offs_m, offs_k)
+        if seed_ptr is not None:
+            x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_r == 0)
+        a_tile = load_tile(a, offs_k, offs_r).to(x_tile.dtype)
+        acc = tl.dot(x_tile, a_tile, acc, input_precision=INPUT_PRECISION)
+    store_tile(plane(s_ptr, pid_k, M, R), acc * scale, offs_m, offs_r)
 
 
 @retried("shrink")
@@ -84,28 +73,16 @@ def shrink(
         shrink_kernel,
         (cdiv(M, config.BLOCK_M), cdiv(R, config.BLOCK_R), config.SPLIT),
         {
-            "x_ptr": x,
-            "a_ptr": lora_A,
+            "x": tall(x),
+            "a": transposed(lora_A),
             "s_ptr": planes,
             "mask_ptr": mask,
-            "seed_ptr": seed,
+            "seed_ptr": seed if threshold else None,
             "M": M,
-            "K": K,
-            "R": R,
             "threshold": threshold,
             "scale": scale * inverse_keep(threshold),
-            "stride_xm": x.stride(0),
-            "stride_xk": x.stride(1),
-            "stride_ar": lora_A.stride(0),
-            "stride_ak": lora_A.stride(1),
         },
-        {
-            "DROPOUT": threshold > 0,
-            "INPUT_PRECISION": input_precision(x),
-            "BLOCK_M": config.BLOCK_M,
-            "BLOCK_K": config.BLOCK_K,
-            "BLOCK_R": config.BLOCK_R,
-        },
+        {"INPUT_PRECISION": input_precision(x)},
         config,
     )
     sum_planes(planes, s)

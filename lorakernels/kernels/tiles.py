@@ -1,7 +1,10 @@
-"""What every kernel shares: the tile loader, and dropout's bits."""
+"""What every kernel shares: matrices as values, the loader and the storer of their tiles, and dropout's bits."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
@@ -10,19 +13,96 @@ import triton.language as tl
 PHILOX_ROUNDS = tl.constexpr(7)
 
 
-@triton.jit
-def load_tile(ptr, rows, cols, num_rows, num_cols, stride_row, stride_col):
-    """The [rows, cols] tile of a strided matrix, zero outside it. Offsets are 64-bit."""
-    offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
-    return tl.load(ptr + offsets, mask=(rows[:, None] < num_rows) & (cols[None, :] < num_cols), other=0.0)
+class Matrix(NamedTuple):
+    """A strided matrix as it goes into a kernel, whole: Triton specialises each number in it by itself.
+
+    Where rows are tokens their number is an argument of the kernel that is not specialised, and `rows` is None. Where
+    there is no matrix, `ptr` is None: Triton 3.6 cannot compare a tuple with it. A kernel calls `sized` before its
+    loops, inside which Triton 3.6 forgets the constants, such as a stride of 1, in tuples of tuples.
+    """
+
+    ptr: Any
+    rows: Any
+    cols: Any
+    strides: Any
+
+
+NO_MATRIX = Matrix(None, None, None, None)
+
+
+def matrix(tensor: torch.Tensor) -> Matrix:
+    """A tensor [rows, cols] of any strides."""
+    rows, cols = tensor.shape
+    return Matrix(tensor, rows, cols, tensor.stride())
+
+
+def transposed(tensor: torch.Tensor) -> Matrix:
+    """A tensor [cols, rows] as a matrix [rows, cols]."""
+    rows, cols = tensor.shape
+    return Matrix(tensor, cols, rows, tensor.stride()[::-1])
+
+
+def tall(tensor: torch.Tensor) -> Matrix:
+    """A tensor [tokens, cols], without the number of tokens."""
+    return Matrix(tensor, None, tensor.shape[1], tensor.stride())
 
 
 @triton.jit
-def store_tile(ptr, tile, rows, cols, num_rows, num_cols, stride_row):
-    """Store a tile into a matrix whose columns are contiguous, in that matrix's dtype."""
-    offsets = rows.to(tl.int64)[:, None] * stride_row + cols[None, :]
-    mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
-    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=mask)
+def sized(matrix, num_rows, num_cols):
+    """A matrix of sizes that the kernel has already: of two numbers that are equal it makes two masks."""
+    return Matrix(matrix.ptr, num_rows, num_cols, matrix.strides)
+
+
+@triton.jit
+def plane(ptr, which, num_rows, num_cols):
+    """The contiguous matrix number `which` of those that lie one behind the other."""
+    return Matrix(ptr + tl.cast(which, tl.int64) * num_rows * num_cols, num_rows, num_cols, (num_cols, 1))
+
+
+@triton.jit
+def _inside(matrix, rows, cols):
+    return (rows[:, None] < matrix.rows) & (cols[None, :] < matrix.cols)
+
+
+@triton.jit
+def load_tile(matrix, rows, cols):
+    """The [rows, cols] tile of a matrix, zero outside it. Offsets are 64-bit."""
+    offsets = rows.to(tl.int64)[:, None] * matrix.strides[0] + cols.to(tl.int64)[None, :] * matrix.strides[1]
+    return tl.load(matrix.ptr + offsets, mask=_inside(matrix, rows, cols), other=0.0)
+
+
+@triton.jit
+def store_tile(matrix, tile, rows, cols):
+    """Store a tile into a matrix, in that matrix's dtype; what lies outside is not written."""
+    offsets = rows.to(tl.int64)[:, None] * matrix.strides[0] + cols.to(tl.int64)[None, :] * matrix.strides[1]
+    tl.store(matrix.ptr + offsets, tile.to(matrix.ptr.dtype.element_ty), mask=_inside(matrix, rows, cols))
+
+
+@triton.jit
+def draw(x, mask_ptr, seed, threshold, rows, first_col, num_rows, num_cols, STORES):
+    """A tile of x with dropout's mask drawn and applied; where STORES the mask is stored, a bit an element.
+
+    `first_col` is a multiple of 8.
+    """
+    byte_cols = first_col // 8 + tl.arange(0, x.shape[1] // 8)
+    mask_bytes = draw_mask_bytes(seed, rows, byte_cols, threshold)
+    if STORES:
+        store_tile(plane(mask_ptr, 0, num_rows, (num_cols + 7) // 8), mask_bytes, rows, byte_cols)
+    return _kept(x, mask_bytes)
+
+
+@triton.jit
+def drop(z, mask_ptr, rows, block, num_rows, num_cols):
+    """The tile z of the block of columns number `block`, with dropout's mask as a pass over x has stored it."""
+    byte_cols = block * (z.shape[1] // 8) + tl.arange(0, z.shape[1] // 8)
+    mask_bytes = load_tile(plane(mask_ptr, 0, num_rows, (num_cols + 7) // 8), rows, byte_cols)
+    return _kept(z, mask_bytes.to(tl.int32))
+
+
+@triton.jit
+def _kept(z, mask_bytes):
+    bits = (mask_bytes[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.where(tl.reshape(bits, z.shape) != 0, z, 0.0)
 
 
 @triton.jit
@@ -46,14 +126,24 @@ def _keep_pair(word, threshold, SHIFT: tl.constexpr):
     return (low << SHIFT) | (high << (SHIFT + 1))
 
 
-@triton.jit
-def load_mask_bytes(mask_ptr, rows, byte_cols, num_rows, num_byte_cols):
-    """Dropout's mask as a pass over x has stored it: [num_rows, num_byte_cols] bytes."""
-    return load_tile(mask_ptr, rows, byte_cols, num_rows, num_byte_cols, num_byte_cols, 1).to(tl.int32)
+class Epilogue(NamedTuple):
+    """What is made of y [M, N] at the end: row_scale ∘ y + bias, both [N] and contiguous, None where there is none."""
+
+    row_scale: Any
+    bias: Any
+
+
+def epilogue(row_scale: torch.Tensor | None, bias: torch.Tensor | None) -> Epilogue:
+    return Epilogue(None if row_scale is None else row_scale.contiguous(), None if bias is None else bias.contiguous())
 
 
 @triton.jit
-def unpack_mask(mask_bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """[ROWS, COLS / 8] bytes as [ROWS, COLS] booleans, true where an element is kept."""
-    bits = (mask_bytes[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(bits, (ROWS, COLS)) != 0
+def finish(acc, epilogue, offs_n, N, part):
+    """The rows of acc scaled, and the bias added, in the first part of a split sum."""
+    if epilogue.row_scale is not None:
+        acc *= tl.load(epilogue.row_scale + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    if epilogue.bias is not None:
+        acc += tl.load(
+            epilogue.bias + offs_n, mask=offs_n < (N if part is None else tl.where(part == 0, N, 0)), other=0.0
+        ).to(tl.float32)[None, :]
+    return acc

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,8 +103,7 @@ class _Task(NamedTuple):
         return self.launch.args.get("M", 0)
 
     def row(self, **measured: Any) -> CompileRow:
-        tensors = (a for a in self.launch.args.values() if isinstance(a, torch.Tensor))
-        dtype = next((str(t.dtype).removeprefix("torch.") for t in tensors), "")
+        dtype = str(self.launch.tensor.dtype).removeprefix("torch.")
         return CompileRow(self.source.name, self.launch.config, self.arch.name, dtype, **measured)
 
 
@@ -192,15 +191,16 @@ _LARGE_MUST_USE = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 
 def _product_faults(launch: Launch, name: str, arch: str, code: Code) -> list[str]:
     """What is wrong with how a GEMM is multiplied, and its operands copied."""
-    x = next((a for a in launch.args.values() if isinstance(a, torch.Tensor)), None)
-    if not name.startswith(("linear_expand", "few_tokens")) or x is None or x.element_size() != 2:
+    if not name.startswith(("linear_expand", "few_tokens")) or launch.tensor.element_size() != 2:
         return []
     if code.tensor_core is None:
         return ["a 16-bit matrix product without the matrix units"]
     unit = _LARGE_MUST_USE.get(arch)
     if unit is None or not name.startswith("linear_expand") or launch.constexprs.get("HAS_BASE"):
         return []
-    if launch.args.get("M", 0) < _LARGE or launch.args["N"] % 16 or launch.args["K"] % 16:
+    # Of pairs of x and w. Descriptors ask for as much by themselves.
+    odd = any(n % 16 for _, w in launch.args.get("pairs", ()) for n in (w.rows, w.cols))
+    if launch.args.get("M", 0) < _LARGE or odd:
         return []
     faults = [] if code.tensor_core == unit else [f"a large product by {code.tensor_core} instead of {unit}"]
     return faults if code.tma else [*faults, "a large aligned product that does not load by TMA"]
@@ -209,9 +209,18 @@ def _product_faults(launch: Launch, name: str, arch: str, code: Code) -> list[st
 def _aligned(launch: Launch) -> bool:
     """Whether sizes and strides are multiples of 16, so that every row can be loaded 16 bytes at a time."""
     free = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
-    given = ((name, n if isinstance(n, tuple) else (n,)) for name, n in launch.args.items() if name not in free)
-    numbers = [(name, n) for name, several in given for n in several if type(n) is int]
+    numbers = (number for name, value in launch.args.items() if name not in free for number in _numbers(name, value))
     return all(n % 16 == 0 or (n == 1 and name.startswith("stride")) for name, n in numbers)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """The integers in an argument, each with the name of the innermost field that holds it."""
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", (name,) * len(value))
+        for field, each in zip(names, value, strict=True):
+            yield from _numbers(field, each)
+    elif type(value) is int:
+        yield name, value
 
 
 def _round_up(number: int, granule: int) -> int:

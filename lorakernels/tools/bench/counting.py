@@ -168,16 +168,10 @@ def _name(launch: Any) -> str:
 
 # How often a kernel goes over an operand; 1 where it is not said. A launch has its grid and constexprs.
 _ROUNDS: dict[str, Callable[[Any], dict[str, int]]] = {
-    "shrink_kernel": lambda launch: {"x_ptr": launch.grid[1]},
-    "outer_kernel": lambda launch: {
-        "z_ptr": launch.grid[2],
-        "mask_ptr": launch.grid[2],
-        "t_ptr": launch.constexprs["WITH_OUT"],
-        "q_ptr": launch.constexprs["WITH_P"],
-    },
+    "shrink_kernel": lambda launch: {"x": launch.grid[1]},
+    "outer_kernel": lambda launch: {"z": launch.grid[2], "mask_ptr": launch.grid[2]},
     "linear_expand_kernel": lambda launch: {
-        "x_ptr": not launch.constexprs["HAS_BASE"],
-        "w_ptr": not launch.constexprs["HAS_BASE"],
+        "pairs": not launch.constexprs["HAS_BASE"],
         "y_ptr": 1 + launch.constexprs["HAS_BASE"],
     },
     # Of one slice, whose adapters may have less than the largest rank: at most so often.
