@@ -23,6 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from lorakernels.kernels import lora_linear, multi_lora
+from lorakernels.member import Member
 from lorakernels.plan import BatchPlan
 from lorakernels.tools.bench.timing import interleaved_seconds, percentiles
 
@@ -74,7 +75,7 @@ def calls() -> dict[str, Callable[[], object]]:
     slices = [weight] * 3
 
     def layer(x: torch.Tensor) -> object:
-        return lora_linear.forward(x, weight, A, B, None, None, None, 2.0, 0)
+        return lora_linear.forward(x, [Member(weight, A, B, scaling=2.0)], None, 0)
 
     def multi(weights: list[torch.Tensor]) -> object:
         n = len(weights)

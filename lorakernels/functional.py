@@ -122,7 +122,8 @@ def lora_linear_group(
     device_type = x.device.type
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        x, weights, biases = ops.autocast_group_arguments(x, weights, biases, dtype)
+        cast = [ops.autocast_arguments(x, W, bias, dtype) for W, bias in zip(weights, biases, strict=True)]
+        x, weights, biases = cast[0][0], [W for _, W, _ in cast], [bias for *_, bias in cast]
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
     adapted: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}

@@ -23,10 +23,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import lorakernels as lk
+from lorakernels import formula
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import draw_mask
 from lorakernels.integrations.tensor_parallel import OLDEST_TORCH, ColwiseLoRA, RowwiseLoRA
-from lorakernels.reference import formula
-from lorakernels.reference.dropout import draw_mask
 
 WORLD = 2
 
@@ -161,10 +161,9 @@ def operators(rank: int, folder: str) -> None:
         y, s, mask = torch.ops.lorakernels.lora_linear(
             x, weight, A, B, bias, row_scale, seed, scaling, dropout_p, "torch"
         )
-        needs = [draw.random() < 0.7 for _ in range(4)] + ["row_scale" in whole]
-        bias_dtype = torch.float64 if with_bias else None
+        needs = [draw.random() < 0.7 for _ in range(4)] + [with_bias, "row_scale" in whole]
         found = torch.ops.lorakernels.lora_linear_backward(
-            dy, x, weight, A, B, row_scale, s, mask, scaling, dropout_p, needs, bias_dtype, "torch"
+            dy, x, weight, A, B, row_scale, s, mask, scaling, dropout_p, needs, "torch"
         )
         keep, x2 = None, whole["x"].flatten(0, 1)
         if dropout_p and scaling:
@@ -178,7 +177,7 @@ def operators(rank: int, folder: str) -> None:
         grads = formula.lora_linear_backward(
             whole["dy"].flatten(0, 1), x2, *frozen, scaling, keep, whole.get("row_scale")
         )
-        for need, grad, expected_grad in zip([*needs[:4], with_bias, needs[4]], found, grads, strict=True):
+        for need, grad, expected_grad in zip(needs, found, grads, strict=True):
             if need:
                 close(grad.flatten(0, 1) if grad.dim() == 3 else grad, expected_grad)
             else:

@@ -26,8 +26,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("nn",),
     ("functional", "multi"),
     ("ops",),
-    ("kernels", "reference", "flops", "sharding"),
-    ("plan", "quant", "configs", "config", "backend", "dropout", "when_imported"),
+    ("kernels", "eager"),
+    ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "member", "when_imported"),
 )
 GROUND = frozenset(LADDER[-1])
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands
@@ -258,9 +258,9 @@ CAUGHT = [
     # importing module, source, the rule that it breaks
     ("lorakernels.ops", "from lorakernels.functional import lora_linear", ladder),
     ("lorakernels.ops", "def f():\n    from lorakernels.nn.linear import LoRALinear", ladder),
-    ("lorakernels.kernels.shrink", "from lorakernels.reference import lora_linear", ladder),
-    ("lorakernels.reference.linear", "def f():\n    import lorakernels.kernels.shrink as s", ladder),
-    ("lorakernels.reference.linear", "def f():\n    from ..kernels import shrink", ladder),
+    ("lorakernels.kernels.shrink", "from lorakernels.eager import lora_linear", ladder),
+    ("lorakernels.eager.linear", "def f():\n    import lorakernels.kernels.shrink as s", ladder),
+    ("lorakernels.eager.linear", "def f():\n    from ..kernels import shrink", ladder),
     ("lorakernels.serving.store", "from ..integrations import peft", ladder),
     ("lorakernels.plan", "import lorakernels.backend", ladder),
     ("lorakernels.nn.linear", "import importlib\nimportlib.import_module('lorakernels.adapters.merge')", ladder),
@@ -276,7 +276,7 @@ CAUGHT = [
     ("lorakernels.nn.linear", "import lorakernels", facade),
     ("lorakernels.nn.linear", "from lorakernels.no_such_unit import f", facade),
     ("lorakernels.ops", "def f():\n    import triton", triton),
-    ("lorakernels.reference.linear", "import triton.language as tl", triton),
+    ("lorakernels.eager.linear", "import triton.language as tl", triton),
     ("lorakernels.configs.table", "from triton.runtime import driver", triton),
     ("lorakernels.tools.bench.run", "import triton", triton),
     ("lorakernels.tools.bench.run", "from lorakernels.kernels.launch import launch", kernels_late),
@@ -297,7 +297,7 @@ ALLOWED = [
     ),
     ("lorakernels.integrations.peft", "import peft\nfrom lorakernels.nn.linear import LoRALinear"),
     ("lorakernels.nn.conv", "from .linear import LoRALinear\nfrom ..plan import BatchPlan"),
-    ("lorakernels.ops", "def f():\n    from lorakernels.kernels.shrink import shrink\nimport lorakernels.reference"),
+    ("lorakernels.ops", "def f():\n    from lorakernels.kernels.shrink import shrink\nimport lorakernels.eager"),
     ("lorakernels.ops", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .kernels import shrink"),
     ("lorakernels.backend", "def f():\n    import triton"),
     ("lorakernels.kernels.shrink", "import triton\nfrom lorakernels.configs.config import KernelConfig"),

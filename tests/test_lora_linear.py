@@ -17,12 +17,13 @@ from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches
 from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.kernels.streams import side_stream
+from lorakernels.member import Member, training_step
 from lorakernels.ops import small_linear
-from lorakernels.reference.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import LARGE_CASES, LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
 from lorakernels.testing.device import COMPILED, NUMBERS, has_room
@@ -250,10 +251,7 @@ def test_the_form_that_is_asked_for_runs(way: str, kernel: str, base: int) -> No
     inputs = make_inputs(LinearCase("aligned", tokens=(64,), K=64, N=32), torch.float16, "meta")
     x, weight, A, B, bias, *_ = inputs.tensors().values()
     with path(f"triton-{way}-tiny"), record_launches() as launches:
-        _, s, _ = kernels_lora_linear.forward(x, weight, A, B, bias, None, None, 0.5, 0)
-        kernels_lora_linear.backward(
-            inputs.dy, x, weight, A, B, s, None, 0.5, 0, need_dx=True, need_dA=False, need_dB=False, bias_dtype=None
-        )
+        training_step(kernels_lora_linear, x, [inputs.dy], [Member(weight, A, B, bias, scaling=0.5)])
     expands = [launch for launch in launches if launch.kernel.__name__.startswith("linear_expand")]
     assert [launch.kernel.__name__ for launch in expands] == [kernel] * 2
     assert sum(launch.constexprs.get("HAS_BASE", False) for launch in expands) == base

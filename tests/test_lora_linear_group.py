@@ -17,10 +17,11 @@ from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume
 from lorakernels.dropout import drop_threshold, inverse_keep
-from lorakernels.kernels import lora_linear_group as kernels
+from lorakernels.eager.dropout import unpack_mask
+from lorakernels.kernels import lora_linear as kernels
 from lorakernels.kernels.launch import record_launches
+from lorakernels.member import Member, columns
 from lorakernels.ops import small_linear
-from lorakernels.reference.dropout import unpack_mask
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.device import COMPILED, NUMBERS
 from lorakernels.testing.group_cases import (
@@ -104,7 +105,8 @@ def keep_of(case: GroupCase, inputs: GroupInputs, impl: str) -> torch.Tensor | N
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=inputs.x.device)
     lists = [[getattr(member, name) for member in inputs.members] for name in ("weight", "lora_A", "lora_B", "bias")]
     scalings = list(case.scalings[: len(case.Ns)])
-    _, _, mask = torch.ops.lorakernels.lora_linear_group(inputs.x, *lists, seed, scalings, case.dropout_p, impl)
+    none = [None] * len(scalings)
+    _, _, mask = torch.ops.lorakernels.lora_linear_group(inputs.x, *lists, none, seed, scalings, case.dropout_p, impl)
     return unpack_mask(mask, case.K) * inverse_keep(drop_threshold(case.dropout_p))
 
 
@@ -187,14 +189,14 @@ def test_launches() -> None:
     """x is read once for S and once for dA, and dx is one launch, up to three members."""
     case = GroupCase("aligned", tokens=(512,), K=64, Ns=(64, 32, 32))
     inputs = make_group_inputs(case, torch.float16, "meta")
-    weights, As, Bs, dys = ([getattr(m, name) for m in inputs.members] for name in ("weight", "lora_A", "lora_B", "dy"))
+    members, dys = [Member(m.weight, m.lora_A, m.lora_B) for m in inputs.members], [m.dy for m in inputs.members]
     for way, kernel in (("triton-tma", "linear_expand_tma_kernel"), ("triton-general", "linear_expand_kernel")):
         with path(way), record_launches() as forward:
-            _, s, _ = kernels.forward(inputs.x, weights, As, Bs, [None] * 3, None, [1.0] * 3, 0)
+            _, s, _ = kernels.forward(inputs.x, members, None, 0)
         with path(way), record_launches() as backward:
             kernels.backward(
-                dys, inputs.x, weights, As, Bs, list(s.split(8, 1)), None, [1.0] * 3, 0,
-                need_dx=True, dA_dtype=torch.float16, need_dB=[True] * 3, bias_dtypes=[None] * 3,
+                dys, inputs.x, members, columns(s, members), None, 0,
+                need_dx=True, need_dA=True, need_dB=[True] * 3, need_dbias=[False] * 3,
             )  # fmt: skip
         names = [launch.kernel.__name__ for launch in forward]
         assert [names.count("shrink_kernel"), names.count(kernel)] == [1, 3]
@@ -296,14 +298,15 @@ def test_opcheck(impl: str, dropout_p: float, device: str) -> None:
     )
     seed = torch.tensor([5], device=device) if dropout_p else None
     numbers = ([0.5, 2.0], dropout_p)
-    arguments = (inputs.x, weights, As, Bs, [biases[0], None], seed, *numbers, impl)
+    scales = [None, torch.rand(8, device=device)]
+    arguments = (inputs.x, weights, As, Bs, [biases[0], None], scales, seed, *numbers, impl)
     torch.library.opcheck(torch.ops.lorakernels.lora_linear_group.default, arguments)
     _, s, mask = torch.ops.lorakernels.lora_linear_group(*arguments)
     parts = [part.contiguous() for part in s.split([3, 2], dim=1)]
-    for need_dx, needs, dtypes in ((True, [True] * 6, [1, 0]), (False, [False] * 4 + [True, False], [0, 0])):
+    for needs in ([True] * 8 + [False, False, True], [False] * 5 + [True] + [False] * 5):
         torch.library.opcheck(
             torch.ops.lorakernels.lora_linear_group_backward.default,
-            (dys, inputs.x, weights, As, Bs, parts, mask, *numbers, need_dx, needs, dtypes, impl),
+            (dys, inputs.x, weights, As, Bs, scales, parts, mask, *numbers, needs, impl),
         )
 
 

@@ -13,6 +13,7 @@ import lorakernels as lk
 from lorakernels.configs.device import assume
 from lorakernels.kernels import lora_linear, multi_lora
 from lorakernels.kernels.launch import record_launches
+from lorakernels.member import Member, training_step
 from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs
 
 
@@ -99,9 +100,7 @@ def test_explain_tells_both_directions_as_they_are_launched(
     with assume("sm_90"), torch.device(device):
         x, weight, dy, A, B = make_x(M, K), make_weight(N, K), _plain(M, N), _plain(r, K), _plain(N, r)
         with record_launches() as launches:
-            _, s, _ = lora_linear.forward(x, weight, A, B, None, None, None, 1.0, 0)
-            needs = {"need_dx": True, "need_dA": True, "need_dB": True}
-            lora_linear.backward(dy, x, weight, A, B, s, None, 1.0, 0, **needs, bias_dtype=None)
+            training_step(lora_linear, x, [dy], [Member(weight, A, B)])
         kernels = lk.explain(x, weight, A, impl="triton").kernels
     launched = [launch for launch in launches if launch.kernel.__name__ != "sum_planes_kernel"]
     assert len(kernels) == len(launched)

@@ -18,11 +18,11 @@ from lorakernels import ops
 from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import unpack_mask
+from lorakernels.eager.multi_lora import route
 from lorakernels.kernels.launch import record_launches
 from lorakernels.multi import multi_lora_embedding
 from lorakernels.plan import PlanError
-from lorakernels.reference.dropout import unpack_mask
-from lorakernels.reference.multi_lora import route
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.device import COMPILED, NUMBERS, has_room
 from lorakernels.testing.guards import canaries, guarded

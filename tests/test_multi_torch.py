@@ -13,11 +13,11 @@ from torch.utils.checkpoint import checkpoint
 import lorakernels as lk
 from lorakernels import ops
 from lorakernels.dropout import LEVELS
+from lorakernels.eager import multi_grid
+from lorakernels.eager import multi_lora as eager
+from lorakernels.eager.multi_grid import Gathered, Grid
 from lorakernels.multi import multi_lora_embedding
 from lorakernels.ops.multi_linear import _thresholds
-from lorakernels.reference import multi_grid
-from lorakernels.reference import multi_lora as reference
-from lorakernels.reference.multi_grid import Gathered, Grid
 from lorakernels.testing.budget import error
 from lorakernels.testing.guards import canaries
 from lorakernels.testing.multi_cases import MultiCase, MultiInputs, Results, by_token, make_multi_inputs, run_loop
@@ -257,8 +257,8 @@ def test_runs_that_are_no_views_are_not_listed(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_plan_is_read_once_a_version(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
-    real = reference.route
-    monkeypatch.setattr(reference, "route", lambda *given: (read.append(given), real(*given))[1])
+    real = eager.route
+    monkeypatch.setattr(eager, "route", lambda *given: (read.append(given), real(*given))[1])
     case = MultiCase("layers", ranks=EQUAL)
     inputs = make_multi_inputs(case, torch.float32)
     [first], [again] = run(case, inputs, inputs.tensors()), run(case, inputs, inputs.tensors())

@@ -14,8 +14,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import lorakernels as lk
+from lorakernels.eager import lora_linear as eager_lora_linear
 from lorakernels.ops import small_linear
-from lorakernels.reference import lora_linear as reference
 from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
 
 IMPLS = ["torch", "triton"]
@@ -75,11 +75,10 @@ def test_opcheck(impl: str, dropout_p: float, row_scaled: bool, device: str) -> 
     arguments = (x, weight, A, B, bias, row_scale, seed, 0.5, dropout_p, impl)
     torch.library.opcheck(torch.ops.lorakernels.lora_linear.default, arguments)
     _, s, mask = torch.ops.lorakernels.lora_linear(*arguments)
-    all_of_it = [True] * 4 + [row_scaled]
-    for needs, bias_dtype in ((all_of_it, torch.float32), ([True, False, False, True, False], None)):
+    for needs in ([True] * 5 + [row_scaled], [True, False, False, True, False, False]):
         torch.library.opcheck(
             torch.ops.lorakernels.lora_linear_backward.default,
-            (inputs.dy, x, weight, A, B, row_scale, s, mask, 0.5, dropout_p, needs, bias_dtype, impl),
+            (inputs.dy, x, weight, A, B, row_scale, s, mask, 0.5, dropout_p, needs, impl),
         )
 
 
@@ -159,7 +158,7 @@ def test_checkpointing_draws_the_same_mask(impl: str, reentrant: bool, device: s
 def test_selective_checkpointing(policy: CheckpointPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = leaves()
     runs = 0
-    forward = reference.forward
+    forward = eager_lora_linear.forward
 
     def counted(*arguments: Any) -> Any:
         nonlocal runs
@@ -176,7 +175,7 @@ def test_selective_checkpointing(policy: CheckpointPolicy, monkeypatch: pytest.M
     torch.manual_seed(11)
     y = layer(inputs.x)
     plain = [y, *gradients(inputs, y)]
-    monkeypatch.setattr(reference, "forward", counted)
+    monkeypatch.setattr(eager_lora_linear, "forward", counted)
     torch.manual_seed(11)
     contexts = functools.partial(create_selective_checkpoint_contexts, policy_of)
     y = checkpoint(layer, inputs.x, use_reentrant=False, context_fn=contexts)

@@ -95,7 +95,7 @@ def test_no_matrix_of_the_weights_size_is_made() -> None:
                 self.numel = max(self.numel, out.numel())
             return out
 
-    from lorakernels.reference import weight_norm
+    from lorakernels.eager import weight_norm
 
     with Largest() as seen:
         projected, _ = weight_norm.project(weight, A)

@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from lorakernels import ops
+from lorakernels.eager.product import cast
 from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft import adapter_terms, autocast_is_on, is_plain, takes_dtypes
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.plan import BASE, BatchPlan
-from lorakernels.reference.product import cast
 
 BASE_NAME = "__base__"  # PEFT's, for rows without an adapter
 

@@ -1,8 +1,13 @@
-"""The LoRA linear as a sequence of kernels, forward and backward. Same signatures as `reference.lora_linear`."""
+"""One or several LoRA linears of one x as a sequence of kernels. Same signatures as `eager.lora_linear`.
+
+Of several members the A's lie one below the other, so that one pass over x makes S for all and draws one mask, and
+another makes every dA. dx is one product over all output features together: no member's own dx is ever stored.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 
@@ -13,68 +18,83 @@ from lorakernels.kernels.linear_expand import linear_expand
 from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.streams import side_stream
+from lorakernels.member import Member, columns, grad_dtype, stacked
+
+Tensors = Sequence[torch.Tensor]
 
 
 def forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scaling: float,
-    threshold: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y [M, N], S = D(x) Aᵀ [M, r] and the mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K]."""
-    if takes_few_tokens_form(x.shape[0], lora_A.shape[0], x.element_size()):
-        return few_tokens(
-            x, weight, lora_A, lora_B, bias=bias, row_scale=row_scale, y_scale=scaling, seed=seed, threshold=threshold
-        )
-    s, mask = shrink(x, lora_A, seed, threshold)
-    return linear_expand(x, weight, s, lora_B, bias=bias, row_scale=row_scale, scale=scaling), s, mask
+    x: torch.Tensor, members: Sequence[Member], seed: torch.Tensor | None, threshold: int
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """y's [M, N], S = D(x) Aᵀ [M, Σ r], and the mask [M, ceil(K / 8)] uint8 (None without dropout), of x [M, K].
+
+    Few tokens take a kernel a member: reading W is the cost, not x, and only that kernel splits its sum over the
+    device. Of one seed each draws the same mask.
+    """
+    if takes_few_tokens_form(x.shape[0], max([member.lora_A.shape[0] for member in members]), x.element_size()):
+        results = [
+            few_tokens(x, W, A, B, bias=bias, row_scale=row_scale, y_scale=scaling, seed=seed, threshold=threshold)
+            for W, A, B, bias, row_scale, scaling in members
+        ]
+        _, s, mask = results[0]
+        return [y for y, _, _ in results], s if len(members) == 1 else torch.cat([s for _, s, _ in results], 1), mask
+    s, mask = shrink(x, stacked(members), seed, threshold)
+    ys = [
+        linear_expand(x, W, s_i, B, bias=bias, row_scale=row_scale, scale=scaling)
+        for s_i, (W, _, B, bias, row_scale, scaling) in zip(columns(s, members), members, strict=True)
+    ]
+    return ys, s, mask
 
 
 def backward(
-    dy: torch.Tensor,
+    dys: Tensors,
     x: torch.Tensor | None,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    s: torch.Tensor,
+    members: Sequence[Member],
+    s: Tensors,
     mask: torch.Tensor | None,
-    scaling: float,
     threshold: int,
     *,
     need_dx: bool,
     need_dA: bool,
-    need_dB: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dx [M, K], dA [r, K], dB [N, r], dbias [N] in `bias_dtype`; None for what is not asked for."""
+    need_dB: Sequence[bool],
+    need_dbias: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """dx [M, K], dA [Σ r, K] of all A's, dB's [N, r], dbias's [N] in dy's dtype; None for what is not asked for.
+
+    `dys` are of what a row scale multiplies, `s` has the columns of each member's S. Several members take the same
+    kernels for few tokens: a product a member, each with the sums of its planes and an addition into dx, would be more
+    launches.
+    """
     keep = inverse_keep(threshold)
-    few = takes_few_tokens_form(dy.shape[0], lora_A.shape[0], dy.element_size())
-    dx: torch.Tensor | None = None
-    g: torch.Tensor | None = None
-    if need_dx and few:
-        dx, g, _ = few_tokens(dy, weight.t(), lora_B.t(), lora_A.t(), s_scale=scaling, y_scale=keep, mask=mask)
+    dx = dA = g = None
+    if need_dx and len(members) == 1:
+        [(W, A, B, *_, scaling)], [dy] = members, dys
+        if takes_few_tokens_form(dy.shape[0], A.shape[0], dy.element_size()):
+            dx, g, _ = few_tokens(dy, W.t(), B.t(), A.t(), s_scale=scaling, y_scale=keep, mask=mask)
     need_g = g is None and (need_dx or need_dA)
-    dB = dbias = None
-    if need_g or need_dB or bias_dtype is not None:
-        g_pass, dB, dbias = dy_pass(dy, lora_B, s, scaling, need_g=need_g, need_dB=need_dB, bias_dtype=bias_dtype)
-        g = g if g_pass is None else g_pass
-    dA = None
+    passes = [
+        dy_pass(
+            dy, member.lora_B, s_i, member.scaling, need_g=need_g, need_dB=dB, bias_dtype=dy.dtype if dbias else None
+        )
+        if need_g or dB or dbias
+        else (None, None, None)
+        for dy, member, s_i, dB, dbias in zip(dys, members, s, need_dB, need_dbias, strict=True)
+    ]
+    gs, dBs, dbiases = (list(kind) for kind in zip(*passes, strict=True))
+    if need_g:
+        g = gs[0] if len(gs) == 1 else torch.cat(gs, dim=1)  # type: ignore[arg-type]
     with contextlib.ExitStack() as beside:  # dA needs x and G only: it may run while dx is multiplied
         if need_dA:
             assert g is not None and x is not None
             M, K = x.shape
             config = choose("outer", M, K, K, g.shape[1], x.element_size(), x.device)
             with beside.enter_context(side_stream(x.device, config.side_stream and need_dx)):
-                dA = grad_A(x, g, mask, keep, lora_A.dtype)
+                dA = grad_A(x, g, mask, keep, grad_dtype(members))
         if need_dx and dx is None:
             assert g is not None
-            dx = linear_expand(dy, weight.t(), g, lora_A.t(), scale=keep, mask=mask)
-    return dx, dA, dB, dbias
+            (dy, W), *more = [(dy, member.weight.t()) for dy, member in zip(dys, members, strict=True)]
+            dx = linear_expand(dy, W, g, stacked(members).t(), more=more, scale=keep, mask=mask)
+    return dx, dA, dBs, dbiases
 
 
 def grad_row_scale(

@@ -1,4 +1,4 @@
-"""Many adapters in one batch as a sequence of kernels. Same signatures as `reference.multi_lora`."""
+"""Many adapters in one batch as a sequence of kernels. Same signatures as `eager.multi_lora`."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ import itertools
 
 import torch
 
-from lorakernels.kernels import lora_linear, lora_linear_group, multi_lora
+from lorakernels.kernels import lora_linear, multi_lora
 from lorakernels.kernels.launch import Launch, record_launches
+from lorakernels.member import Member, training_step
 from lorakernels.plan import BatchPlan
 
 # float16 compiles to the same instructions as bfloat16, with the other operand type.
@@ -66,57 +67,24 @@ def _step(
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    x, dy, weight = meta(M, K), meta(M, N), meta(N, K)
+    x, dy, scale = meta(M, K), meta(M, N), meta(N, of=torch.float32) if row_scale else None
     lora_A, lora_B = meta(r, K, of=adapter_dtype), meta(N, r, of=adapter_dtype)
-    seed = meta(1, of=torch.int64) if threshold else None
-    scale = meta(N, of=torch.float32) if row_scale else None
-    _, s, mask = lora_linear.forward(x, weight, lora_A, lora_B, meta(N) if bias else None, scale, seed, 0.5, threshold)
+    member = Member(meta(N, K), lora_A, lora_B, meta(N) if bias else None, scale, 0.5)
     if row_scale:
-        lora_linear.grad_row_scale(dy, x, weight, (s, lora_B), 0.5)
-        lora_linear.project(weight, lora_A)
-    lora_linear.backward(
-        dy,
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        s,
-        mask,
-        0.5,
-        threshold,
-        need_dx=True,
-        need_dA=True,
-        need_dB=True,
-        bias_dtype=dtype if bias else None,
-    )
+        lora_linear.grad_row_scale(dy, x, member.weight, (meta(M, r), lora_B), 0.5)
+        lora_linear.project(member.weight, lora_A)
+    training_step(lora_linear, x, [dy], [member], threshold, need_dbias=bias)
 
 
 def _group_step(dtype: torch.dtype, M: int, r: int, K: int, Ns: tuple[int, ...], *, threshold: int) -> None:
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=of, device="meta")
 
-    n = len(Ns)
-    x, dys, weights = meta(M, K), [meta(M, N) for N in Ns], [meta(N, K) for N in Ns]
-    lora_As = [meta(r, K, of=torch.float32) for _ in Ns]
-    lora_Bs = [meta(N, r, of=torch.float32) for N in Ns]
-    seed = meta(1, of=torch.int64) if threshold else None
-    scalings = [0.5] * n
-    _, s, mask = lora_linear_group.forward(x, weights, lora_As, lora_Bs, [None] * n, seed, scalings, threshold)
-    lora_linear_group.backward(
-        dys,
-        x,
-        weights,
-        lora_As,
-        lora_Bs,
-        list(s.split(r, dim=1)),
-        mask,
-        scalings,
-        threshold,
-        need_dx=True,
-        dA_dtype=torch.float32,
-        need_dB=[True] * n,
-        bias_dtypes=[None] * n,
-    )
+    def factor(*shape: int) -> torch.Tensor:
+        return meta(*shape, of=torch.float32)
+
+    members = [Member(meta(N, K), factor(r, K), factor(N, r), scaling=0.5) for N in Ns]
+    training_step(lora_linear, meta(M, K), [meta(M, N) for N in Ns], members, threshold)
 
 
 def _multi_step(

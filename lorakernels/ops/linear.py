@@ -1,351 +1,201 @@
-"""`lora_linear` as torch sees it: schemas, fakes, autograd, autocast, vmap."""
+"""`lora_linear` and `lora_linear_group` with their gradients: one linear is a group of one."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from lorakernels import formula
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold, inverse_keep
-from lorakernels.ops.library import (
-    as_matrix,
-    as_output,
-    functorch_is_active,
-    implementation,
-    is_batched,
-    library,
-    nothing,
-    runs_directly,
-    without_autocast,
+from lorakernels.eager.dropout import unpack_mask
+from lorakernels.ops.linear_operators import (
+    GROUP,
+    GROUP_BACKWARD,
+    LINEAR,
+    LINEAR_BACKWARD,
+    Maybe,
+    Tensors,
+    by_example,
+    by_kind,
 )
+from lorakernels.ops.operator import as_matrix, functorch_is_active, is_batched, one_by_one
+from lorakernels.ops.sharding import draw_seed
 from lorakernels.ops.small_linear import is_small, small_lora_linear
-from lorakernels.reference import formula
-from lorakernels.reference.dropout import unpack_mask
-from lorakernels.reference.product import scaled_linear, sum_rows
-from lorakernels.sharding import draw_seed
-
-library.define(
-    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? row_scale, Tensor? seed, "
-    "float scaling, float dropout_p, str impl) -> (Tensor, Tensor, Tensor)"
-)
-library.define(
-    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? row_scale, "
-    "Tensor s, Tensor mask, float scaling, float dropout_p, bool[] needs, ScalarType? bias_dtype, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 
 
-def _compute(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """y [..., N], and for the backward S and the mask where there are any."""
-    if scaling == 0:
-        # Switched off: the base layer's own output to the bit, whatever the adapter holds.
-        y = scaled_linear(x, weight, bias, row_scale)
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y, None, None  # as in as_output
-    if seed is not None:
-        seed = seed[:1]  # on sharded tensors there is one a rank
-    y, s, mask = implementation(impl, x).forward(
-        as_matrix(x), weight, lora_A, lora_B, bias, row_scale, seed, scaling, drop_threshold(dropout_p)
-    )
-    return as_output(y, x), s, mask
+class _Numbers(NamedTuple):
+    scalings: Sequence[float]
+    dropout_p: float
+    impl: str
 
 
-def _forward(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, s, mask = _compute(x, *rest)
-    return y, nothing(x) if s is None else s, nothing(x, torch.uint8) if mask is None else mask
+# A Function's inputs: x, the seed, the numbers, then every weight, every A, every B, every bias, every row scale.
 
 
-def _forward_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    bias: torch.Tensor | None,
-    row_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    impl: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    if scaling == 0:
-        return y, nothing(x), nothing(x, torch.uint8)
-    on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
-    tokens, K = math.prod(x.shape[:-1]), x.shape[-1]
-    s = x.new_empty((tokens, lora_A.shape[0]))
-    if drop_threshold(dropout_p) == 0:
-        return y, s, nothing(x, torch.uint8)
-    return y, s, x.new_empty((tokens, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
-
-
-def _gradients(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    s: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    needs: list[bool],
-    bias_dtype: torch.dtype | None,
-    impl: str,
-) -> tuple[torch.Tensor | None, ...]:
-    """Of x, weight, A, B, bias and the row scale; None for what is not asked for."""
-    need_dx, need_dweight, need_dA, need_dB, need_drow_scale = needs
-    dy2 = as_matrix(dy)
-    x2 = None if x is None else as_matrix(x)
-    dx = dA = dB = dbias = drow_scale = None
-    if row_scale is not None:
-        if need_drow_scale:
-            assert x2 is not None
-            low_rank = (s, lora_B) if scaling and s is not None else None
-            drow_scale = implementation(impl, dy).grad_row_scale(dy2, x2, weight, low_rank, scaling)
-            drow_scale = drow_scale.to(row_scale.dtype)
-        if bias_dtype is not None:
-            dbias = sum_rows(dy2).to(bias_dtype)
-            bias_dtype = None
-        # The gradient of what is scaled, once, for all the products below.
-        dy2 = torch.mul(dy2, row_scale, out=torch.empty_like(dy2))
-    if scaling == 0:
-        dx = dy2 @ weight if need_dx else None
-        dA = torch.zeros_like(lora_A, memory_format=torch.contiguous_format) if need_dA else None
-        dB = torch.zeros_like(lora_B, memory_format=torch.contiguous_format) if need_dB else None
-        dbias = dbias if bias_dtype is None else sum_rows(dy2).to(bias_dtype)
-    else:
-        assert s is not None
-        dx, dA, dB, summed = implementation(impl, dy).backward(
-            dy2,
-            x2,
-            weight,
-            lora_A,
-            lora_B,
-            s,
-            mask if mask is not None and mask.numel() else None,
-            scaling,
-            drop_threshold(dropout_p),
-            need_dx=need_dx,
-            need_dA=need_dA,
-            need_dB=need_dB,
-            bias_dtype=bias_dtype,
-        )
-        dbias = summed if dbias is None else dbias
-    dweight = None
-    if need_dweight:
-        assert x2 is not None
-        dweight = (dy2.t() @ x2).to(weight.dtype)
-    if dx is not None and dy.dim() != 2:
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return dx, dweight, dA, dB, dbias, drow_scale
-
-
-def _backward(dy: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(nothing(dy) if gradient is None else gradient for gradient in _gradients(dy, *rest))
-
-
-def _backward_fake(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    row_scale: torch.Tensor | None,
-    s: torch.Tensor,
-    mask: torch.Tensor,
-    scaling: float,
-    dropout_p: float,
-    needs: list[bool],
-    bias_dtype: torch.dtype | None,
-    impl: str,
-) -> tuple[torch.Tensor, ...]:
-    need_dx, need_dweight, need_dA, need_dB, need_drow_scale = needs
-    return (
-        dy.new_empty((*dy.shape[:-1], weight.shape[1])) if need_dx else nothing(dy),
-        weight.new_empty(weight.shape) if need_dweight else nothing(dy),
-        lora_A.new_empty(lora_A.shape) if need_dA else nothing(dy),
-        lora_B.new_empty(lora_B.shape) if need_dB else nothing(dy),
-        nothing(dy) if bias_dtype is None else dy.new_empty((weight.shape[0],), dtype=bias_dtype),
-        row_scale.new_empty(row_scale.shape) if need_drow_scale and row_scale is not None else nothing(dy),
-    )
-
-
-def _autocast(device_type: str) -> None:
-    """Under autocast x, weight and bias take its dtype, as in torch's linear; the kernels cast A and B anyway."""
-
-    def forward(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, *rest: Any) -> Any:
-        x, weight, bias = autocast_arguments(x, weight, bias, torch.get_autocast_dtype(device_type))
-        return torch.ops.lorakernels.lora_linear(x, weight, lora_A, lora_B, bias, *rest)
-
-    without_autocast("lora_linear", device_type, forward)
-    without_autocast("lora_linear_backward", device_type)
-
-
-def autocast_arguments(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What autocast to `dtype` makes of a linear's arguments; float64 is left alone, as torch leaves it."""
-    if torch.float64 in (x.dtype, weight.dtype):
-        return x, weight, bias
-    if not x.is_floating_point():
-        return x, weight, bias
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-_autocast("cpu")
-_autocast("cuda")
-library.impl("lora_linear", _forward, "CompositeExplicitAutograd")
-library.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("lorakernels::lora_linear", _forward_fake, lib=library)
-torch.library.register_fake("lorakernels::lora_linear_backward", _backward_fake, lib=library)
+def _forward(
+    x: torch.Tensor, seed: torch.Tensor | None, numbers: _Numbers, flat: Sequence[Any], direct: bool = True
+) -> tuple[Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
+    """y's, S and the mask; tensors all of them where nothing may run directly."""
+    n = len(numbers.scalings)
+    call = GROUP.pick((x, *flat[: 3 * n])) if direct else GROUP.dispatch  # whose body takes one as well
+    if n > 1 or call is GROUP.body:
+        return call(x, *by_kind(flat), seed, *numbers)
+    y, s, mask = LINEAR.dispatch(x, *flat, seed, *numbers.scalings, *numbers[1:])
+    return (y,), s, mask
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """(y, S, mask) of `lora_linear`; S and the mask are outputs only so that they can be kept."""
+    """(*y's, S, mask); S and the mask are outputs only so that they can be kept."""
 
     @staticmethod
-    def forward(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        lora_A: torch.Tensor,
-        lora_B: torch.Tensor,
-        bias: torch.Tensor | None,
-        row_scale: torch.Tensor | None,
-        seed: torch.Tensor | None,
-        scaling: float,
-        dropout_p: float,
-        impl: str,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return torch.ops.lorakernels.lora_linear(
-            x, weight, lora_A, lora_B, bias, row_scale, seed, scaling, dropout_p, impl
-        )
+    def forward(x: torch.Tensor, seed: torch.Tensor | None, numbers: _Numbers, *flat: torch.Tensor | None) -> Any:
+        ys, s, mask = _forward(x, seed, numbers, flat, direct=False)
+        return (*ys, s, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        _, s, mask = output
+        *_, s, mask = output
         ctx.mark_non_differentiable(s, mask)
         _keep(ctx, inputs, s, mask)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        return _function_backward(ctx, dy, _operator_gradients)
+    def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, dys[:-2])
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, tuple[int | None, ...]]:
-        return _vmap(LoRALinearFunction.apply, info, in_dims, inputs)
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        return by_example(LoRALinearFunction.apply, inputs[1], info, in_dims, inputs)
 
 
 class _EagerFunction(torch.autograd.Function):
-    """y of `lora_linear` for plain eager calls: torch binds the signature of a `forward` beside a `setup_context` anew
-    at every call, which took 60 µs of a layer's 110.
+    """The y's for plain eager calls: torch binds the signature of a `forward` beside a `setup_context` anew at every
+    call, which took 60 µs of a layer's 110.
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        y, s, mask = (_compute if runs_directly(*inputs[:4]) else torch.ops.lorakernels.lora_linear)(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        x, seed, numbers, *flat = inputs
+        ys, s, mask = _forward(x, seed, numbers, flat)
         _keep(ctx, inputs, s, mask)
-        return y
+        return tuple(ys)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor | None) -> tuple[Any, ...]:
-        direct = dy is not None and runs_directly(dy)
-        return _function_backward(ctx, dy, _gradients if direct else _operator_gradients)
-
-
-def _operator_gradients(dy: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    *tensors, s, mask, scaling, dropout_p, needs, bias_dtype, impl = arguments
-    s, mask = nothing(dy) if s is None else s, nothing(dy, torch.uint8) if mask is None else mask
-    return torch.ops.lorakernels.lora_linear_backward(
-        dy, *tensors, s, mask, scaling, dropout_p, needs, bias_dtype, impl
-    )
+    def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[Any, ...]:
+        return _backward(ctx, dys)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], s: torch.Tensor | None, mask: torch.Tensor | None) -> None:
     """What the backward needs, into the context of a Function."""
-    x, weight, lora_A, lora_B, bias, row_scale, _, ctx.scaling, ctx.dropout_p, ctx.impl = inputs
+    x, _, ctx.numbers, *flat = inputs
+    n, flags = len(ctx.numbers.scalings), ctx.needs_input_grad[3:]
     ctx.set_materialize_grads(False)
-    _, need_weight, need_A, need_B, need_bias, need_row_scale, *_ = ctx.needs_input_grad
-    ctx.bias_dtype = bias.dtype if need_bias else None
     # dB needs S alone, until it is differentiated again: torch.func always asks for that.
-    need_x = need_weight or need_A or need_row_scale or (need_B and functorch_is_active())
-    ctx.save_for_backward(x if need_x else None, weight, lora_A, lora_B, row_scale, s, mask)
+    need_x = any(flags[: 2 * n]) or any(flags[4 * n :]) or (any(flags[2 * n : 3 * n]) and functorch_is_active())
+    ctx.save_for_backward(x if need_x else None, s, mask, *flat[: 3 * n], *flat[4 * n :])
 
 
-def _function_backward(ctx: Any, dy: torch.Tensor | None, gradients: Callable[..., Any]) -> tuple[Any, ...]:
-    """The gradients that are needed, in the order of a Function's inputs."""
-    if dy is None:
-        return (None,) * 10
-    x, weight, lora_A, lora_B, row_scale, s, mask = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:6]
-    *need_tensors, _, need_row_scale = needs
-    need_B = need_tensors[3]
-    if torch.is_grad_enabled() or (is_batched((dy,)) and not (x is None and need_B)):
-        grads = _differentiable_backward(ctx, dy)
-        if x is None and need_B:
+def _backward(ctx: Any, dys: Maybe) -> tuple[Any, ...]:
+    """The gradients that are needed, in the order of a Function's inputs. An output nobody used takes no part."""
+    flags: Any
+    need_dx, _, _, *flags = ctx.needs_input_grad
+    n = len(dys)
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    if not used:
+        return (None,) * (3 + 5 * n)
+    try:
+        x, s, mask, *flat = ctx.saved_tensors
+    except RuntimeError as error:
+        if n == 1 or "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "layers of one x that are computed together have one backward, and it has run: keep it for another with "
+            "retain_graph=True, or compute each layer by itself (group=False in inject and accelerate)"
+        ) from error
+    given: Any = dys
+    scalings: Any
+    scalings, dropout_p, impl = ctx.numbers
+    parts = [s] if n == 1 else s.split([A.shape[0] for A in flat[n : 2 * n]], dim=1)
+    x_is_missing = x is None and any(flags[2 * n : 3 * n])
+    if len(used) < n:
+        given, scalings, parts = ([each[i] for i in used] for each in (dys, scalings, parts))
+        flat, flags = ([each[k + i] for k in range(0, len(each), n) for i in used] for each in (flat, flags))
+    needs, batched = [need_dx, *flags], is_batched(given)
+    if torch.is_grad_enabled() or (batched and not x_is_missing):
+        if x_is_missing:
             raise RuntimeError(
-                "the gradient of lora_B cannot be differentiated again: x is not kept when neither lora_A nor "
-                "weight needs a gradient; call lora_A.requires_grad_() before the forward"
+                "the gradient of lora_B cannot be differentiated again: x is not kept when neither lora_A nor weight "
+                "needs a gradient; call lora_A.requires_grad_() before the forward"
             )
+        found: Sequence[Any] = _differentiable(given, x, flat, mask, scalings, dropout_p)
     else:
-        needed = [*need_tensors, need_row_scale]
-        numbers = (ctx.scaling, ctx.dropout_p, needed, ctx.bias_dtype, ctx.impl)
-        grads = gradients(dy, x, weight, lora_A, lora_B, row_scale, s, mask, *numbers)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), None, None, None, None)
+        arguments = (x, flat, parts, mask, scalings, dropout_p, needs, impl)
+        found = one_by_one(lambda *dys: _computed(dys, *arguments), given) if batched else _computed(given, *arguments)
+    dx, *kept = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+    if len(used) < n:
+        places = (k + i for k in range(0, 5 * n, n) for i in used)
+        of_used = dict(zip(places, kept, strict=True))
+        kept = [of_used.get(i) for i in range(5 * n)]
+    return (dx, None, None, *kept)
 
 
-def _differentiable_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _computed(dys: Tensors, x: Any, flat: Any, parts: Any, mask: Any, scalings: Any, *rest: Any) -> Sequence[Any]:
+    """dx, then every dW, every dA, every dB, every dbias, every gradient of a row scale."""
+    call = GROUP_BACKWARD.pick(dys)
+    if len(dys) == 1 and call is not GROUP_BACKWARD.body:
+        return LINEAR_BACKWARD.dispatch(*dys, x, *flat, *parts, mask, *scalings, *rest)
+    dx, *kinds = call(dys, x, *by_kind(flat, 4), parts, mask, scalings, *rest)
+    return [dx, *itertools.chain.from_iterable(kinds)]
+
+
+def _differentiable(
+    dys: Tensors,
+    x: torch.Tensor | None,
+    flat: Sequence[Any],
+    mask: torch.Tensor | None,
+    scalings: Sequence[float],
+    dropout_p: float,
+) -> list[Any]:
     """The gradients as plain torch: for gradients of gradients and torch.func, whatever `impl` is."""
-    x, weight, lora_A, lora_B, row_scale, _, mask = ctx.saved_tensors
-    keep = None
+    n, keep, K = len(dys), None, flat[0].shape[1]
     if mask is not None and mask.numel():
-        keep = unpack_mask(mask, weight.shape[1]).to(dy.dtype) * inverse_keep(drop_threshold(ctx.dropout_p))
-    dy2, x2 = as_matrix(dy), None if x is None else as_matrix(x)
-    dx, *grads = formula.lora_linear_backward(dy2, x2, weight, lora_A, lora_B, ctx.scaling, keep, row_scale)
-    assert dx is not None
-    return dx.reshape(*dy.shape[:-1], weight.shape[1]), *grads
-
-
-def _vmap(
-    call: Any, info: Any, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
-) -> tuple[Any, tuple[int | None, ...]]:
-    """A batched x alone is only more tokens; anything else is a loop over the examples."""
-    x, *others = inputs
-    seed = others[5]  # flattened tokens would get one mask from it, and equal examples different ones
-    if in_dims[0] is not None and seed is None and all(dim is None for dim in in_dims[1:]):
-        x = x.movedim(in_dims[0], 0)
-        tokens = math.prod(x.shape[1:-1])
-        y, *kept = call(x, *others)
-        dims = tuple(0 if tensor.dim() == 2 else None for tensor in kept)
-        kept = [
-            tensor.view(info.batch_size, tokens, tensor.shape[1]) if tensor.dim() == 2 else tensor for tensor in kept
-        ]
-        return (y, *kept), (0, *dims)
-    examples = [
-        call(*(value if dim is None else value.select(dim, i) for value, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(info.batch_size)
+        keep = unpack_mask(mask, K).to(dys[0].dtype) * inverse_keep(drop_threshold(dropout_p))
+    x2 = None if x is None else as_matrix(x)
+    members = [
+        formula.lora_linear_backward(
+            as_matrix(dy), x2, flat[i], flat[n + i], flat[2 * n + i], scaling, keep, flat[3 * n + i]
+        )
+        for i, (dy, scaling) in enumerate(zip(dys, scalings, strict=True))
     ]
-    return tuple(torch.stack(outputs) for outputs in zip(*examples, strict=True)), (0, 0, 0)
+    dxs, *kinds = zip(*members, strict=True)
+    dx = sum(dxs[1:], dxs[0]).reshape(*dys[0].shape[:-1], K)
+    return [dx, *itertools.chain.from_iterable(kinds)]
 
 
-def _op_vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, tuple[int | None, ...]]:
-    return _vmap(torch.ops.lorakernels.lora_linear, info, in_dims, inputs)
-
-
-torch.library.register_vmap("lorakernels::lora_linear", _op_vmap, lib=library)
+def _linears(x: torch.Tensor, numbers: _Numbers, *flat: torch.Tensor | None) -> Sequence[torch.Tensor]:
+    """The y's; no autograd.Function when nothing needs a gradient."""
+    seed = None
+    if numbers.dropout_p > 0:
+        # On x's device, and read there: the host never waits. randint takes part in checkpointing's
+        # stash of the generator, so a recomputed forward draws the same mask.
+        if hasattr(x, "device_mesh"):
+            seed = draw_seed(x)
+        else:
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    # Under torch.func and in forward mode always: the operator alone drops the tangents, where the Function raises.
+    compiling = torch.compiler.is_compiling()
+    functorch = not compiling and torch._C._are_functorch_transforms_active()
+    functorch = functorch or torch.autograd.forward_ad._current_level >= 0
+    if functorch or (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)])):
+        if functorch or compiling:
+            return LoRALinearFunction.apply(x, seed, numbers, *flat)[:-2]
+        # Resolved once: the backward's reading of the environment took 2 µs.
+        numbers = numbers._replace(impl=resolve_impl(numbers.impl, x.device, x.dtype))
+        return _EagerFunction.apply(x, seed, numbers, *flat)
+    return _forward(x, seed, numbers, flat)[0]
 
 
 def lora_linear(
@@ -359,22 +209,26 @@ def lora_linear(
     dropout_p: float,
     impl: str,
 ) -> torch.Tensor:
-    """The layer on checked arguments; no autograd.Function when nothing needs a gradient."""
+    """The layer on checked arguments."""
     if dropout_p == 0 and row_scale is None and scaling != 0 and is_small(x, weight, lora_A, lora_B, impl):
         return small_lora_linear(x, weight, lora_A, lora_B, bias, scaling)
-    seed = None
-    if dropout_p > 0:
-        # On x's device, and read there: the host never waits. randint takes part in checkpointing's
-        # stash of the generator, so a recomputed forward draws the same mask.
-        if hasattr(x, "device_mesh"):
-            seed = draw_seed(x)
-        else:
-            seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    arguments = (x, weight, lora_A, lora_B, bias, row_scale, seed, scaling, dropout_p, impl)
-    # In forward mode too.
-    functorch = functorch_is_active() or torch.autograd.forward_ad._current_level >= 0
-    transformed = functorch or torch.compiler.is_compiling()
-    # Under torch.func always: the operator alone would drop the tangents of jvp, where the Function raises.
-    if functorch or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:6])):
-        return LoRALinearFunction.apply(*arguments)[0] if transformed else _EagerFunction.apply(*arguments)
-    return (_compute if runs_directly(x, weight, lora_A, lora_B) else torch.ops.lorakernels.lora_linear)(*arguments)[0]
+    return _linears(x, _Numbers([scaling], dropout_p, impl), weight, lora_A, lora_B, bias, row_scale)[0]
+
+
+def lora_linear_group(
+    x: torch.Tensor,
+    weights: Tensors,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    biases: Maybe,
+    scalings: list[float],
+    dropout_p: float,
+    impl: str,
+) -> Sequence[torch.Tensor]:
+    """The layers on checked arguments."""
+    members = list(zip(weights, lora_As, lora_Bs, biases, scalings, strict=True))
+    small = not dropout_p and all(is_small(x, W, A, B, impl) for W, A, B, _, _ in members)
+    if small or hasattr(x, "device_mesh"):  # no layout of sharded tensors is registered for a group
+        return [lora_linear(x, W, A, B, bias, None, c, dropout_p, impl) for W, A, B, bias, c in members]
+    none = [None] * len(members)
+    return _linears(x, _Numbers(scalings, dropout_p, impl), *weights, *lora_As, *lora_Bs, *biases, *none)

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from lorakernels.ops.library import is_batched, nothing, one_by_one
+from lorakernels.ops.multi_linear import MULTI_BACKWARD
 from lorakernels.ops.multi_shared import check_stamp, is_transformed, stamp_of
-from lorakernels.plan import BatchPlan
+from lorakernels.ops.multi_shrink_expand import EXPAND, SHRINK
+from lorakernels.ops.operator import is_batched, one_by_one
+from lorakernels.plan import BatchPlan, PlanTensors
 
 
 class _Expand(torch.autograd.Function):
@@ -18,9 +20,9 @@ class _Expand(torch.autograd.Function):
     def forward(
         ctx: Any, y: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, options: Any, *plan_and_stamp: Any
     ) -> Any:
-        num_slots, max_tokens, impl = options
+        *sizes, impl = options
         *plan, stamp = plan_and_stamp
-        torch.ops.lorakernels.multi_lora_expand(s, [lora_B], *plan, num_slots, max_tokens, [y], impl)
+        EXPAND.dispatch(s, [lora_B], PlanTensors(*plan, *sizes), [y], impl)
         ctx.mark_dirty(y)
         ctx.options = options
         ctx.version = None if stamp is None else stamp.item()
@@ -32,21 +34,20 @@ class _Expand(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("multi_lora_embedding cannot be differentiated twice")
         if is_batched((dy,)):
-            return one_by_one(_Expand.backward, ctx, (dy,))
-        num_slots, max_tokens, impl = ctx.options
+            return tuple(one_by_one(lambda dy: _Expand.backward(ctx, dy), (dy,)))
+        *sizes, impl = ctx.options
         s, lora_B, buffer, scales, pages, stamp = ctx.saved_tensors
         check_stamp("multi_lora_embedding", stamp, ctx.version)
         need_y, need_s, need_B, *_ = ctx.needs_input_grad
-        routing = (buffer, torch.ones_like(scales), pages, num_slots, max_tokens)  # the scale is in S
+        routing = PlanTensors(buffer, torch.ones_like(scales), pages, *sizes)  # the scale is in S
         by_rank = lora_B if pages is not None else lora_B.transpose(1, 2)
         ds = dB = None
         if need_s:
-            ds = torch.ops.lorakernels.multi_lora_shrink(dy, [by_rank], *routing, impl)
+            ds = SHRINK.dispatch(dy, [by_rank], routing, impl)
         if need_B:
-            _, _, [dB] = torch.ops.lorakernels.multi_lora_linear_backward(
-                [dy], None, [lora_B], [by_rank], [lora_B], *routing, s, nothing(dy, torch.uint8),
-                False, False, True, impl,
-            )  # fmt: skip
+            _, _, [dB] = MULTI_BACKWARD.dispatch(
+                [dy], None, [lora_B], [by_rank], [lora_B], routing, s, None, False, False, True, impl
+            )
         return (dy if need_y else None, ds, dB, *[None] * 5)
 
 
@@ -74,5 +75,5 @@ def multi_lora_embedding(
     if need_grad:
         options = (tensors.num_slots, tensors.max_tokens, impl)
         return _Expand.apply(y, s, lora_B, options, tensors.buffer, tensors.scales, tensors.pages, stamp_of(plan))
-    torch.ops.lorakernels.multi_lora_expand(s, [lora_B], *tensors, [y], impl)
+    EXPAND.dispatch(s, [lora_B], tensors, [y], impl)
     return y

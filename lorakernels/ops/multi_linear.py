@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import LEVELS
-from lorakernels.ops.library import is_batched, library, nothing, one_by_one
+from lorakernels.eager import multi_lora as eager_multi_lora
+from lorakernels.eager.product import sum_rows
+from lorakernels.ops.flops import multi_lora_linear_backward_flops, multi_lora_linear_flops
 from lorakernels.ops.multi_shared import (
-    PLAN,
+    PlanOperator,
     Tensors,
-    body_runs_directly,
     check_stamp,
     implementation_of,
     is_transformed,
     on_host,
-    register,
     stamp_of,
     width_of,
 )
+from lorakernels.ops.operator import is_batched, one_by_one
 from lorakernels.plan import BatchPlan, PlanTensors
-from lorakernels.reference import multi_lora as reference_multi_lora
-from lorakernels.reference.product import sum_rows
-
-library.define(
-    "multi_lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
-    f"{PLAN}, Tensor? seed, Tensor? thresholds, bool keep_s, str impl) -> (Tensor[], Tensor, Tensor)"
-)
-library.define(
-    "multi_lora_linear_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
-    f"{PLAN}, Tensor s, Tensor mask, bool need_dx, bool need_dA, bool need_dB, str impl) "
-    "-> (Tensor, Tensor[], Tensor[])"
-)
 
 
 def _forward(
@@ -44,22 +32,17 @@ def _forward(
     biases: list[torch.Tensor | None],
     lora_As: Tensors,
     lora_Bs: Tensors,
-    plan: torch.Tensor,
-    scales: torch.Tensor,
-    pages: torch.Tensor | None,
-    num_slots: int,
-    max_tokens: int,
+    plan: PlanTensors,
     seed: torch.Tensor | None,
     thresholds: torch.Tensor | None,
     keep_s: bool,
     impl: str,
     **route: Any,
-) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
-    tensors = PlanTensors(plan, scales, pages, num_slots, max_tokens)
-    ys, s, mask = implementation_of(impl, x).forward(
-        x, weights, biases, lora_As, lora_Bs, tensors, keep_s=keep_s, seed=seed, thresholds=thresholds, **route
+) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
+    """y's, and for the backward S and the mask where there are any."""
+    return implementation_of(impl, x).forward(
+        x, weights, biases, lora_As, lora_Bs, plan, keep_s=keep_s, seed=seed, thresholds=thresholds, **route
     )
-    return ys, nothing(x) if s is None else s, nothing(x, torch.uint8) if mask is None else mask
 
 
 def _forward_fake(
@@ -68,22 +51,17 @@ def _forward_fake(
     biases: list[torch.Tensor | None],
     lora_As: Tensors,
     lora_Bs: Tensors,
-    plan: torch.Tensor,
-    scales: torch.Tensor,
-    pages: torch.Tensor | None,
-    num_slots: int,
-    max_tokens: int,
+    plan: PlanTensors,
     seed: torch.Tensor | None,
     thresholds: torch.Tensor | None,
     keep_s: bool,
     impl: str,
-) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     T, K = x.shape
     on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
-    ys = [x.new_empty((T, weight.shape[0])) for weight in weights]
-    s, mask = nothing(x), nothing(x, torch.uint8)
+    ys, s, mask = [x.new_empty((T, weight.shape[0])) for weight in weights], None, None
     if keep_s:
-        s = x.new_empty((len(ys), T, width_of(lora_As, pages)), dtype=torch.float32 if on_triton else x.dtype)
+        s = x.new_empty((len(ys), T, width_of(lora_As, plan.pages)), dtype=torch.float32 if on_triton else x.dtype)
     if thresholds is not None:
         mask = x.new_empty((T, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
     return ys, s, mask
@@ -95,34 +73,18 @@ def _backward(
     weights: Tensors,
     lora_As: Tensors,
     lora_Bs: Tensors,
-    plan: torch.Tensor,
-    scales: torch.Tensor,
-    pages: torch.Tensor | None,
-    num_slots: int,
-    max_tokens: int,
-    s: torch.Tensor,
-    mask: torch.Tensor,
+    plan: PlanTensors,
+    s: torch.Tensor | None,
+    mask: torch.Tensor | None,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
     impl: str,
     **route: Any,
-) -> tuple[torch.Tensor, Tensors, Tensors]:
-    dx, dAs, dBs = implementation_of(impl, dys[0]).backward(
-        dys,
-        x,
-        weights,
-        lora_As,
-        lora_Bs,
-        PlanTensors(plan, scales, pages, num_slots, max_tokens),
-        s,
-        mask if mask.numel() else None,
-        need_dx=need_dx,
-        need_dA=need_dA,
-        need_dB=need_dB,
-        **route,
-    )
-    return nothing(dys[0]) if dx is None else dx, dAs, dBs
+) -> tuple[torch.Tensor | None, Tensors, Tensors]:
+    mask = mask if mask is not None and mask.numel() else None
+    needs = {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB}
+    return implementation_of(impl, dys[0]).backward(dys, x, weights, lora_As, lora_Bs, plan, s, mask, **needs, **route)
 
 
 def _backward_fake(
@@ -131,26 +93,33 @@ def _backward_fake(
     weights: Tensors,
     lora_As: Tensors,
     lora_Bs: Tensors,
-    plan: torch.Tensor,
-    scales: torch.Tensor,
-    pages: torch.Tensor | None,
-    num_slots: int,
-    max_tokens: int,
-    s: torch.Tensor,
-    mask: torch.Tensor,
+    plan: PlanTensors,
+    s: torch.Tensor | None,
+    mask: torch.Tensor | None,
     need_dx: bool,
     need_dA: bool,
     need_dB: bool,
     impl: str,
-) -> tuple[torch.Tensor, Tensors, Tensors]:
-    dy = dys[0]
-    dx = dy.new_empty((dy.shape[0], weights[0].shape[1])) if need_dx else nothing(dy)
+) -> tuple[torch.Tensor | None, Tensors, Tensors]:
+    dx = dys[0].new_empty((dys[0].shape[0], weights[0].shape[1])) if need_dx else None
     dAs = [A.new_empty(A.shape) for A in lora_As] if need_dA else []
     return dx, dAs, [B.new_empty(B.shape) for B in lora_Bs] if need_dB else []
 
 
-register("multi_lora_linear", _forward, _forward_fake)
-register("multi_lora_linear_backward", _backward, _backward_fake)
+MULTI = PlanOperator(
+    "multi_lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, PLAN, "
+    "Tensor? seed, Tensor? thresholds, bool keep_s, str impl) -> (Tensor[], Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    multi_lora_linear_flops,
+)
+MULTI_BACKWARD = PlanOperator(
+    "multi_lora_linear_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, PLAN, "
+    "Tensor? s, Tensor? mask, bool need_dx, bool need_dA, bool need_dB, str impl) -> (Tensor, Tensor[], Tensor[])",
+    _backward,
+    _backward_fake,
+    multi_lora_linear_backward_flops,
+)
 
 
 class _MultiLoRALinear(torch.autograd.Function):
@@ -158,26 +127,24 @@ class _MultiLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, options: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
-        num_slots, max_tokens, num_slices, impl, where = options
-        plan, scales, pages, stamp, seed, thresholds, *rest = tensors
+        *sizes, num_slices, impl, where = options
+        buffer, scales, pages, stamp, seed, thresholds, *rest = tensors
         weights, biases, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(4))
         need_x, _, *needs = ctx.needs_input_grad
         need_weights, need_biases, need_As, need_Bs = (
             any(needs[6 + i * num_slices : 6 + (i + 1) * num_slices]) for i in range(4)
         )
-        call: Any = torch.ops.lorakernels.multi_lora_linear
-        if body_runs_directly(x, *weights, *lora_As, *lora_Bs):
-            call = partial(_forward, **where)
+        call = MULTI.pick((x, *weights, *lora_As, *lora_Bs))
         ys, s, mask = call(
-            x, weights, biases, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, seed, thresholds,
-            need_Bs, impl,
+            x, weights, biases, lora_As, lora_Bs, PlanTensors(buffer, scales, pages, *sizes), seed, thresholds, need_Bs,
+            impl, **(where if call is MULTI.body else {}),
         )  # fmt: skip
         ctx.options = options
         ctx.needs = need_x, need_weights, need_biases, need_As, need_Bs
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         kept_x = x if need_As or need_weights else None
         ctx.version = None if stamp is None else stamp.item()
-        ctx.save_for_backward(kept_x, plan, scales, pages, stamp, s, mask, *weights, *lora_As, *lora_Bs)
+        ctx.save_for_backward(kept_x, buffer, scales, pages, stamp, s, mask, *weights, *lora_As, *lora_Bs)
         return tuple(ys)
 
     @staticmethod
@@ -185,18 +152,16 @@ class _MultiLoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("multi_lora_linear cannot be differentiated twice: use lora_linear for one adapter")
         if is_batched(dys):
-            return one_by_one(_MultiLoRALinear.backward, ctx, dys)
-        num_slots, max_tokens, num_slices, impl, where = ctx.options
-        x, plan, scales, pages, stamp, s, mask, *rest = ctx.saved_tensors
+            return tuple(one_by_one(lambda *dys: _MultiLoRALinear.backward(ctx, *dys), dys))
+        *sizes, num_slices, impl, where = ctx.options
+        x, buffer, scales, pages, stamp, s, mask, *rest = ctx.saved_tensors
         check_stamp("multi_lora_linear", stamp, ctx.version)
         weights, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(3))
         need_x, need_weights, need_biases, need_As, need_Bs = ctx.needs
-        call: Any = torch.ops.lorakernels.multi_lora_linear_backward
-        if body_runs_directly(*dys):
-            call = partial(_backward, **where)
+        call = MULTI_BACKWARD.pick(dys)
         dx, dAs, dBs = call(
-            list(dys), x, weights, lora_As, lora_Bs, plan, scales, pages, num_slots, max_tokens, s, mask,
-            need_x, need_As, need_Bs, impl,
+            list(dys), x, weights, lora_As, lora_Bs, PlanTensors(buffer, scales, pages, *sizes), s, mask,
+            need_x, need_As, need_Bs, impl, **(where if call is MULTI_BACKWARD.body else {}),
         )  # fmt: skip
         none = [None] * num_slices
         dweights = [(dy.t() @ x).to(w.dtype) for dy, w in zip(dys, weights, strict=True)] if need_weights else none
@@ -225,29 +190,21 @@ def multi_lora_linear(
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs))
     )
-    direct = body_runs_directly(x, *weights, *lora_As, *lora_Bs)
-    buffer, scales, pages, num_slots, max_tokens = plan.snapshot() if need_grad else plan.tensors
+    call = MULTI.pick((x, *weights, *lora_As, *lora_Bs))
+    planned = plan.snapshot() if need_grad else plan.tensors
     seed = thresholds = None
     if isinstance(dropout_p, torch.Tensor) or dropout_p > 0:
-        thresholds = _thresholds(dropout_p, scales)
-        scales = scales * (LEVELS / (LEVELS - thresholds))
+        thresholds = _thresholds(dropout_p, planned.scales)
+        planned = planned._replace(scales=planned.scales * (LEVELS / (LEVELS - thresholds)))
         seed = torch.randint(-(2**62), 2**62, (1,), dtype=torch.int64, device=x.device)
-    if need_grad:
-        # Dropout changes the scales, which are part of the route.
-        where = on_host(plan, implementation_of(impl, x)) if direct and seed is None else {}
-        options = (num_slots, max_tokens, len(weights), impl, where)
-        tensors = (buffer, scales, pages, stamp_of(plan), seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
-        return list(_MultiLoRALinear.apply(x, options, *tensors))
-    if direct and seed is None:
-        body = implementation_of(impl, x)
-        return body.forward(
-            x, weights, biases, lora_As, lora_Bs, plan.tensors, keep_s=False, seed=None, thresholds=None,
-            **on_host(plan, body),
-        )[0]  # fmt: skip
-    return torch.ops.lorakernels.multi_lora_linear(
-        x, weights, biases, lora_As, lora_Bs, buffer, scales, pages, num_slots, max_tokens, seed, thresholds,
-        False, impl,
-    )[0]  # fmt: skip
+    # Dropout changes the scales, which are part of the route.
+    where = on_host(plan, impl, x, call is MULTI.body and seed is None)
+    if not need_grad:
+        return call(x, weights, biases, lora_As, lora_Bs, planned, seed, thresholds, False, impl, **where)[0]
+    buffer, scales, pages, *sizes = planned
+    options = (*sizes, len(weights), impl, where)
+    tensors = (buffer, scales, pages, stamp_of(plan), seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
+    return list(_MultiLoRALinear.apply(x, options, *tensors))
 
 
 def bound_update(
@@ -260,9 +217,9 @@ def bound_update(
     It holds for this version of the plan and of LORAKERNELS_IMPL, and where `runs_directly` does, without gradients;
     y [..., N] and x [..., K] must be contiguous.
     """
-    if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not reference_multi_lora:
+    if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not eager_multi_lora:
         return None
-    where: reference_multi_lora.Route = on_host(plan, reference_multi_lora)["where"]
+    where: eager_multi_lora.Route = on_host(plan, "auto", x, True)["where"]
     grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.pages is None else lora_B.shape[0]))
     return None if grid is None else grid.bound_add(lora_A, lora_B, x.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,34 +11,51 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from lorakernels.backend import resolve_impl
-from lorakernels.ops.library import library, runs_directly, without_autocast
-from lorakernels.plan import BatchPlan
-from lorakernels.reference import multi_lora as reference_multi_lora
+from lorakernels.eager import multi_lora as eager_multi_lora
+from lorakernels.ops.operator import Operator
+from lorakernels.plan import BatchPlan, PlanTensors
 
 Tensors = list[torch.Tensor]
-# Of an operator's schema: the fields of `PlanTensors`.
-PLAN = "Tensor plan, Tensor scales, Tensor? pages, int num_slots, int max_tokens"
+
+
+class PlanOperator(Operator):
+    """An operator whose body takes a `PlanTensors`, which the schema has field by field where it says PLAN."""
+
+    def __init__(
+        self, schema: str, body: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None = None
+    ) -> None:
+        at = schema.partition("PLAN")[0].count(",")
+        fields = "Tensor plan, Tensor scales, Tensor? pages, int num_slots, int max_tokens"
+        end = at + fields.count(",") + 1
+
+        def packed(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *given: function(*given[:at], PlanTensors(*given[at:end]), *given[end:])
+
+        registered = packed(body)
+        super().__init__(
+            schema.replace("PLAN", fields), body, packed(fake), registered=registered, flops=flops, reads=True
+        )
+        packet = self.dispatch
+        self.dispatch = lambda *given: packet(*given[:at], *given[at], *given[at + 1 :])
 
 
 def implementation_of(impl: str, x: torch.Tensor) -> ModuleType:
     if resolve_impl(impl, x.device, x.dtype) == "torch":
-        return reference_multi_lora
+        return eager_multi_lora
     from lorakernels.kernels import multi_lora as kernels_multi_lora
 
     return kernels_multi_lora
 
 
-def body_runs_directly(x: torch.Tensor, *others: torch.Tensor) -> bool:
-    """As `runs_directly`, but for meta tensors: a body may read the plan, which then holds no numbers."""
-    return runs_directly(x, *others) and not x.is_meta
+def on_host(plan: BatchPlan, impl: str, x: torch.Tensor, direct: bool) -> dict[str, Any]:
+    """For a body that is called directly, the plan's route for the torch path, read once a version.
 
-
-def on_host(plan: BatchPlan, implementation: ModuleType) -> dict[str, Any]:
-    """The plan's route for the torch path, read once a version; elsewhere than on a CPU each call waits for it."""
-    if implementation is not reference_multi_lora or not plan.tensors.buffer.is_cpu:
+    Elsewhere than on a CPU each call waits for it.
+    """
+    if not direct or not plan.tensors.buffer.is_cpu or implementation_of(impl, x) is not eager_multi_lora:
         return {}
     if plan.on_host is None:
-        plan.on_host = reference_multi_lora.route(plan.tensors, plan.num_tokens)
+        plan.on_host = eager_multi_lora.route(plan.tensors, plan.num_tokens)
     return {"where": plan.on_host}
 
 
@@ -60,14 +78,6 @@ def check_stamp(name: str, saved: torch.Tensor | None, version: int | None) -> N
 
 def width_of(lora_As: Tensors, pages: torch.Tensor | None) -> int:
     return lora_As[0].shape[1] if pages is None else pages.shape[1]
-
-
-def register(name: str, implemented: Any, fake: Any) -> None:
-    """The body and the fake of an operator that autocast leaves alone."""
-    library.impl(name, implemented, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lorakernels::{name}", fake, lib=library)
-    for device_type in ("cpu", "cuda"):
-        without_autocast(name, device_type)
 
 
 def is_transformed() -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from lorakernels.backend import resolve_impl
-from lorakernels.ops.library import as_matrix, as_output, linear_to_edit, runs_directly
-from lorakernels.reference.lora_linear import add_update
+from lorakernels.eager.lora_linear import add_update
+from lorakernels.ops.operator import as_matrix, as_output, linear_to_edit, runs_directly
 
 # On a CPU, below this many multiplications M N K, what Python does around torch's own operators costs more than what
 # is saved by writing into them: 84 µs a training step where the Function takes 146 (4 × 16 × 16, the frozen layer 25),
@@ -17,10 +17,11 @@ SMALL = 1 << 24
 def is_small(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, impl: str) -> bool:
     """Whether torch's own operators compute the layer faster than the Function, and nobody would see a difference."""
     return (
-        runs_directly(x, weight, lora_A, lora_B)
+        not torch.compiler.is_compiling()
         and x.is_cpu
         and x.numel() * weight.shape[0] < SMALL
         and lora_A.dtype is lora_B.dtype is x.dtype  # else their casts would be kept for the backward
+        and runs_directly(x, weight, lora_A, lora_B)
         and torch.autograd.forward_ad._current_level < 0
         and resolve_impl(impl, x.device, x.dtype) == "torch"
     )

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from lorakernels.ops.library import implementation, library, without_autocast
-from lorakernels.reference import weight_norm
-
-library.define("row_norm(Tensor weight) -> Tensor")
-library.define(
-    "lora_weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor base_norm, float scaling, str impl) -> Tensor"
-)
+from lorakernels.eager import weight_norm
+from lorakernels.ops.operator import Operator, implementation
 
 
 def _norm(
@@ -25,33 +20,23 @@ def _norm(
     return weight_norm.from_projection(projected, multiplied_A, lora_B, base_norm, scaling)
 
 
-def _norm_fake(
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    base_norm: torch.Tensor,
-    scaling: float,
-    impl: str,
-) -> torch.Tensor:
-    return base_norm.new_empty(base_norm.shape)
-
-
-def _row_norm_fake(weight: torch.Tensor) -> torch.Tensor:
-    return weight.new_empty(weight.shape[:1], dtype=weight_norm.sum_dtype(weight))
-
-
-library.impl("row_norm", weight_norm.row_norm, "CompositeExplicitAutograd")
-library.impl("lora_weight_norm", _norm, "CompositeExplicitAutograd")
-torch.library.register_fake("lorakernels::row_norm", _row_norm_fake, lib=library)
-torch.library.register_fake("lorakernels::lora_weight_norm", _norm_fake, lib=library)
-for _device_type in ("cpu", "cuda"):
-    without_autocast("lora_weight_norm", _device_type)
-    without_autocast("row_norm", _device_type)
+ROW_NORM = Operator(
+    "row_norm(Tensor weight) -> Tensor",
+    weight_norm.row_norm,
+    lambda weight: weight.new_empty(weight.shape[:1], dtype=weight_norm.sum_dtype(weight)),
+)
+WEIGHT_NORM = Operator(
+    "lora_weight_norm(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor base_norm, float scaling, str impl) "
+    "-> Tensor",
+    _norm,
+    lambda weight, lora_A, lora_B, base_norm, scaling, impl: base_norm.new_empty(base_norm.shape),
+)
 
 
 @torch.no_grad()
 def row_norm(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.lorakernels.row_norm(weight.detach())
+    weight = weight.detach()
+    return ROW_NORM((weight,), weight)
 
 
 @torch.no_grad()
@@ -63,6 +48,5 @@ def lora_weight_norm(
     scaling: float,
     impl: str,
 ) -> torch.Tensor:
-    return torch.ops.lorakernels.lora_weight_norm(
-        weight.detach(), lora_A.detach(), lora_B.detach(), base_norm, scaling, impl
-    )
+    tensors = (weight.detach(), lora_A.detach(), lora_B.detach(), base_norm)
+    return WEIGHT_NORM(tensors, *tensors, scaling, impl)

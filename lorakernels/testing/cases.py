@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorakernels.reference import formula
+from lorakernels import formula
 from lorakernels.testing.guards import guarded
 
 GRADIENTS = ("x", "weight", "lora_A", "lora_B", "bias", "row_scale")

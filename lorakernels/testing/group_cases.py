@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorakernels.reference import formula
+from lorakernels import formula
 from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
 
 Results = dict[str, torch.Tensor]

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakernels.backend import triton_installed
 from lorakernels.dropout import drop_threshold
+from lorakernels.eager import lora_linear as eager_lora_linear
+from lorakernels.eager import multi_lora as eager_multi_lora
+from lorakernels.member import Member, training_step
 from lorakernels.plan import PlanTensors
-from lorakernels.reference import lora_linear as reference
-from lorakernels.reference import multi_lora as multi_reference
 from lorakernels.tools.bench.registry import Case
 
 # These move nothing of their size, or only write.
@@ -97,32 +98,14 @@ def own_step(case: Case, impl: str) -> list[Counted]:
 
     Called past the operators, inside which torch shows nothing.
     """
-    lora_linear = reference if impl == "torch" else _kernels()
 
-    def meta(*shape: int, dtype: torch.dtype = case.torch_dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=case.torch_dtype, device="meta")
 
-    x, dy, weight = meta(case.M, case.K), meta(case.M, case.N), meta(case.N, case.K)
-    lora_A, lora_B = meta(case.r, case.K), meta(case.N, case.r)
-    threshold = drop_threshold(case.dropout)
-    seed = meta(1, dtype=torch.int64) if threshold else None
+    x, dy, threshold = meta(case.M, case.K), meta(case.M, case.N), drop_threshold(case.dropout)
+    member = Member(meta(case.N, case.K), meta(case.r, case.K), meta(case.N, case.r), scaling=0.5)
     with count() as counted:
-        _, s, mask = lora_linear.forward(x, weight, lora_A, lora_B, None, None, seed, 0.5, threshold)
-        lora_linear.backward(
-            dy,
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            s,
-            mask,
-            0.5,
-            threshold,
-            need_dx=True,
-            need_dA=True,
-            need_dB=True,
-            bias_dtype=None,
-        )
+        training_step(eager_lora_linear if impl == "torch" else _kernels(), x, [dy], [member], threshold)
     return counted
 
 
@@ -134,10 +117,10 @@ def own_multi(
     with torch.no_grad():
         if impl == "torch":
             # What is read of the plan on the host is read once a batch, not once a layer.
-            rest["where"] = multi_reference.route(plan, x.shape[0])
-            multi_reference.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
+            rest["where"] = eager_multi_lora.route(plan, x.shape[0])
+            eager_multi_lora.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
             with count() as counted:
-                multi_reference.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
+                eager_multi_lora.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
             return counted
         from lorakernels.kernels import multi_lora
 
@@ -168,10 +151,16 @@ def _name(launch: Any) -> str:
 
 # How often a kernel goes over an operand; 1 where it is not said. A launch has its grid and constexprs.
 _ROUNDS: dict[str, Callable[[Any], dict[str, int]]] = {
-    "shrink_kernel": lambda launch: {"x": launch.grid[1]},
-    "outer_kernel": lambda launch: {"z": launch.grid[2], "mask_ptr": launch.grid[2]},
+    "shrink_kernel": lambda launch: {"x_ptr": launch.grid[1]},
+    "outer_kernel": lambda launch: {
+        "z_ptr": launch.grid[2],
+        "mask_ptr": launch.grid[2],
+        "t_ptr": launch.constexprs["WITH_OUT"],
+        "q_ptr": launch.constexprs["WITH_P"],
+    },
     "linear_expand_kernel": lambda launch: {
-        "pairs": not launch.constexprs["HAS_BASE"],
+        "x_ptr": not launch.constexprs["HAS_BASE"],
+        "w_ptr": not launch.constexprs["HAS_BASE"],
         "y_ptr": 1 + launch.constexprs["HAS_BASE"],
     },
     # Of one slice, whose adapters may have less than the largest rank: at most so often.

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from lorakernels.dropout import drop_threshold
+from lorakernels.member import Member, training_step
 from lorakernels.tools.bench import passes
 from lorakernels.tools.bench.counting import Counted, count
 from lorakernels.tools.bench.passes import Pass, Sizes, base_products, rank_flops
@@ -55,33 +56,15 @@ def frozen_passes(members: Sequence[Case]) -> list[Pass]:
 
 def own_group(members: Sequence[Case]) -> list[Counted]:
     """The same by the package's kernels, recorded on meta tensors."""
-    from lorakernels.kernels import lora_linear_group
+    from lorakernels.kernels import lora_linear
 
-    first, n = members[0], len(members)
+    first = members[0]
 
-    def meta(*shape: int, dtype: torch.dtype = first.torch_dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=first.torch_dtype, device="meta")
 
-    x, weights, dys = meta(first.M, first.K), [meta(c.N, c.K) for c in members], [meta(c.M, c.N) for c in members]
-    lora_As, lora_Bs = [meta(c.r, c.K) for c in members], [meta(c.N, c.r) for c in members]
-    threshold = drop_threshold(first.dropout)
-    seed = meta(1, dtype=torch.int64) if threshold else None
-    numbers = ([0.5] * n, threshold)
+    x, dys = meta(first.M, first.K), [meta(case.M, case.N) for case in members]
+    linears = [Member(meta(c.N, c.K), meta(c.r, c.K), meta(c.N, c.r), scaling=0.5) for c in members]
     with count() as counted:
-        _, s, mask = lora_linear_group.forward(x, weights, lora_As, lora_Bs, [None] * n, seed, *numbers)
-        parts = list(s.split([c.r for c in members], dim=1))
-        lora_linear_group.backward(
-            dys,
-            x,
-            weights,
-            lora_As,
-            lora_Bs,
-            parts,
-            mask,
-            *numbers,
-            need_dx=True,
-            dA_dtype=first.torch_dtype,
-            need_dB=[True] * n,
-            bias_dtypes=[None] * n,
-        )
+        training_step(lora_linear, x, dys, linears, drop_threshold(first.dropout))
     return counted

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lorakernels.reference import formula
+from lorakernels import formula
 from lorakernels.testing.budget import budget, error
 from lorakernels.tools.bench.orders import SCALING
 from lorakernels.tools.bench.peer import Peer, Results

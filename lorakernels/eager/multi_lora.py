@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from lorakernels.eager.dropout import draw_mask
+from lorakernels.eager.multi_grid import Segment
+from lorakernels.eager.multi_route import Route, route
+from lorakernels.eager.product import cast, linear
 from lorakernels.plan import PlanTensors
-from lorakernels.reference.dropout import draw_mask
-from lorakernels.reference.multi_grid import Segment
-from lorakernels.reference.multi_route import Route, route
-from lorakernels.reference.product import cast, linear
 
 Tensors = list[torch.Tensor]
 

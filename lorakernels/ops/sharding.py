@@ -8,6 +8,7 @@ of the result (`Partial`: pieces that sum to it).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -104,12 +105,10 @@ def _forward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
 
 
 def _backward(*arguments: Any) -> list[tuple[list[Any], list[Any]]]:
-    *inputs, _, _, needs, bias_dtype, _ = arguments
+    *inputs, _, _, needs, _ = arguments
     dy, weight, mask = inputs[0], inputs[2], inputs[7]
-    dx, dweight, dA, dB, drow_scale = needs
-    asked = zip(_BACKWARD[1], (dx, dweight, dA, dB, bias_dtype is not None, drow_scale), strict=True)
-    layouts = _layouts(dy.shape[:-1], weight.shape[1], len(mask.shape) > 1, dy.mesh.size())
-    return _placements(layouts, _BACKWARD, inputs, {name for name, wanted in asked if wanted})
+    layouts = _layouts(dy.shape[:-1], weight.shape[1], mask is not None and len(mask.shape) > 1, dy.mesh.size())
+    return _placements(layouts, _BACKWARD, inputs, set(compress(_BACKWARD[1], needs)))
 
 
 def _row_norm(weight: Any) -> list[tuple[list[Any], list[Any]]]:

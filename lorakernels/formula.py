@@ -1,7 +1,8 @@
-"""The LoRA linear as one line of differentiable torch (Hu et al., arXiv 2106.09685, eq. 3), and its gradients.
+"""The oracle: each operation and its gradients in a line of torch, with its source.
 
-Slow and obvious on purpose: in float64 this is what every other path is held against, and it is
-what second derivatives are made of.
+The LoRA linear is that of Hu et al., arXiv 2106.09685, eq. 3; its row scale is from Liu et al., "DoRA", arXiv
+2402.09353, eq. 5. Slow and obvious on purpose: in float64 this is what every other path is held against, and it is what
+second derivatives are made of.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from functools import cached_property
 
 import torch
 
+from lorakernels.eager.multi_grid import Grid, Segment, grid_of
 from lorakernels.plan import PlanTensors
-from lorakernels.reference.multi_grid import Grid, Segment, grid_of
 
 
 class Route:

@@ -1,0 +1,1 @@
+"""The same operations in plain torch (`impl="torch"`), forward and backward."""
