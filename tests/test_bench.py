@@ -23,8 +23,8 @@ from lorakernels.backend import ENVIRONMENT, interpreter_on
 from lorakernels.configs.data_sheet import data_sheet
 from lorakernels.tools.bench import (
     cost_model,
+    costs,
     environment,
-    formulas,
     peers,
     plot,
     registry,
@@ -213,7 +213,7 @@ def test_the_kernels_as_peers(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     operations = {"few_tokens", "outer"} if few else {"shrink", "linear_expand", "outer"}
     for row in own:
         assert set(row["configs"]) == operations and all(isinstance(s, str) for s in row["configs"].values())
-        assert row["launches"] == formulas.cost(row["graph"], case).launches
+        assert row["launches"] == costs.cost(row["graph"], case).launches
         # x, S and a mask of a bit an element.
         assert row["kept_bytes"] == 4 * (9 * 40 + 9 * case.r) + 9 * 5
 

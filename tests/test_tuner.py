@@ -166,9 +166,9 @@ def test_problems_of_shapes() -> None:
     wide, few = (512, 64, 32, 8, torch.bfloat16, 0.1), (16, 64, 32, 8, torch.bfloat16, 0.0)
     names = [(p.operation, p.M, p.N, p.K) for p in problems_of([wide, few, (*wide[:4], torch.float16, 0.0)])]
     assert names == [
-        ("shrink", 512, 32, 32), ("shrink", 512, 64, 64), ("outer", 512, 32, 32), ("outer", 512, 64, 64),
-        ("linear_expand", 512, 64, 32), ("linear_expand", 512, 32, 64),
-        ("outer", 16, 32, 32), ("outer", 16, 64, 64), ("few_tokens", 16, 64, 32), ("few_tokens", 16, 32, 64),
+        ("shrink", 512, 32, 32), ("linear_expand", 512, 64, 32), ("outer", 512, 64, 64), ("outer", 512, 32, 32),
+        ("linear_expand", 512, 32, 64), ("shrink", 512, 64, 64),
+        ("few_tokens", 16, 64, 32), ("few_tokens", 16, 32, 64), ("outer", 16, 64, 64), ("outer", 16, 32, 32),
     ]  # fmt: skip
     for wrong in ((0, 1, 1, 1, torch.float32, 0.0), (1, 1, 1, 1, torch.float64, 0.0), (1, 1, 1, 1, torch.float32, 1.0)):
         with pytest.raises(ValueError):
@@ -178,10 +178,10 @@ def test_problems_of_shapes() -> None:
 def test_problems_of_many_adapters() -> None:
     problems = problems_of([(64, 48, 32, 8, torch.bfloat16, 0.1)], slots=16)
     assert [(p.operation, p.N, p.K, p.slots) for p in problems] == [
-        ("multi_shrink", 32, 32, 16), ("multi_shrink", 48, 48, 16), ("multi_expand", 32, 32, 16),
-        ("multi_expand", 48, 48, 16), ("multi_outer", 32, 32, 16), ("multi_outer", 48, 48, 16),
+        ("multi_shrink", 32, 32, 16), ("multi_expand", 48, 48, 16), ("multi_shrink", 48, 48, 16),
+        ("multi_expand", 32, 32, 16), ("multi_outer", 32, 32, 16), ("multi_outer", 48, 48, 16),
     ]  # fmt: skip
-    assert [p.batch for p in problems[::2]] == [Batch(16, tiles=True), Batch(16, tiles=True), Batch(16)]
+    assert [p.batch for p in problems[1::2]] == [Batch(16, tiles=True), Batch(16, tiles=True), Batch(16)]
     with pytest.raises(ValueError, match="slots is 0"):
         problems_of([], slots=0)
 

@@ -23,6 +23,10 @@ class DataSheet:
     def peak(self, dtype: str) -> float:
         return self.half if dtype in ("bfloat16", "float16") else self.single
 
+    def seconds(self, flops: float, moved: float, dtype: str) -> float:
+        """The least for so many operations and bytes: the device's roofline."""
+        return max(flops / self.peak(dtype), moved / self.bandwidth)
+
 
 _SHEETS = (
     ("H200", "H200", "sm_90", 989.4e12, 66.9e12, 4.8e12, 50, 227, "NVIDIA H200 data sheet (SXM)"),

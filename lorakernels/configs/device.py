@@ -35,6 +35,7 @@ _ARCH_EXAMPLES = {
 }
 
 _assumed: Device | None = None
+_here = False
 
 
 def device_of(device: torch.device) -> Device:
@@ -65,12 +66,21 @@ def _cuda_device(index: int) -> Device:
     return Device(properties.name, arch, properties.multi_processor_count)
 
 
+def is_here() -> bool:
+    """Whether the assumed GPU is one of this machine, so that its user's table counts."""
+    return _here
+
+
 @contextmanager
-def assume(device: Device | str) -> Iterator[None]:
-    """Inside the block, tensors that are on no GPU count as on this one, or on one of this architecture."""
-    global _assumed
-    outer, _assumed = _assumed, example_of(device) if isinstance(device, str) else device
+def assume(device: Device | str, here: bool = False) -> Iterator[None]:
+    """Inside the block, tensors that are on no GPU count as on this one, or on one of this architecture.
+
+    With `here` it is the GPU at hand.
+    """
+    global _assumed, _here
+    outer = _assumed, _here
+    _assumed, _here = example_of(device) if isinstance(device, str) else device, here
     try:
         yield
     finally:
-        _assumed = outer
+        _assumed, _here = outer

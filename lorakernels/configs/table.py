@@ -19,7 +19,7 @@ import torch
 from lorakernels.configs import table_file
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.data_sheet import speed_of
-from lorakernels.configs.device import UNKNOWN, Device, device_of
+from lorakernels.configs.device import UNKNOWN, Device, device_of, is_here
 from lorakernels.configs.heuristic import FORMS, TMA_ARCHS, Batch, heuristic
 from lorakernels.configs.table_file import Table, key_of, read_table
 
@@ -32,6 +32,7 @@ _forced: Mapping[str, KernelConfig] | None = None
 _loaded: dict[str, Table] = {}  # by device name
 _struck_out: dict[tuple[str, KernelConfig, Device], str] = {}  # what a launch has found not to fit, and why
 _warned: set[str] = set()
+_asked: list[Asked] | None = None
 
 
 class Choice(NamedTuple):
@@ -39,6 +40,20 @@ class Choice(NamedTuple):
 
     config: KernelConfig
     source: str
+
+
+class Asked(NamedTuple):
+    """What a launcher asked `choose` for, and what it got."""
+
+    operation: str
+    M: int
+    N: int
+    K: int
+    r: int
+    itemsize: int
+    tma: bool
+    batch: Batch | None
+    choice: Choice
 
 
 def takes_few_tokens_form(M: int, r: int, itemsize: int) -> bool:
@@ -72,9 +87,13 @@ def choose(
     allowed, and take smaller tiles. `tma` says that the operands fit tensor descriptors. The operations for many
     adapters have a `batch`, in N and K their one number of columns, and in r the widest rank.
     """
+    if _asked is not None:
+        choice = choose_with_source(operation, M, N, K, r, itemsize, device, tma, batch)
+        _asked.append(Asked(operation, M, N, K, r, itemsize, tma, batch, choice))
+        return choice.config
     if _forced is not None and operation in _forced:
         return _forced[operation]
-    gpu, is_gpu = device_of(device), device.type == "cuda"
+    gpu, is_gpu = device_of(device), device.type == "cuda" or is_here()
     return _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out)).config
 
 
@@ -92,7 +111,7 @@ def choose_with_source(
     """As `choose`, with the table's entry, or the heuristic, that the config comes from."""
     if _forced is not None and operation in _forced:
         return Choice(_forced[operation], "forced")
-    gpu, is_gpu = device_of(device), device.type == "cuda"
+    gpu, is_gpu = device_of(device), device.type == "cuda" or is_here()
     return _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out))
 
 
@@ -105,6 +124,17 @@ def forced_configs(configs: Mapping[str, KernelConfig]) -> Iterator[None]:
         yield
     finally:
         _forced = outer
+
+
+@contextmanager
+def record_choices() -> Iterator[list[Asked]]:
+    """Collect what launchers ask `choose` for inside the block, in order."""
+    global _asked
+    outer, _asked = _asked, []
+    try:
+        yield _asked
+    finally:
+        _asked = outer
 
 
 def load_table(path: str | os.PathLike[str]) -> Table:

@@ -29,9 +29,9 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume
 from lorakernels.configs.table_file import SHIPPED, read_table
 from lorakernels.kernels.launch import Launch, compile_options, record_launches
-from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.tools.machine_code import Code, loop_tiles, narrow_loads, read_amd, read_nvidia
 from lorakernels.tools.processes import in_processes
+from lorakernels.tools.steps import shipped_launches
 from lorakernels.tools.tune.problem import Problem
 from lorakernels.tools.tune.trial import make_inputs, run
 

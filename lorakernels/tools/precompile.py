@@ -25,7 +25,7 @@ _NEEDED = (".json", ".cubin", ".so")  # of a kernel that is found; the steps to 
 _SHIPPED = """
 from lorakernels.testing import driver
 driver.install({arch!r})
-from lorakernels.kernels.shipped import shipped_launches
+from lorakernels.tools.steps import shipped_launches
 driver.replay(shipped_launches())
 """
 

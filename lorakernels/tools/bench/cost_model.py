@@ -1,4 +1,4 @@
-"""The tables of docs/cost-model.md, made from the formulas.
+"""The tables of docs/cost-model.md, made from the counts.
 
 `python -m lorakernels.tools.bench.cost_model docs/cost-model.md` writes them into the page.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lorakernels.configs.data_sheet import DATA_SHEETS
 from lorakernels.configs.device import assume
-from lorakernels.tools.bench.formulas import GEMM_SHARE, GRAPHS, MEMORY_SHARES, cost, floor, predict
+from lorakernels.tools.bench.costs import GEMM_SHARE, GRAPHS, MEMORY_SHARES, Cost, cost, floor, predict
 from lorakernels.tools.bench.registry import HEADLINE, Case
 
 _MIB = 1 << 20
@@ -29,24 +29,26 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _applies(graph: str, dropout: float) -> bool:
-    return GRAPHS[graph].dropout or not dropout
+def _costs() -> list[tuple[str, float, Cost | None]]:
+    """Label, dropout and cost of every graph; None where it has no dropout."""
+    rows: list[tuple[str, float, Cost | None]] = []
+    with assume(_ARCH):
+        for name, graph in GRAPHS.items():
+            for dropout in (0.0,) if name == "frozen" else _DROPOUTS:
+                applies = graph.dropout or not dropout
+                rows.append((graph.label, dropout, cost(name, replace(_CASE, dropout=dropout)) if applies else None))
+    return rows
 
 
 def graphs() -> str:
     """Extra traffic, operations and launches of every graph."""
     rows = []
-    for name, graph in GRAPHS.items():
-        for dropout in _DROPOUTS:
-            if name == "frozen" and dropout:
-                continue
-            if not _applies(name, dropout):
-                rows.append([graph.label, f"{dropout:g}", "no dropout", "", "", "", _NOT_MEASURED])
-                continue
-            with assume(_ARCH):
-                found = cost(name, replace(_CASE, dropout=dropout))
-            numbers = (f"{found.extra_tall / _MIB:.0f}", f"{found.extra / _MIB:.0f}", f"{found.flops / 1e9:.1f}")
-            rows.append([graph.label, f"{dropout:g}", *numbers, str(found.launches), _NOT_MEASURED])
+    for label, dropout, own in _costs():
+        numbers = ["no dropout", "", "", ""]
+        if own is not None:
+            extra = (f"{moved / _MIB:.0f}" for moved in (own.extra_tall, own.extra))
+            numbers = [*extra, f"{own.flops / 1e9:.1f}", str(own.launches)]
+        rows.append([label, f"{dropout:g}", *numbers, _NOT_MEASURED])
     head = ["graph", "p", "extra MiB in matrices of a row a token", "extra MiB, all", "GFLOP", "launches", "measured"]
     return _table(head, rows)
 
@@ -54,17 +56,11 @@ def graphs() -> str:
 def predictions() -> str:
     """Time over the frozen layer's on every device, for memory at its best and at its usual share."""
     rows = []
-    for name, graph in GRAPHS.items():
-        for dropout in _DROPOUTS:
-            if name == "frozen" or not _applies(name, dropout):
-                continue
-            case = replace(_CASE, dropout=dropout)
-            cells = []
-            for sheet in DATA_SHEETS:
-                with assume(_ARCH):
-                    best, usual = (predict(name, case, sheet, share) for share in reversed(MEMORY_SHARES))
-                cells.append(f"{best:.2f} to {usual:.2f}; {_NOT_MEASURED}")
-            rows.append([graph.label, f"{dropout:g}", *cells])
+    for label, dropout, own in _costs()[1:]:
+        if own is not None:
+            low, high = ([predict(own, _CASE, sheet, at) for sheet in DATA_SHEETS] for at in reversed(MEMORY_SHARES))
+            cells = (f"{a:.2f} to {b:.2f}; {_NOT_MEASURED}" for a, b in zip(low, high, strict=True))
+            rows.append([label, f"{dropout:g}", *cells])
     return _table(["graph", "p", *(sheet.name for sheet in DATA_SHEETS)], rows)
 
 

@@ -1,7 +1,7 @@
 """What a step really asks for: every torch operation and every kernel launch, with the bytes that it moves.
 
-Kernels are recorded instead of started, so meta tensors will do. The rule is that of `formulas`: an operand counts
-once, except a tall one that a kernel goes over several times, which its grid tells.
+Kernels are recorded instead of started, so meta tensors will do. An operand counts once, as if tiles that several
+programs read came out of L2, except a tall one that a kernel goes over several times, which its grid tells.
 """
 
 from __future__ import annotations
@@ -9,19 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakernels.backend import triton_installed
-from lorakernels.dropout import drop_threshold
-from lorakernels.eager import lora_linear as eager_lora_linear
 from lorakernels.eager import multi_lora as eager_multi_lora
-from lorakernels.member import Member, training_step
 from lorakernels.plan import PlanTensors
-from lorakernels.tools.bench.registry import Case
 
 # These move nothing of their size, or only write.
 _FREE = ("aten::_unsafe_view", "aten::lift_fresh", "aten::detach", "aten::scalar_tensor")
@@ -32,13 +27,25 @@ _SCATTERS = {"aten::index_add_": (3, 3), "aten::index_put_": (2, 2)}
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Counted:
-    """One torch operation or kernel launch."""
+    """One torch operation or kernel launch: its operands' shapes, and the bytes that it moves of each."""
 
     name: str
-    bytes: int
+    operands: tuple[tuple[Shape, int], ...]
     flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(moved for _, moved in self.operands)
+
+    def tall(self, tokens: int, least: int) -> int:
+        """Of `bytes` those of matrices with a row a token, of `least` columns or more."""
+        sizes = [(shape[-2:], moved) for shape, moved in self.operands]
+        return sum(n for s, n in sizes if len(s) == 2 and tokens in s and s[s[0] == tokens] >= least)
 
 
 class _Operations(TorchDispatchMode):
@@ -56,15 +63,14 @@ class _Operations(TorchDispatchMode):
         if name == "aten::addmm" and (kwargs or {}).get("beta") == 0:
             args = args[1:]  # the first is not read
             name = "aten::mm"
-        results = result if isinstance(result, (tuple, list)) else (result,)
         if name in _GATHERS:
-            moved = 2 * _numbytes(result)
+            operands = _operands(result, 2)
         elif name in _SCATTERS:
             times, at = _SCATTERS[name]
-            moved = times * _numbytes(args[at])
+            operands = _operands(args[at], times)
         else:
-            moved = _numbytes((args, results))
-        self.counted.append(Counted(name, moved, _product_flops(name, args)))
+            operands = _operands((args, result), 1)
+        self.counted.append(Counted(name, tuple(operands), _product_flops(name, args)))
         return result
 
 
@@ -82,7 +88,7 @@ def count() -> Iterator[list[Counted]]:
         counted: list[Counted] = []
         yield counted
     counted += operations.counted
-    counted += [Counted(_name(launch), _launch_bytes(launch)) for launch in launches]
+    counted += map(_of_launch, launches)
 
 
 def _recorded() -> AbstractContextManager[list[Any]]:
@@ -91,22 +97,6 @@ def _recorded() -> AbstractContextManager[list[Any]]:
     from lorakernels.kernels.launch import record_launches
 
     return record_launches()
-
-
-def own_step(case: Case, impl: str) -> list[Counted]:
-    """Forward and backward of the case by the package's own "triton" or "torch", on meta tensors.
-
-    Called past the operators, inside which torch shows nothing.
-    """
-
-    def meta(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=case.torch_dtype, device="meta")
-
-    x, dy, threshold = meta(case.M, case.K), meta(case.M, case.N), drop_threshold(case.dropout)
-    member = Member(meta(case.N, case.K), meta(case.r, case.K), meta(case.N, case.r), scaling=0.5)
-    with count() as counted:
-        training_step(eager_lora_linear if impl == "torch" else _kernels(), x, [dy], [member], threshold)
-    return counted
 
 
 def own_multi(
@@ -132,12 +122,6 @@ def own_multi(
     return counted
 
 
-def _kernels() -> ModuleType:
-    from lorakernels.kernels import lora_linear
-
-    return lora_linear
-
-
 def torch_step(step: Callable[[], object]) -> list[Counted]:
     """Everything that a step of plain torch asks for."""
     with count() as counted:
@@ -145,22 +129,12 @@ def torch_step(step: Callable[[], object]) -> list[Counted]:
     return counted
 
 
-def _name(launch: Any) -> str:
-    return launch.kernel.fn.__name__
-
-
 # How often a kernel goes over an operand; 1 where it is not said. A launch has its grid and constexprs.
 _ROUNDS: dict[str, Callable[[Any], dict[str, int]]] = {
-    "shrink_kernel": lambda launch: {"x_ptr": launch.grid[1]},
-    "outer_kernel": lambda launch: {
-        "z_ptr": launch.grid[2],
-        "mask_ptr": launch.grid[2],
-        "t_ptr": launch.constexprs["WITH_OUT"],
-        "q_ptr": launch.constexprs["WITH_P"],
-    },
+    "shrink_kernel": lambda launch: {"x": launch.grid[1]},
+    "outer_kernel": lambda launch: {"z": launch.grid[2], "mask_ptr": launch.grid[2]},
     "linear_expand_kernel": lambda launch: {
-        "x_ptr": not launch.constexprs["HAS_BASE"],
-        "w_ptr": not launch.constexprs["HAS_BASE"],
+        "pairs": not launch.constexprs["HAS_BASE"],
         "y_ptr": 1 + launch.constexprs["HAS_BASE"],
     },
     # Of one slice, whose adapters may have less than the largest rank: at most so often.
@@ -171,13 +145,19 @@ _ROUNDS: dict[str, Callable[[Any], dict[str, int]]] = {
 }
 
 
-def _launch_bytes(launch: Any) -> int:
-    rounds = _ROUNDS.get(_name(launch), lambda _: {})(launch)
-    return sum(rounds.get(name, 1) * _numbytes(value) for name, value in launch.args.items())
+def _of_launch(launch: Any) -> Counted:
+    name = launch.kernel.fn.__name__
+    rounds = _ROUNDS.get(name, lambda _: {})(launch)
+    operands = (each for arg, value in launch.args.items() for each in _operands(value, rounds.get(arg, 1)))
+    return Counted(name, tuple(operands))
 
 
-def _numbytes(value: Any) -> int:
+def _operands(value: Any, times: int) -> Iterator[tuple[Shape, int]]:
+    """Shape and bytes of every tensor in a value, each moved so often."""
     if isinstance(value, (tuple, list)):
-        return sum(_numbytes(each) for each in value)
+        for each in value:
+            yield from _operands(each, times)
+        return
     tensor = getattr(value, "base", value)  # a tensor descriptor's
-    return tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
+    if isinstance(tensor, torch.Tensor) and times:
+        yield tuple(tensor.shape), times * tensor.numel() * tensor.element_size()

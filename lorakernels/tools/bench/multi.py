@@ -161,9 +161,4 @@ def floor(case: MultiCase, sheet: DataSheet | None = None) -> float:
     more_moved, more_flops = own_bytes(case), low_rank_flops(case)
     if sheet is None:
         return 1 + min(more_moved / moved, more_flops / flops)
-    peak = sheet.peak(case.dtype)
-
-    def seconds(operations: int, moved: int) -> float:
-        return max(operations / peak, moved / sheet.bandwidth)
-
-    return seconds(flops + more_flops, moved + more_moved) / seconds(flops, moved)
+    return sheet.seconds(flops + more_flops, moved + more_moved, case.dtype) / sheet.seconds(flops, moved, case.dtype)

@@ -10,9 +10,8 @@ import torch
 
 from lorakernels.configs.data_sheet import data_sheet
 from lorakernels.configs.device import device_of
-from lorakernels.configs.table import choose_with_source, takes_few_tokens_form
-from lorakernels.tools.bench import formulas, multi
-from lorakernels.tools.bench.counting import Counted, own_multi, own_step, torch_step
+from lorakernels.tools.bench import costs, multi
+from lorakernels.tools.bench.counting import Counted, own_multi, torch_step
 from lorakernels.tools.bench.multi import MultiTensors, make_multi_tensors, multi_checker
 from lorakernels.tools.bench.multi_peers import MULTI_PEERS, MultiPeer
 from lorakernels.tools.bench.peer import Peer, Step
@@ -28,7 +27,7 @@ _UNCOUNTED = ("compile", "unsloth", "lorafusion", "vllm")
 
 @dataclass(frozen=True)
 class Operation:
-    """`facts` are a row's figures by formula; `measured` those of a step, before its time is taken."""
+    """`facts` are a row's figures without running it; `measured` those of a step, before its time is taken."""
 
     name: str
     peers: Mapping[str, AnyPeer]
@@ -47,38 +46,23 @@ def _layer_checker(case: Case, tensors: Tensors) -> Callable[[AnyPeer], tuple[fl
 
 
 def _layer_facts(case: Case, peer: AnyPeer, device: torch.device) -> Row:
-    row: Row = {}
+    row: Row = {"graph": None, "configs": None}
     try:
         graph = peer.graph(case, device)
-        row["graph"] = graph
         if graph is not None:
-            of_graph = formulas.cost(graph, case, device)
-            row |= {"bytes": of_graph.bytes, "extra_bytes": of_graph.extra, "flops": of_graph.flops}
+            own = costs.cost(graph, case, device)
+            row |= {"graph": graph, "bytes": own.bytes, "extra_bytes": own.extra, "flops": own.flops}
+            if peer.name.startswith("ours"):
+                row |= {"launches": own.launches, "configs": own.configs or None}
     except (ValueError, RuntimeError):  # a graph without dropout, an implementation that cannot run: it will be skipped
-        row["graph"] = None
-    sheet = data_sheet(device_of(device).name)
-    row["floor"] = formulas.floor(case, sheet) if peer.adapted else 1.0
-    row["configs"] = _config_sources(case, peer, device)
+        pass
+    row["floor"] = costs.floor(case, data_sheet(device_of(device).name)) if peer.adapted else 1.0
     return row
 
 
-def _config_sources(case: Case, peer: AnyPeer, device: torch.device) -> dict[str, str] | None:
-    """Where each kernel's config comes from, for a peer that runs kernels: the tuning table, or the heuristic."""
-    if not peer.name.startswith("ours") or peer.why_not(case, device) or peer.graph(case, device) == "addmm":
-        return None
-    M, N, K, r, itemsize = case.M, case.N, case.K, case.r, case.itemsize
-    if takes_few_tokens_form(M, r, itemsize):
-        operations = {"few_tokens": (N, K), "outer": (N, N)}
-    else:
-        operations = {"shrink": (K, K), "linear_expand": (N, K), "outer": (N, N)}
-    return {
-        operation: choose_with_source(operation, M, *sizes, r, itemsize, device, case.aligned).source
-        for operation, sizes in operations.items()
-    }
-
-
 def _layer_measured(case: Case, peer: AnyPeer, step: Step, tensors: Tensors, device: torch.device, row: Row) -> Row:
-    launches = _layer_launches(case, peer, step, device, row["graph"])
+    counted = peer.name not in _UNCOUNTED and "launches" not in row
+    launches = len(torch_step(step)) if counted else row.get("launches")
     return {"kept_bytes": _kept(step, tensors), "peak_bytes": _peak(step, device), "launches": launches}
 
 
@@ -96,15 +80,6 @@ def _kept(step: Step, tensors: Tensors) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step()
     return sum(kept.values())
-
-
-def _layer_launches(case: Case, peer: AnyPeer, step: Step, device: torch.device, graph: str | None) -> int | None:
-    """Kernels and torch operations of a step; None where a package or compiler starts its own."""
-    if peer.name.startswith("ours"):
-        if graph == "addmm":
-            return len(own_step(case, "torch")) if not case.dropout else None
-        return None if graph is None else formulas.cost(graph, case, device).launches
-    return None if peer.name in _UNCOUNTED else len(torch_step(step))
 
 
 # ------------------------------------------------------------------------------- many adapters, a forward

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from lorakernels.backend import resolve_impl
-from lorakernels.configs.table import choose, forced_configs, takes_few_tokens_form
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.table import choose_with_source, forced_configs, takes_few_tokens_form
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.functional import lora_linear
 from lorakernels.tools.bench.orders import SCALING, LoRAFusionOrder, UnslothOrder
@@ -44,7 +45,7 @@ class Tensors:
 
 def make_tensors(case: Case, device: torch.device | str, seed: int) -> Tensors:
     """Random tensors of the case, x, A and B needing gradients."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
         plain = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
@@ -113,7 +114,7 @@ def _ours(impl: str, cublas: bool | None = None) -> Callable[[Case, Tensors], St
         t = tensors
 
         def step() -> Results:
-            with _base_product(case, t.x.device, cublas):
+            with base_product(case, t.x.device, cublas):
                 y = lora_linear(t.x, t.weight, t.lora_A, t.lora_B, scaling=SCALING, dropout_p=case.dropout, impl=impl)
                 return _gradients(y, t)
 
@@ -122,12 +123,18 @@ def _ours(impl: str, cublas: bool | None = None) -> Callable[[Case, Tensors], St
     return make
 
 
-def _base_product(case: Case, device: torch.device, cublas: bool | None) -> AbstractContextManager[None]:
+def base_product(case: Case, device: torch.device, cublas: bool | None) -> AbstractContextManager[None]:
     """The base product by cuBLAS (True), by the kernel (False), or as the table says (None)."""
-    if cublas is None:
+    config = _config(case, device)
+    if cublas in (None, config.cublas):
         return nullcontext()
-    config = choose("linear_expand", case.M, case.N, case.K, case.r, case.itemsize, device, case.aligned)
     return forced_configs({"linear_expand": dataclasses.replace(config, cublas=cublas)})
+
+
+def _config(case: Case, device: torch.device) -> KernelConfig:
+    """Of the base product; whoever records what a step asks for does not see this."""
+    sizes = (case.M, case.N, case.K, case.r, case.itemsize)
+    return choose_with_source("linear_expand", *sizes, device, case.aligned).config
 
 
 def _general_why_not(case: Case, device: torch.device) -> str | None:
@@ -139,8 +146,7 @@ def _general_why_not(case: Case, device: torch.device) -> str | None:
 def _kernel_graph(case: Case, device: torch.device) -> str:
     if takes_few_tokens_form(case.M, case.r, case.itemsize):
         return "fused"
-    config = choose("linear_expand", case.M, case.N, case.K, case.r, case.itemsize, device, case.aligned)
-    return "split" if config.cublas else "fused"
+    return "split" if _config(case, device).cublas else "fused"
 
 
 def _auto_graph(case: Case, device: torch.device) -> str:

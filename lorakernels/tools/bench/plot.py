@@ -144,7 +144,7 @@ def _roofline(rows: Sequence[Row], path: Path) -> bool:
             axes.annotate(f"{sheet.name}, {dtype}", (corner, peak), xytext=(6, 5), textcoords="offset points", size=9)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    subtitle = "bytes and operations by formula" + ("" if sheet else "; the device's limits are not known")
+    subtitle = "bytes and operations as counted" + ("" if sheet else "; the device's limits are not known")
     _finish(figure, axes, "Roofline of a training step", subtitle, rows)
     axes.set(xlabel="operations a byte", ylabel="operations a second")
     figure.savefig(path)

@@ -67,7 +67,7 @@ def run(
         if out is not None:
             write_rows(rows, out)
 
-    with assume(device_of(device)) if device.type == "cuda" else contextlib.nullcontext():
+    with assume(device_of(device), here=True) if device.type == "cuda" else contextlib.nullcontext():
         for case in cases:
             late = limit_s is not None and time.monotonic() - start > limit_s
             skip = f"the time limit of {limit_s:g} s was reached" if late else None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
+from lorakernels.configs.config import SMALLEST_BLOCK, KernelConfig
 from lorakernels.configs.heuristic import MULTI_OPERATIONS, Batch
-from lorakernels.configs.table import takes_few_tokens_form
+from lorakernels.configs.table import Asked, forced_configs, record_choices
 from lorakernels.configs.table_file import Key, key_of
+from lorakernels.dropout import drop_threshold
+from lorakernels.kernels import lora_linear
+from lorakernels.kernels.launch import record_launches
+from lorakernels.tools.steps import layer_step, multi_step
 
 
 class Problem(NamedTuple):
@@ -57,8 +61,9 @@ def problems_of(
 ) -> list[Problem]:
     """The launches of forward and backward over layers (M, N, K, r, dtype, dropout): N outputs, K inputs, M tokens.
 
-    Each once: the table knows no dropout and no direction. Of shapes that differ in dropout only, or in bfloat16 or
-    float16, the first counts. With `slots` they are the launches for so many adapters in a batch of M tokens.
+    They are those that ask for a config when the steps are recorded. Each once: the table knows no dropout and no
+    direction. Of shapes that differ in dropout only, or in bfloat16 or float16, the first counts. With `slots` they are
+    the launches for so many adapters in a batch of M tokens.
 
     Raises:
         ValueError: a size, dtype or probability cannot be.
@@ -68,19 +73,23 @@ def problems_of(
     problems: dict[tuple[Key, int], Problem] = {}
     for M, N, K, r, dtype, dropout in shapes:
         _check(M, N, K, r, dtype, dropout)
-        if slots is not None:
-            for operation, width in itertools.product(MULTI_OPERATIONS, (K, N)):
-                problem = Problem(operation, M, width, width, r, dtype, dropout, slots)
-                problems.setdefault((problem.key, M), problem)
-            continue
-        few = takes_few_tokens_form(M, r, dtype.itemsize)
-        whole = [("few_tokens" if few else "linear_expand", *sizes) for sizes in ((N, K), (K, N))]
-        # x is read for S and dA, dy for G and dB.
-        passes = [(name, width, width) for name in (("outer",) if few else ("shrink", "outer")) for width in (K, N)]
-        for operation, n, k in (*passes, *whole):
-            problem = Problem(operation, M, n, k, r, dtype, dropout)
+        for asked in _asked(M, N, K, r, dtype, dropout, slots):
+            problem = Problem(asked.operation, M, asked.N, asked.K, r, dtype, dropout, slots or 1)
             problems.setdefault((problem.key, M), problem)
     return list(problems.values())
+
+
+def _asked(M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: float, slots: int | None) -> list[Asked]:
+    threshold = drop_threshold(dropout)
+    with record_choices() as asked, record_launches():
+        if slots is not None:
+            multi_step(dtype, M, slots, r, K, [N], threshold)
+            return asked
+        layer_step(lora_linear, dtype, M, K, [(N, r)], threshold)
+        # With blocks this small dy is read twice, for G and for dB: which of the two pays is to be found.
+        with forced_configs({"outer": KernelConfig(BLOCK_N=SMALLEST_BLOCK)}):
+            layer_step(lora_linear, dtype, M, K, [(N, r)], threshold)
+    return asked
 
 
 def _check(M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: float) -> None:
