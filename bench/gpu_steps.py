@@ -65,15 +65,15 @@ class Run:
 
 def environment(run: Run, seconds: float) -> None:
     """What this is, and whether the kernels compiled elsewhere will be found here."""
-    from lorakernels.bench.environment import describe
-    from lorakernels.bench.run import default_device
+    from lorakernels.tools.bench.environment import describe
+    from lorakernels.tools.bench.run import default_device
 
     if shutil.which("nvidia-smi"):
         subprocess.run(["nvidia-smi"], check=False)
     run.row(kind="environment", **describe(default_device()))
     archive = os.environ.get("CACHE")
     if archive:
-        from lorakernels.tuning.precompile import unpack
+        from lorakernels.tools.precompile import unpack
 
         fits = unpack(Path(archive), Path(os.environ["TRITON_CACHE_DIR"]))
         run.row(kind="cache", archive=archive, fits=fits or "yes")
@@ -84,8 +84,8 @@ def ceilings(run: Run, seconds: float) -> None:
     """Bandwidth of a copy, and cuBLAS at the headline and for 64 tokens, of this device now."""
     import torch
 
-    from lorakernels.bench.run import default_device
-    from lorakernels.bench.timing import interleaved, p20_50_80, timer
+    from lorakernels.tools.bench.run import default_device
+    from lorakernels.tools.bench.timing import interleaved, p20_50_80, timer
 
     device, large = default_device(), run.mode == "gpu"
     dtype, unit = torch.bfloat16, 1 if large else 8
@@ -177,8 +177,8 @@ def sanitizer(run: Run, seconds: float) -> None:
 
 
 def _bench(run: Run, seconds: float, sets: str, impl: str, rounds: int) -> None:
-    from lorakernels.bench import run as bench
-    from lorakernels.bench.registry import Case, MultiCase, cases_of
+    from lorakernels.tools.bench import run as bench
+    from lorakernels.tools.bench.registry import Case, MultiCase, cases_of
 
     headline = {"headline": cases_of("headline")}
     decode = (MultiCase(64, 4096, 4096, adapters) for adapters in (64, 8, 1))
@@ -218,7 +218,7 @@ def first_times(run: Run, seconds: float) -> None:
 
 def tuned_times(run: Run, seconds: float) -> None:
     """The same with the table, and other numbers of tokens."""
-    from lorakernels.tuning.table import load_table
+    from lorakernels.configs.table import load_table
 
     table = run.work / "table.json"
     if table.exists():
@@ -228,9 +228,9 @@ def tuned_times(run: Run, seconds: float) -> None:
 
 def make_steps(mode: str) -> dict[str, Callable[[], object]]:
     """The headline's training step, with and without dropout, and a decode step of 64 adapters."""
-    from lorakernels.bench.operations import operation_of
-    from lorakernels.bench.registry import MultiCase, cases_of
-    from lorakernels.bench.run import default_device
+    from lorakernels.tools.bench.operations import operation_of
+    from lorakernels.tools.bench.registry import MultiCase, cases_of
+    from lorakernels.tools.bench.run import default_device
 
     cases = (*cases_of("headline"), MultiCase(64, 4096, 4096, 64))
     if mode == "cpu":
@@ -275,14 +275,14 @@ def sweep(run: Run, seconds: float) -> None:
     """The fixed lists of candidates, the headline's first; the table is written after each launch."""
     import torch
 
-    from lorakernels.bench.run import default_device
-    from lorakernels.bench.timing import interleaved, timer
-    from lorakernels.tuning import tuner
-    from lorakernels.tuning.candidates import first_candidates
-    from lorakernels.tuning.device import device_of
-    from lorakernels.tuning.problem import problems_of
-    from lorakernels.tuning.trial import make_inputs
-    from lorakernels.tuning.trial import run as launch
+    from lorakernels.configs.device import device_of
+    from lorakernels.tools.bench.run import default_device
+    from lorakernels.tools.bench.timing import interleaved, timer
+    from lorakernels.tools.tune import tuner
+    from lorakernels.tools.tune.candidates import first_candidates
+    from lorakernels.tools.tune.problem import problems_of
+    from lorakernels.tools.tune.trial import make_inputs
+    from lorakernels.tools.tune.trial import run as launch
 
     if run.mode == "cpu":
         raise Skip("it times kernels, and there is no GPU")

@@ -22,10 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from lorakernels.bench.timing import interleaved_seconds, percentiles
 from lorakernels.kernels import lora_linear, multi_lora
 from lorakernels.member import Member
 from lorakernels.plan import BatchPlan
+from lorakernels.tools.bench.timing import interleaved_seconds, percentiles
 
 _CALLS = 200  # in a row, of some 50 µs each
 _WIDTH, _R, _SLOTS = 64, 8, 4

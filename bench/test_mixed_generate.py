@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lorakernels as lk
-from lorakernels.bench.timing import interleaved_seconds, percentiles
+from lorakernels.tools.bench.timing import interleaved_seconds, percentiles
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

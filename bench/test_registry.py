@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from lorakernels.bench.operations import operation_of
-from lorakernels.bench.registry import SETS, AnyCase
-from lorakernels.bench.run import default_device
-from lorakernels.bench.timing import interleaved_seconds, percentiles
+from lorakernels.tools.bench.operations import operation_of
+from lorakernels.tools.bench.registry import SETS, AnyCase
+from lorakernels.tools.bench.run import default_device
+from lorakernels.tools.bench.timing import interleaved_seconds, percentiles
 
 ROUNDS = 20
 MEASURED = ("ours-auto", "peft", "eager", "loop")

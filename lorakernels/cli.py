@@ -40,8 +40,8 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def demo(arguments: argparse.Namespace) -> int:
     """train adapters on real handwritten digits, and check what the package promises"""
-    from lorakernels.demo import run_demo
-    from lorakernels.demo.report import print_report
+    from lorakernels.tools.demo import run_demo
+    from lorakernels.tools.demo.report import print_report
 
     result = run_demo(arguments.out, seed=arguments.seed, impl=arguments.impl, steps=arguments.steps)
     print_report(result)
@@ -54,7 +54,7 @@ def doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """say what this machine can run and why, what is missing, and check the results"""
-    from lorakernels.doctor import as_json, examine, print_diagnosis
+    from lorakernels.tools.doctor import as_json, examine, print_diagnosis
 
     diagnosis = examine()
     if arguments.json:
@@ -138,7 +138,7 @@ def bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench(arguments: argparse.Namespace) -> int:
     """measure a training step beside the frozen layer, PEFT and others; draw and compare results"""
-    from lorakernels.bench import command
+    from lorakernels.tools.bench import command
 
     return command.main(arguments)
 
@@ -163,11 +163,11 @@ def tune(arguments: argparse.Namespace) -> int:
 
     import torch
 
-    from lorakernels.bench.registry import tuning_shapes
-    from lorakernels.bench.timing import interleaved, timer
-    from lorakernels.tuning import tuner
-    from lorakernels.tuning.device import device_of, example_of
-    from lorakernels.tuning.table_file import user_path
+    from lorakernels.configs.device import device_of, example_of
+    from lorakernels.configs.table_file import user_path
+    from lorakernels.tools.bench.registry import tuning_shapes
+    from lorakernels.tools.bench.timing import interleaved, timer
+    from lorakernels.tools.tune import tuner
 
     if arguments.shapes is None:
         shapes = [(*sizes, getattr(torch, dtype), dropout) for *sizes, dtype, dropout in tuning_shapes(arguments.set)]
@@ -213,7 +213,7 @@ def compile_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 def compile_report(arguments: argparse.Namespace) -> int:
     """compile the kernels for GPUs that are not here: registers, spills, memory, instructions"""
-    from lorakernels.tuning import compile_report as report
+    from lorakernels.tools import compile_report as report
 
     return report.main(arguments.arch or (), arguments.kernel or (), arguments.json, arguments.jobs)
 
@@ -231,7 +231,7 @@ def precompile(arguments: argparse.Namespace) -> int:
     import subprocess
     from pathlib import Path
 
-    from lorakernels.tuning.precompile import precompile as fill
+    from lorakernels.tools.precompile import precompile as fill
 
     command = arguments.command[arguments.command[:1] == ["--"] :]
     try:

@@ -9,9 +9,9 @@ import torch
 
 from lorakernels.arguments import no_tensor
 from lorakernels.backend import Explanation, explain_impl
+from lorakernels.configs.heuristic import Batch
+from lorakernels.configs.table import choose_with_source, takes_few_tokens_form, takes_one_pass
 from lorakernels.plan import BatchPlan
-from lorakernels.tuning.heuristic import Batch
-from lorakernels.tuning.table import choose_with_source, takes_few_tokens_form, takes_one_pass
 
 
 def explain(

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from rich.console import Console
 
+from lorakernels.configs.config import KernelConfig
 from lorakernels.kernels.launch import launch, record_launches
-from lorakernels.tuning.compile_report import ARCHS, _specialise, compile_launch, compile_report, report_table
-from lorakernels.tuning.config import KernelConfig
+from lorakernels.tools.compile_report import ARCHS, _specialise, compile_launch, compile_report, report_table
 
 
 @triton.jit

@@ -20,24 +20,23 @@ from rich.console import Console
 
 from lorakernels import cli
 from lorakernels.backend import ENVIRONMENT, interpreter_on
-from lorakernels.bench import (
+from lorakernels.configs.data_sheet import data_sheet
+from lorakernels.tools.bench import (
     cost_model,
+    costs,
     environment,
-    formulas,
     peers,
     plot,
-    profile,
     registry,
     run,
 )
-from lorakernels.bench.compare import compare, print_comparison
-from lorakernels.bench.multi_peers import MULTI_PEERS
-from lorakernels.bench.operations import OPERATIONS, choose_peers
-from lorakernels.bench.peer import Results, Step
-from lorakernels.bench.peers import PEERS, make_tensors
-from lorakernels.bench.registry import Case, MultiCase, case_of
-from lorakernels.bench.verify import Exact, verify
-from lorakernels.tuning.data_sheet import data_sheet
+from lorakernels.tools.bench.compare import compare, print_comparison
+from lorakernels.tools.bench.multi_peers import MULTI_PEERS
+from lorakernels.tools.bench.operations import OPERATIONS, choose_peers
+from lorakernels.tools.bench.peer import Results, Step
+from lorakernels.tools.bench.peers import PEERS, make_tensors
+from lorakernels.tools.bench.registry import Case, MultiCase, case_of
+from lorakernels.tools.bench.verify import Exact, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -214,7 +213,7 @@ def test_the_kernels_as_peers(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
     operations = {"few_tokens", "outer"} if few else {"shrink", "linear_expand", "outer"}
     for row in own:
         assert set(row["configs"]) == operations and all(isinstance(s, str) for s in row["configs"].values())
-        assert row["launches"] == formulas.cost(row["graph"], case).launches
+        assert row["launches"] == costs.cost(row["graph"], case).launches
         # x, S and a mask of a bit an element.
         assert row["kept_bytes"] == 4 * (9 * 40 + 9 * case.r) + 9 * 5
 
@@ -367,7 +366,7 @@ def test_a_failing_result_is_a_failing_status(monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.parametrize("name", cost_model.TABLES)
 def test_tables_of_the_cost_model(name: str) -> None:
-    """To write them anew: python -m lorakernels.bench.cost_model docs/cost-model.md"""
+    """To write them anew: python -m lorakernels.tools.bench.cost_model docs/cost-model.md"""
     page = (ROOT / "docs" / "cost-model.md").read_text(encoding="utf-8")
     found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
     assert found is not None and found[1].strip() == cost_model.TABLES[name]().strip()
@@ -379,19 +378,7 @@ def test_data_sheets() -> None:
     assert data_sheet("NVIDIA GeForce RTX 4090") is not None and data_sheet("AMD EPYC") is None
 
 
-# ------------------------------------------------------------------------------------------- on a GPU machine
-
-
-def test_profile_of_the_worst(rows: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = str(run.write_rows(rows, tmp_path / "rows.json"))
-    worst = profile.worst(rows)
-    own = [row for row in rows if row["peer"] == "ours-auto" and "share_of_floor" in row]
-    assert worst["share_of_floor"] == min(row["share_of_floor"] for row in own)
-    profile.main([file])
-    out = capsys.readouterr().out
-    assert run.line_of(worst) in out and "aten::mm" in out
-    with pytest.raises(ValueError, match="no row of ours-auto"):
-        profile.worst([row for row in rows if row["peer"] == "peft"])
+# ------------------------------------------------------------------------------------------- the host
 
 
 def test_the_hosts_part_of_a_launch_is_measured_without_a_gpu() -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from lorakernels.backend import ENVIRONMENT, interpreter_on
-from lorakernels.bench import multi, multi_peers, run
-from lorakernels.bench.multi_peers import MULTI_PEERS
-from lorakernels.bench.operations import OPERATIONS, choose_peers
-from lorakernels.bench.peer import Step
-from lorakernels.bench.registry import MultiCase, case_of
-from lorakernels.tuning.data_sheet import data_sheet
+from lorakernels.configs.data_sheet import data_sheet
+from lorakernels.tools.bench import multi, multi_peers, run
+from lorakernels.tools.bench.multi_peers import MULTI_PEERS
+from lorakernels.tools.bench.operations import OPERATIONS, choose_peers
+from lorakernels.tools.bench.peer import Step
+from lorakernels.tools.bench.registry import MultiCase, case_of
 
 CASES = (
     MultiCase(12, 24, 40, 3, 4, dtype="float32"),

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorakernels.bench import run, timing
-from lorakernels.bench.registry import Case
-from lorakernels.bench.timing import interleaved
+from lorakernels.tools.bench import run, timing
+from lorakernels.tools.bench.registry import Case
+from lorakernels.tools.bench.timing import interleaved
 
 
 def test_rounds_take_turns() -> None:

@@ -156,7 +156,7 @@ def test_demo_with_triton_and_no_gpu(
 def test_demo_exits_with_1_when_a_claim_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorakernels import demo
+    from lorakernels.tools import demo
 
     monkeypatch.setattr(demo, "BASE_STEPS", 1)
     assert cli.main(["demo", "--out", str(tmp_path), "--steps", "1", "--impl", "torch"]) == 1

@@ -16,13 +16,13 @@ import torch
 pytest.importorskip("triton")
 
 from lorakernels.backend import BackendError
+from lorakernels.configs.config import KernelConfig
 from lorakernels.kernels.launch import Launch
 from lorakernels.kernels.tiles import Matrix
-from lorakernels.tuning import compile_report
-from lorakernels.tuning.compile_report import ARCHS, CompileRow
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.machine_code import Tile, loop_tiles, narrow_loads, read_amd, read_nvidia, sass_load_bytes
-from lorakernels.tuning.processes import in_processes
+from lorakernels.tools import compile_report
+from lorakernels.tools.compile_report import ARCHS, CompileRow
+from lorakernels.tools.machine_code import Tile, loop_tiles, narrow_loads, read_amd, read_nvidia, sass_load_bytes
+from lorakernels.tools.processes import in_processes
 
 TESTS = Path(__file__).resolve().parent
 NVIDIA = ["sm_80", "sm_90", "sm_100"]

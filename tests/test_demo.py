@@ -14,10 +14,10 @@ from rich.console import Console
 from torch import nn
 
 import lorakernels as lk
-from lorakernels import demo
 from lorakernels.backend import ENVIRONMENT
-from lorakernels.demo import DemoResult, digits, run_demo
-from lorakernels.demo.report import print_report
+from lorakernels.tools import demo
+from lorakernels.tools.demo import DemoResult, digits, run_demo
+from lorakernels.tools.demo.report import print_report
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

@@ -47,7 +47,7 @@ def in_a_process(code: str, arch: str = "sm_90") -> Any:
 def test_every_shipped_launch_is_taken(arch: str) -> None:
     found = in_a_process(
         """
-        from lorakernels.kernels.shipped import shipped_launches
+        from lorakernels.tools.steps import shipped_launches
         launches = shipped_launches()
         driver.replay(launches)
         names = collections.Counter(launched.kernel for launched in checked.launches)

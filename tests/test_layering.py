@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lorakernels"
 LADDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("bench", "demo", "doctor"),
+    ("tools",),
     ("integrations", "serving"),
     ("adapters",),
     ("nn",),
@@ -28,7 +28,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("arguments",),
     ("ops",),
     ("kernels", "eager"),
-    ("plan", "quant", "tuning", "config", "backend", "dropout", "formula", "member", "when_imported"),
+    ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "member", "when_imported"),
 )
 GROUND = frozenset(LADDER[-1])
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands
@@ -45,21 +45,18 @@ class Beside:
 BESIDE: dict[str, Beside] = {
     # Files know configurations, tensors, names and shapes, and no model.
     "files": Beside(frozenset({"config"}), frozenset({"adapters", "serving", "cli", "lorakernels"})),
-    "tuning.tuner": Beside(GROUND | {"kernels", "eager"}, frozenset({"cli"})),
-    "tuning.trial": Beside(GROUND | {"kernels", "eager"}, frozenset({"tuning.tuner", "tuning.compile_report"})),
-    "tuning.compile_report": Beside(GROUND | {"kernels", "eager"}, frozenset({"cli", "tuning.tuner"})),
-    "tuning.precompile": Beside(GROUND | {"testing"}, frozenset({"cli"})),
-    "testing": Beside(LIBRARY, frozenset({"bench", "tuning.precompile"})),
+    "testing": Beside(LIBRARY, frozenset({"tools"})),
 }
 
 FACADE = "lorakernels"  # __init__.py: hands out the library's names, so it may import all of LIBRARY
-FACADE_USERS = frozenset({"__main__", "cli", "demo"})  # the rest name the module that they mean
+FACADE_USERS = ("__main__", "cli", "tools.demo")  # the rest name the module that they mean
 FACADE_OPEN_NAMES = frozenset({"lorakernels.__version__"})
 
-TRITON_UNITS = frozenset({"kernels", "testing", "tuning.tuner", "tuning.trial", "tuning.compile_report"})
+TRITON_PLACES = ("kernels", "testing", "tools.tune", "tools.compile_report")
 TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
-HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})  # each only in integrations/<one of these>*.py
-MEASURED = {"lorakernels.bench.peers": "peft", "lorakernels.bench.multi_peers": "vllm"}  # and where they are measured
+HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})
+# Each only in integrations/<one of these>.py, and where it is measured.
+MEASURED = {"lorakernels.tools.bench.peers": "peft", "lorakernels.tools.bench.multi_peers": "vllm"}
 MAX_LINES = 500
 
 ROW = {unit: row for row, units in enumerate(LADDER) for unit in units}
@@ -141,6 +138,11 @@ def unit_of(name: str) -> str | None:
     return FACADE
 
 
+def within(module: str, places: tuple[str, ...]) -> bool:
+    """Whether the module is one of these places of the package, or in one."""
+    return any(f"{module}.".startswith(f"lorakernels.{place}.") for place in places)
+
+
 # ---------------------------------------------------------------------------------------------- the rules
 # A rule gets the importing module and one of its imports, and returns what is wrong with it, or None.
 
@@ -173,24 +175,24 @@ def beside(module: str, imported: Import) -> str | None:
 
 def facade(module: str, imported: Import) -> str | None:
     importer = unit_of(module)
-    if unit_of(imported.target) != FACADE or importer in FACADE_USERS or imported.target in FACADE_OPEN_NAMES:
+    if unit_of(imported.target) != FACADE or within(module, FACADE_USERS) or imported.target in FACADE_OPEN_NAMES:
         return None
     return f"`{importer}` reaches through the package's __init__ (or a unit that LADDER lacks): name the module meant"
 
 
 def triton(module: str, imported: Import) -> str | None:
     importer = unit_of(module)
-    if imported.target.split(".")[0] != "triton" or importer in TRITON_UNITS:
+    if imported.target.split(".")[0] != "triton" or within(module, TRITON_PLACES):
         return None
     if importer in TRITON_UNITS_INSIDE_A_CALL:
         return f"`{importer}` may import triton inside a function only" if imported.at_top else None
-    return f"only {', '.join(sorted(TRITON_UNITS))} may import triton, not `{importer}`"
+    return f"only {', '.join(TRITON_PLACES)} may import triton, not `{importer}`"
 
 
 def kernels_late(module: str, imported: Import) -> str | None:
     """Kernels import triton, so whoever is imported without it must reach them late: ops, and any other unit too."""
     importer = unit_of(module)
-    if unit_of(imported.target) != "kernels" or not imported.at_top or importer in TRITON_UNITS:
+    if unit_of(imported.target) != "kernels" or not imported.at_top or within(module, TRITON_PLACES):
         return None
     return f"`{importer}` may import kernels inside a call only, never at the top of the module"
 
@@ -266,12 +268,11 @@ CAUGHT = [
     ("lorakernels.plan", "import lorakernels.backend", ladder),
     ("lorakernels.nn.linear", "import importlib\nimportlib.import_module('lorakernels.adapters.merge')", ladder),
     ("lorakernels.quant.nf4", "from importlib import import_module\nimport_module('..ops', __package__)", ladder),
-    ("lorakernels.demo", "from lorakernels.cli import main", ladder),
+    ("lorakernels.tools.demo", "from lorakernels.cli import main", ladder),
     ("lorakernels", "from lorakernels.cli import main", ladder),
-    ("lorakernels.tuning.tuner", "from lorakernels.functional import lora_linear", ladder),
-    ("lorakernels.tuning.table", "from lorakernels.tuning import tuner", beside),
-    ("lorakernels.tuning.table", "from . import compile_report", beside),
-    ("lorakernels.functional", "from lorakernels.tuning.tuner import tune", beside),
+    ("lorakernels.configs.table", "from lorakernels.tools.tune import tuner", ladder),
+    ("lorakernels.configs.table", "def f():\n    from ..kernels import launch", ladder),
+    ("lorakernels.functional", "from lorakernels.tools.tune.tuner import tune", ladder),
     ("lorakernels.cli", "def f():\n    from lorakernels.testing import cases", beside),
     ("lorakernels", "from lorakernels.testing import cases", beside),
     ("lorakernels.files.peft", "from lorakernels.nn.adapt import LAYERS", ladder),
@@ -282,7 +283,10 @@ CAUGHT = [
     ("lorakernels.nn.linear", "from lorakernels.no_such_unit import f", facade),
     ("lorakernels.ops", "def f():\n    import triton", triton),
     ("lorakernels.eager.linear", "import triton.language as tl", triton),
-    ("lorakernels.tuning.table", "from triton.runtime import driver", triton),
+    ("lorakernels.configs.table", "from triton.runtime import driver", triton),
+    ("lorakernels.tools.bench.run", "import triton", triton),
+    ("lorakernels.tools.bench.run", "from lorakernels.kernels.launch import launch", kernels_late),
+    ("lorakernels.tools.doctor", "from lorakernels import lora_linear", facade),
     ("lorakernels.backend", "try:\n    import triton\nexcept ImportError:\n    triton = None", triton),
     ("lorakernels.ops", "from lorakernels.kernels.shrink import shrink", kernels_late),
     ("lorakernels.ops", "from .kernels import shrink", kernels_late),
@@ -295,15 +299,15 @@ CAUGHT = [
 ALLOWED = [
     (
         "lorakernels.cli",
-        "import lorakernels\nfrom lorakernels.tuning.compile_report import main\nimport lorakernels.demo",
+        "import lorakernels\nfrom lorakernels.tools.compile_report import main\nimport lorakernels.tools.demo",
     ),
     ("lorakernels.integrations.peft", "import peft\nfrom lorakernels.nn.linear import LoRALinear"),
     ("lorakernels.nn.conv", "from .linear import LoRALinear\nfrom ..plan import BatchPlan"),
     ("lorakernels.ops", "def f():\n    from lorakernels.kernels.shrink import shrink\nimport lorakernels.eager"),
     ("lorakernels.ops", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .kernels import shrink"),
     ("lorakernels.backend", "def f():\n    import triton"),
-    ("lorakernels.kernels.shrink", "import triton\nfrom lorakernels.tuning.config import KernelConfig"),
-    ("lorakernels.tuning.compile_report", "import triton\nfrom lorakernels.kernels import launch"),
+    ("lorakernels.kernels.shrink", "import triton\nfrom lorakernels.configs.config import KernelConfig"),
+    ("lorakernels.tools.compile_report", "import triton\nfrom lorakernels.kernels import launch"),
     ("lorakernels.testing.cases", "import torch\nfrom lorakernels.functional import lora_linear"),
     ("lorakernels.serving.server", "from lorakernels import __version__"),
     ("lorakernels.nn.linear", "import transformers_free_name, tritonic"),
@@ -319,7 +323,7 @@ def test_checker_catches(module: str, source: str, rule: Rule) -> None:
 
 def test_checker_reads_relative_imports_of_a_package() -> None:
     assert violations("from .testing import cases", "lorakernels", is_package=True)
-    assert violations("from . import tuner", "lorakernels.tuning", is_package=True)
+    assert violations("from ..tools import tune", "lorakernels.configs", is_package=True)
     assert violations("from ..ops import f", "lorakernels.kernels", is_package=True)
     assert not violations("from .shrink import f", "lorakernels.kernels", is_package=True)
 

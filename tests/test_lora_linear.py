@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lorakernels as lk
+from lorakernels.configs import table
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import assume
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches
-from lorakernels.kernels.shipped import shipped_launches
 from lorakernels.kernels.streams import side_stream
 from lorakernels.member import Member, training_step
 from lorakernels.ops import small_linear
@@ -25,9 +27,7 @@ from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import LARGE_CASES, LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
 from lorakernels.testing.device import COMPILED, NUMBERS, has_room
 from lorakernels.testing.guards import canaries
-from lorakernels.tuning import table
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.device import assume
+from lorakernels.tools.steps import shipped_launches
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEED = 1234

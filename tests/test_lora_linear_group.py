@@ -13,8 +13,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
-from lorakernels.bench.group import frozen_passes, group_passes, own_group
-from lorakernels.bench.registry import Case
+from lorakernels.configs import table
+from lorakernels.configs.config import KernelConfig
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import unpack_mask
 from lorakernels.kernels import lora_linear as kernels
@@ -35,9 +35,6 @@ from lorakernels.testing.group_cases import (
     run_group_formula,
 )
 from lorakernels.testing.guards import canaries
-from lorakernels.tuning import table
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.device import assume
 
 SEED = 1234
 IMPLS = ["torch", "triton"]
@@ -204,29 +201,6 @@ def test_launches() -> None:
         assert dx.constexprs["NUM_PAIRS"] == 3
         of_x = [launch for launch in backward if "z" in launch.args and launch.args["z"].ptr is inputs.x]
         assert len(of_x) == 1
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("cublas", [False, True])
-@pytest.mark.parametrize(("Ns", "r"), [((4096, 1024, 1024), 16), ((14336, 14336), 64), ((131, 97, 33), 5)])
-def test_bytes_and_launches_are_those_of_the_formula(Ns: tuple[int, ...], r: int, cublas: bool, dropout: float) -> None:
-    members = [Case(2048, N, 4096 if r > 5 else 97, r, dropout) for N in Ns]
-    with assume("sm_90"):
-        config = table.choose("linear_expand", 2048, Ns[0], 4096, r, 2, torch.device("meta"), tma=not cublas)
-        with table.forced_configs({"linear_expand": dataclasses.replace(config, cublas=cublas)}):
-            counted, expected = own_group(members), group_passes(members, cublas=cublas)
-    assert sum(row.bytes for row in counted) == sum(step.bytes for step in expected), (counted, expected)
-    assert len(counted) == len(expected)
-
-
-def test_known_figures() -> None:
-    """q, k, v of 8192 tokens: less than the frozen layers move, whose dx are written one by one and added."""
-    members = [Case(8192, N, 4096) for N in (4096, 1024, 1024)]
-    with assume("sm_90"):
-        ours, frozen = (sum(step.tall for step in steps) for steps in (group_passes(members), frozen_passes(members)))
-    MIB = 1 << 20
-    assert frozen == (6 * 64 + 2 * 96 + 6 * 64) * MIB
-    assert ours - frozen == (64 + 96 + 64 - 2 * 64 - 6 * 64) * MIB
 
 
 @pytest.mark.parametrize(

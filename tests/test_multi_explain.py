@@ -10,11 +10,11 @@ import torch
 pytest.importorskip("triton")
 
 import lorakernels as lk
+from lorakernels.configs.device import assume
 from lorakernels.kernels import lora_linear, multi_lora
 from lorakernels.kernels.launch import record_launches
 from lorakernels.member import Member, training_step
 from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs
-from lorakernels.tuning.device import assume
 
 
 @pytest.mark.parametrize(

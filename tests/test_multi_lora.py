@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import lorakernels as lk
 from lorakernels import ops
+from lorakernels.configs import table
+from lorakernels.configs.config import KernelConfig
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import unpack_mask
 from lorakernels.eager.multi_lora import route
@@ -36,8 +38,6 @@ from lorakernels.testing.multi_cases import (
     make_multi_inputs,
     run_loop,
 )
-from lorakernels.tuning import table
-from lorakernels.tuning.config import KernelConfig
 
 # Sixteen is the smallest block: a small batch then takes several tiles, turns of every loop, and planes.
 TINY = KernelConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_R=16, SPLIT=2)

@@ -14,12 +14,12 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 import lorakernels as lk
+from lorakernels.configs import table
+from lorakernels.configs.config import KernelConfig
 from lorakernels.functional import multi_lora_embedding
 from lorakernels.testing.cases import LinearCase, make_inputs
 from lorakernels.testing.interpreter import only_own_memory
 from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs
-from lorakernels.tuning import table
-from lorakernels.tuning.config import KernelConfig
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter's addresses: a GPU has its own tools"

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 from lorakernels import cli
-from lorakernels.tuning import precompile
+from lorakernels.tools import precompile
 
 ONE_KERNEL = """
 import torch

@@ -16,14 +16,14 @@ import torch
 pytest.importorskip("triton")
 
 import lorakernels as lk
+from lorakernels.configs import table, table_file
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.data_sheet import data_sheet
+from lorakernels.configs.device import UNKNOWN, Device, assume, device_of, example_of
+from lorakernels.configs.heuristic import FORMS, MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
+from lorakernels.configs.table import choose, choose_with_source, clear, forced_configs, load_table, misfit
+from lorakernels.configs.table_file import Entry, Table, cache_folder, read_table, shipped_path, user_path, write_table
 from lorakernels.plan import TILE_HEIGHTS
-from lorakernels.tuning import table, table_file
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.data_sheet import data_sheet
-from lorakernels.tuning.device import UNKNOWN, Device, assume, device_of, example_of
-from lorakernels.tuning.heuristic import FORMS, MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
-from lorakernels.tuning.table import choose, choose_with_source, clear, forced_configs, load_table, misfit
-from lorakernels.tuning.table_file import Entry, Table, cache_folder, read_table, shipped_path, user_path, write_table
 
 H100 = example_of("sm_90")
 CPU = torch.device("cpu")

@@ -17,15 +17,15 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 import lorakernels as lk
+from lorakernels.configs import table, table_file
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import assume, example_of
+from lorakernels.configs.heuristic import MULTI_OPERATIONS, heuristic
+from lorakernels.configs.table import choose_with_source, clear, forced_configs, strike_out
+from lorakernels.configs.table_file import Entry, Table, shipped_path, write_table
 from lorakernels.kernels import multi_expand, multi_outer, multi_shrink, outer, shrink
 from lorakernels.kernels.launch import launch, retried
 from lorakernels.testing.budget import error
-from lorakernels.tuning import table, table_file
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.device import assume, example_of
-from lorakernels.tuning.heuristic import MULTI_OPERATIONS, heuristic
-from lorakernels.tuning.table import choose_with_source, clear, forced_configs, strike_out
-from lorakernels.tuning.table_file import Entry, Table, shipped_path, write_table
 
 H100 = example_of("sm_90")
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
@@ -27,7 +28,6 @@ from lorakernels.kernels.tiles import (
     tall,
     transposed,
 )
-from lorakernels.tuning.table import choose
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

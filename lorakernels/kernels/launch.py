@@ -11,8 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.table import strike_out
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.table import strike_out
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -15,6 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import num_processors
+from lorakernels.configs.table import choose
 from lorakernels.kernels.descriptors import descriptor, fits_descriptor
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
@@ -30,9 +33,6 @@ from lorakernels.kernels.tiles import (
     tall,
     transposed,
 )
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.device import num_processors
-from lorakernels.tuning.table import choose
 
 MAX_PAIRS = 3  # of x and weight in one launch: q, k and v
 

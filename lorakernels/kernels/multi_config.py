@@ -10,10 +10,10 @@ import dataclasses
 
 import torch
 
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.heuristic import Batch
+from lorakernels.configs.table import choose
 from lorakernels.plan import TILE_HEIGHTS
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.heuristic import Batch
-from lorakernels.tuning.table import choose
 
 
 def choose_multi(

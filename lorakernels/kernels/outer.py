@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.table import choose, takes_one_pass
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import NO_MATRIX, Matrix, drop, load_tile, matrix, plane, sized, store_tile, tall
-from lorakernels.tuning.config import KernelConfig
-from lorakernels.tuning.table import choose, takes_one_pass
 
 
 @triton.jit(do_not_specialize=["M"])

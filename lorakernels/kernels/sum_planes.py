@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.configs.config import KernelConfig
 from lorakernels.kernels.launch import cdiv, launch
-from lorakernels.tuning.config import KernelConfig
 
 _BLOCK = 1024
 _CONFIG = KernelConfig(num_warps=4)

@@ -19,10 +19,10 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from lorakernels import functional
+from lorakernels.configs.table import FEW_TOKENS
 from lorakernels.nn.modules import runs_more_than_forward
 from lorakernels.nn.terms import Call
 from lorakernels.ops import small_linear
-from lorakernels.tuning.table import FEW_TOKENS
 
 Names = tuple[str, ...]
 _Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float | torch.Tensor, float]

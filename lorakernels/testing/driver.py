@@ -27,9 +27,9 @@ from triton.runtime import cache as triton_cache
 from triton.runtime import driver as triton_driver
 
 from lorakernels import backend
+from lorakernels.configs import device as gpu
+from lorakernels.configs.data_sheet import speed_of
 from lorakernels.kernels.launch import Launch, launch
-from lorakernels.tuning import device as gpu
-from lorakernels.tuning.data_sheet import speed_of
 
 _SOURCE = Path(__file__).with_name("driver.c")
 _INCLUDE = Path(nvidia.__file__).parent / "include"

@@ -1,0 +1,1 @@
+"""Which configuration a kernel takes: plain data, no Triton."""

@@ -1,0 +1,1 @@
+"""What the command line runs. Nothing below imports it."""

@@ -1,0 +1,348 @@
+"""What each launch becomes on GPUs that are not there: registers, spills, shared memory, instructions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import rich
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
+from triton.compiler.compiler import compile as triton_compile
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from lorakernels.backend import BackendError
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import assume
+from lorakernels.configs.table_file import SHIPPED, read_table
+from lorakernels.kernels.launch import Launch, compile_options, record_launches
+from lorakernels.tools.machine_code import Code, loop_tiles, narrow_loads, read_amd, read_nvidia
+from lorakernels.tools.processes import in_processes
+from lorakernels.tools.steps import shipped_launches
+from lorakernels.tools.tune.problem import Problem
+from lorakernels.tools.tune.trial import make_inputs, run
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What one streaming multiprocessor (AMD: compute unit) holds. Memory in bytes, registers of 32 bits."""
+
+    name: str
+    target: GPUTarget
+    shared_per_block: int
+    shared_per_sm: int
+    shared_granule: int = 128
+    shared_reserved: int = 1024  # taken from shared_per_sm by each block besides its own
+    registers_per_sm: int = 65536
+    max_warps_per_sm: int = 64
+    max_blocks_per_sm: int = 32
+    tensor_memory_columns: int = 0
+
+
+_ARCHS = (
+    Arch("sm_80", GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10),
+    Arch("sm_90", GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10),
+    Arch("sm_100", GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, tensor_memory_columns=512),
+    Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 512, 0, 131072, 32),
+)
+ARCHS: dict[str, Arch] = {arch.name: arch for arch in _ARCHS}
+
+
+@dataclass(frozen=True)
+class CompileRow:
+    """One launch on one architecture. What could not be measured, because nothing compiled, is None.
+
+    `narrowest_load_bytes` is the least that a thread takes with one load from global memory in the main loop: the
+    innermost loop with the most matrix instructions. Copies by TMA have no width. Less than 16 is right where a
+    thread's share of a tile is less, and for dropout's mask, which is bytes.
+    """
+
+    kernel: str
+    config: KernelConfig
+    arch: str
+    dtype: str  # of the kernel's first tensor
+    registers: int | None = None  # a thread
+    spill_bytes: int | None = None  # a thread
+    shared_bytes: int | None = None  # a block
+    tensor_core: str | None = None
+    tma: bool = False
+    async_copy: bool = False
+    narrowest_load_bytes: int | None = None
+    ctas_per_sm: int | None = None
+    ok: bool = False
+    why: str = ""
+
+
+class _Task(NamedTuple):
+    launch: Launch
+    arch: Arch
+    source: ASTSource
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        source = self.source
+        specialisation = (str(source.signature), str(source.constants), str(source.attrs))
+        return (self.launch.kernel, *specialisation, str(self.options), self.arch.name)
+
+    @property
+    def tokens(self) -> int:
+        return self.launch.args.get("M", 0)
+
+    def row(self, **measured: Any) -> CompileRow:
+        dtype = str(self.launch.tensor.dtype).removeprefix("torch.")
+        return CompileRow(self.source.name, self.launch.config, self.arch.name, dtype, **measured)
+
+
+def _specialise(launch: Launch, arch_name: str) -> _Task:
+    """The source as Triton's JIT would specialise it, by Triton's own code: the rules differ by backend and version."""
+    if knobs.runtime.interpret or not isinstance(launch.kernel, JITFunction):
+        raise BackendError(
+            f"{launch.kernel} cannot be compiled: the compile report needs kernels made by triton.jit with the "
+            "interpreter off. Unset TRITON_INTERPRET before importing lorakernels."
+        )
+    if arch_name not in ARCHS:
+        raise ValueError(f"unknown architecture {arch_name!r}; expected one of {', '.join(ARCHS)}")
+    kernel, arch = launch.kernel, ARCHS[arch_name]
+    backend = make_backend(arch.target)
+    keywords = {**launch.args, **launch.constexprs, **compile_options(launch.config)}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialisation, extra = bind(**keywords)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, keywords, bound, specialisation, extra)
+    return _Task(launch, arch, ASTSource(kernel, signature, constexprs, attrs), options.__dict__)
+
+
+def _reason(error: BaseException) -> str:
+    """The line that says what went wrong: the innermost error's, or the assembler's first complaint."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    complaints = [line for line in lines if re.search(r"; error\s*:", line)]
+    return (complaints or lines[-1:] or [type(error).__name__])[0]
+
+
+def _compile(task: _Task) -> CompileRow:
+    try:
+        compiled = triton_compile(task.source, target=task.arch.target, options=task.options)
+    except Exception as error:
+        return task.row(why=f"does not compile: {_reason(error)}")
+    arch, meta = task.arch, compiled.metadata
+    code = _read_nvidia(compiled) if arch.target.backend == "cuda" else read_amd(compiled.asm["amdgcn"])
+    columns = getattr(meta, "tmem_size", None) or 0
+    faults = [code.spills] if code.spills else []
+    if meta.shared > arch.shared_per_block:
+        faults.append(f"{meta.shared} bytes of shared memory, over the limit of {arch.shared_per_block} a block")
+    if columns > arch.tensor_memory_columns:
+        faults.append(f"{columns} columns of tensor memory, over the limit of {arch.tensor_memory_columns}")
+    faults += _product_faults(task.launch, task.source.name, arch.name, code)
+    # Not the config's num_warps: warp specialisation adds some.
+    threads = meta.num_warps * arch.target.warp_size
+    # A kernel without a loop has no loads in it to judge.
+    if (
+        code.loads
+        and _aligned(task.launch)
+        and (narrow := narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
+    ):
+        faults.append(narrow)
+    return task.row(
+        registers=code.registers,
+        spill_bytes=code.spill_bytes,
+        shared_bytes=meta.shared,
+        tensor_core=code.tensor_core,
+        tma=code.tma,
+        async_copy=code.async_copy,
+        narrowest_load_bytes=min(code.loads, default=None),
+        ctas_per_sm=_ctas_per_sm(arch, code.registers, meta.shared, columns, meta.num_warps),
+        ok=not faults,
+        why="; ".join(faults),
+    )
+
+
+def _tool(path: str, option: str, file: str) -> str:
+    return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def _read_nvidia(compiled: CompiledKernel) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
+        sass = _tool(knobs.nvidia.nvdisasm.path, "--no-dataflow", file.name)
+    return read_nvidia(usage, sass)
+
+
+# What a matrix product of 16-bit operands must come to where it is large: these units do most of the device's work.
+_LARGE = 1024
+_LARGE_MUST_USE = {"sm_90": "wgmma", "sm_100": "tcgen05"}
+
+
+def _product_faults(launch: Launch, name: str, arch: str, code: Code) -> list[str]:
+    """What is wrong with how a GEMM is multiplied, and its operands copied."""
+    if not name.startswith(("linear_expand", "few_tokens")) or launch.tensor.element_size() != 2:
+        return []
+    if code.tensor_core is None:
+        return ["a 16-bit matrix product without the matrix units"]
+    unit = _LARGE_MUST_USE.get(arch)
+    if unit is None or not name.startswith("linear_expand") or launch.constexprs.get("HAS_BASE"):
+        return []
+    # Of pairs of x and w. Descriptors ask for as much by themselves.
+    odd = any(n % 16 for _, w in launch.args.get("pairs", ()) for n in (w.rows, w.cols))
+    if launch.args.get("M", 0) < _LARGE or odd:
+        return []
+    faults = [] if code.tensor_core == unit else [f"a large product by {code.tensor_core} instead of {unit}"]
+    return faults if code.tma else [*faults, "a large aligned product that does not load by TMA"]
+
+
+def _aligned(launch: Launch) -> bool:
+    """Whether sizes and strides are multiples of 16, so that every row can be loaded 16 bytes at a time."""
+    free = {parameter.name for parameter in launch.kernel.params if parameter.do_not_specialize}
+    numbers = (number for name, value in launch.args.items() if name not in free for number in _numbers(name, value))
+    return all(n % 16 == 0 or (n == 1 and name.startswith("stride")) for name, n in numbers)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """The integers in an argument, each with the name of the innermost field that holds it."""
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", (name,) * len(value))
+        for field, each in zip(names, value, strict=True):
+            yield from _numbers(field, each)
+    elif type(value) is int:
+        yield name, value
+
+
+def _round_up(number: int, granule: int) -> int:
+    return -(-number // granule) * granule
+
+
+def _ctas_per_sm(arch: Arch, registers: int, shared: int, columns: int, warps: int) -> int:
+    """How many blocks an SM holds at once."""
+    # Registers are handed out eight a lane, and a warp's come from one of the SM's four schedulers.
+    warp_registers = _round_up(max(registers, 1), 8) * arch.target.warp_size
+    warps_by_registers = arch.registers_per_sm // 4 // warp_registers * 4
+    block_shared = _round_up(max(shared + arch.shared_reserved, 1), arch.shared_granule)
+    limits = [arch.max_blocks_per_sm, min(arch.max_warps_per_sm, warps_by_registers) // warps]
+    limits.append(arch.shared_per_sm // block_shared)
+    if columns:
+        # Tensor memory comes in powers of two, from 32 columns.
+        limits.append(arch.tensor_memory_columns // max(32, 1 << (columns - 1).bit_length()))
+    return min(limits)
+
+
+def compile_launch(launch: Launch, arch: str) -> CompileRow:
+    """Compile one launch for one architecture of `ARCHS`, in this process."""
+    return _compile(_specialise(launch, arch))
+
+
+def compile_report(
+    launches: Iterable[Launch], archs: Sequence[str] = tuple(ARCHS), jobs: int = 2, progress: bool = True
+) -> list[CompileRow]:
+    """A row for each different launch and each architecture; `jobs` processes compile.
+
+    Launches whose configs differ only in what is not part of the code, such as the grid, are compiled once, and each
+    has its row.
+    """
+    tasks = [_specialise(launch, arch) for launch in launches for arch in archs]
+    rows = _report(tasks, jobs, progress)
+    each = dict.fromkeys((task.key, task.launch.config) for task in tasks)
+    return [dataclasses.replace(rows[key], config=config) for key, config in each]
+
+
+def shipped_report(
+    archs: Sequence[str] = tuple(ARCHS), jobs: int = 2, kernels: Sequence[str] | None = None
+) -> list[CompileRow]:
+    """A row for each launch that the shipped configurations make on each architecture.
+
+    Raises:
+        ValueError: an architecture, or one of `kernels`, is not known.
+        BackendError: Triton's interpreter is on.
+    """
+    tasks = []
+    for arch in archs:
+        with assume(arch):
+            tasks += [_specialise(launch, arch) for launch in shipped_launches() + table_launches(arch)]
+    names = sorted({task.source.name for task in tasks})
+    if unknown := [name for name in kernels or () if name not in names]:
+        raise ValueError(f"there is no kernel {unknown[0]!r}; kernels: {', '.join(names)}")
+    return list(_report([task for task in tasks if kernels is None or task.source.name in kernels], jobs).values())
+
+
+def table_launches(arch: str, folder: Path = SHIPPED) -> list[Launch]:
+    """The launches of every entry of the tables that ship for this architecture, with and without dropout.
+
+    Raises:
+        ValueError: a table, or an entry, is not right.
+    """
+    with record_launches() as launches:
+        for path in sorted(folder.glob("*.json")):
+            table, problems = read_table(path)
+            if problems:
+                raise ValueError(f"{path}: {problems[0]}")
+            for entry in table.entries if table.arch == arch else ():
+                dtype = torch.float32 if entry.itemsize == 4 else torch.bfloat16
+                for dropout in (0.0, 0.1):
+                    problem = Problem(entry.operation, entry.M, entry.N, entry.K, entry.r, dtype, dropout, entry.slots)
+                    run(problem, entry.config, make_inputs(problem, torch.device("meta")))
+    return launches
+
+
+def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> dict[tuple[Any, ...], CompileRow]:
+    """By the key of what is compiled."""
+    largest: dict[tuple[Any, ...], _Task] = {}  # of launches that make the same code, for what large ones must be
+    for task in every:
+        if task.key not in largest or task.tokens > largest[task.key].tokens:
+            largest[task.key] = task
+    tasks = list(largest.values())
+    results = in_processes(lambda index: _compile(tasks[index]), len(tasks), jobs)
+    rows = dict(tqdm(results, total=len(tasks), desc="compile", unit="kernel", disable=None if progress else True))
+    crashed = "does not compile: the compiler crashed"
+    return {key: rows[index] or task.row(why=crashed) for index, (key, task) in enumerate(largest.items())}
+
+
+def report_table(rows: Iterable[CompileRow]) -> Table:
+    """The rows for a terminal."""
+    table = Table(title="Compile report")
+    for name in ("kernel", "dtype", "arch", "M×N×K×R", "split", "warps", "stages"):
+        table.add_column(name)
+    for name in ("registers", "spill B", "shared B", "load B", "blocks/SM"):
+        table.add_column(name, justify="right")
+    for name in ("matrix", "copy", "verdict"):
+        table.add_column(name)
+    for row in rows:
+        c = row.config
+        tiles = f"{c.BLOCK_M}×{c.BLOCK_N}×{c.BLOCK_K}×{c.BLOCK_R}"
+        chosen = (row.kernel, row.dtype, row.arch, tiles, c.SPLIT, c.num_warps, c.num_stages)
+        numbers = (row.registers, row.spill_bytes, row.shared_bytes, row.narrowest_load_bytes, row.ctas_per_sm)
+        copies = " ".join(name for name, used in (("tma", row.tma), ("async", row.async_copy)) if used)
+        cells = ("-" if cell is None else str(cell) for cell in (*chosen, *numbers, row.tensor_core, copies))
+        table.add_row(*cells, Text("ok", "green") if row.ok else Text(row.why, "red"))
+    return table
+
+
+def main(archs: Sequence[str] = (), kernels: Sequence[str] = (), as_json: bool = False, jobs: int = 2) -> int:
+    """Compile what ships, for the named architectures and kernels or all; print every row if they are named, or faults.
+
+    Returns 1 if a row is not ok.
+    """
+    rows = shipped_report(archs or tuple(ARCHS), jobs, kernels or None)
+    faults = [row for row in rows if not row.ok]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        return 1 if faults else 0
+    if shown := rows if archs or kernels else faults:
+        wide = not rich.get_console().is_terminal  # a file has no width
+        Console(width=200 if wide else None).print(report_table(shown))
+    print(f"compile gate: {len(rows)} kernels compiled for {', '.join(archs or ARCHS)}; {len(faults)} not ok")
+    return 1 if faults else 0

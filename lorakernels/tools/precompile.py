@@ -1,0 +1,165 @@
+"""Kernels compiled here for a GPU that is elsewhere: Triton's compile cache, filled, packed, and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from lorakernels.testing.driver import CACHE_FOR, COMPILED, key_of_cache
+
+_MANIFEST = "lorakernels.json"
+_GROUP = "__grp__"  # how Triton's cache calls the file that lists those of a kernel
+_NEEDED = (".json", ".cubin", ".so")  # of a kernel that is found; the steps to it are only read by people
+_SHIPPED = """
+from lorakernels.testing import driver
+driver.install({arch!r})
+from lorakernels.tools.steps import shipped_launches
+driver.replay(shipped_launches())
+"""
+
+
+def precompile(
+    out: Path, arch: str = "sm_90", python: str | None = None, triton: str | None = None, command: Sequence[str] = ()
+) -> bool:
+    """Fill a compile cache with all that `command` launches on a driver that only checks, and pack it into `out`.
+
+    It is for the CPython `python` (cp312, or the path of one; this one's by default) and for this version of Triton
+    (the installed one). Without a command it is what the shipped configs launch. The archive is then unpacked elsewhere
+    and the command run again: whether every kernel was found.
+
+    Raises:
+        BackendError: there is no C compiler. ValueError: `python` is neither a tag nor a program.
+        CalledProcessError: the command failed, or there is no such wheel.
+    """
+    command = list(command) or [sys.executable, "-c", _SHIPPED.format(arch=arch)]
+    with tempfile.TemporaryDirectory(prefix="lorakernels-") as name:
+        scratch = Path(name)
+        environment, target = _environment(scratch, python, triton)
+        _run(command, scratch / "cache", environment)
+        key = subprocess.check_output(
+            [sys.executable, "-c", "from lorakernels.testing import driver; print(driver.key_of_cache())"],
+            env=environment,
+            text=True,
+        ).strip()
+        kernels = _pack(scratch / "cache", out, {"arch": arch, "key": key, **target})
+        print(f"{out}: {kernels} kernels for {arch}, {out.stat().st_size / (1 << 20):.1f} MiB, {_text(target)}")
+        unpack(out, scratch / "elsewhere")
+        found = _run(command, scratch / "elsewhere", environment)
+    misses = {what: number for what, number in found.items() if what.startswith("miss")}
+    print(
+        f"unpacked elsewhere: {sum(found.values()) - sum(misses.values())} found, {sum(misses.values())} compiled anew"
+    )
+    for what, number in misses.items():
+        print(f"  {what}: {number}")
+    return not misses and bool(found)
+
+
+def unpack(archive: Path, folder: Path) -> str | None:
+    """Put an archive's kernels into the compile cache `folder`; why this Triton will not find them, None if it will.
+
+    Raises:
+        ValueError: the file is no archive of `lorakernels precompile`.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+        target = json.loads((folder / _MANIFEST).read_text())
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise ValueError(f"{archive} is no archive of lorakernels precompile: {error}") from None
+    for group in folder.glob(f"*/{_GROUP}*"):  # they hold absolute paths
+        names = json.loads(group.read_text())["child_paths"]
+        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in names}}))
+    own = {"python": sys.implementation.cache_tag, "triton": metadata.version("triton")}
+    if key_of_cache() == target["key"] and target["python"] == own["python"]:
+        return None
+    return f"it is for {_text(target)}, and this is {_text(own)}"
+
+
+def _text(target: dict[str, str]) -> str:
+    return f"triton {target['triton']} on {target['python']}"
+
+
+def _environment(scratch: Path, python: str | None, triton: str | None) -> tuple[dict[str, str], dict[str, str]]:
+    """What a process that fills the cache is told, and for which CPython and Triton the cache is."""
+    own_tag, own_triton = f"cp{sys.version_info[0]}{sys.version_info[1]}", metadata.version("triton")
+    triton, tag, program = triton or own_triton, own_tag, sys.executable
+    if python:
+        tag, program = _python(python)
+    # So that this package is found, and no interpreter is.
+    paths, environment = (
+        [str(Path(__file__).parents[2])],
+        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )
+    if triton != own_triton:
+        pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(scratch / "triton"))
+        subprocess.run([*pip, f"triton=={triton}"], check=True)
+        paths.insert(0, str(scratch / "triton"))
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    if tag != own_tag:
+        fill_for = {"libtriton": _libtriton(tag, triton, scratch)}
+        if program:
+            code = "import sysconfig; print(sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX'))"
+            fill_for["include"], fill_for["suffix"] = subprocess.check_output([program, "-c", code], text=True).split()
+        else:
+            print(f"there is no python of {tag} here, so no headers: Triton's C launchers will be compiled there")
+        environment[CACHE_FOR] = json.dumps(fill_for)
+    return environment, {"python": f"cpython-{tag[2:]}", "triton": triton}
+
+
+def _python(python: str) -> tuple[str, str]:
+    """The tag of a CPython, and its program, or nothing where there is none here."""
+    if match := re.fullmatch(r"cp3(\d+)", python):
+        return python, shutil.which(f"python3.{match[1]}") or ""
+    if not shutil.which(python):
+        raise ValueError(f"python is {python!r}; expected a tag such as cp312, or the path of a Python program")
+    code = "import sys; print(f'cp{sys.version_info[0]}{sys.version_info[1]}')"
+    return subprocess.check_output([python, "-c", code], text=True).strip(), python
+
+
+def _libtriton(tag: str, triton: str, scratch: Path) -> str:
+    """The hash of libtriton.so of that CPython's wheel."""
+    machine = os.uname().machine
+    platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in (17, 27, 28, 34, 35)]
+    options = ("--no-deps", "--only-binary=:all:", f"--python-version={tag[2:]}", "--implementation=cp", *platforms)
+    folder = scratch / "wheels"
+    pip = (sys.executable, "-m", "pip", "download", "-q", "-d", str(folder))
+    subprocess.run([*pip, *options, f"triton=={triton}"], check=True)
+    (wheel,) = folder.glob("triton-*.whl")
+    with zipfile.ZipFile(wheel) as zipped:
+        return hashlib.sha256(zipped.read("triton/_C/libtriton.so")).hexdigest()
+
+
+def _run(command: Sequence[str], cache: Path, environment: dict[str, str]) -> Counter[str]:
+    """How often each kernel was found in this cache ("hit …") or compiled ("miss …") while the command ran."""
+    log = cache.with_suffix(".log")
+    cache.mkdir(exist_ok=True)
+    subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(cache), COMPILED: str(log)}, check=True)
+    return Counter(log.read_text(encoding="utf-8").splitlines()) if log.exists() else Counter()
+
+
+def _pack(cache: Path, out: Path, manifest: dict[str, str]) -> int:
+    """How many kernels are in the archive: of each what is needed to launch it, with no path of this machine."""
+    (cache / _MANIFEST).write_text(json.dumps(manifest))
+    kernels = 0
+    for group in cache.glob(f"*/{_GROUP}*"):
+        names = [name for name in json.loads(group.read_text())["child_paths"] if name.endswith(_NEEDED)]
+        group.write_text(json.dumps({"child_paths": dict.fromkeys(names, "")}))
+        kernels += 1
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(out, "w:xz") as tar:
+        for path in sorted(cache.rglob("*")):
+            if path.is_file() and path.name.endswith(_NEEDED):
+                tar.add(path, path.relative_to(cache))
+    return kernels

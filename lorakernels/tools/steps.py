@@ -1,0 +1,118 @@
+"""Steps on meta tensors: what they launch is recorded, to be compiled, counted or tuned."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lorakernels.member import Member, training_step
+from lorakernels.plan import BatchPlan
+
+# float16 compiles to the same instructions as bfloat16, with the other operand type.
+DTYPES = (torch.bfloat16, torch.float32)
+# The few-token form with its smallest and largest block of rows, then the general form.
+TOKENS = (1, 200, 8192)
+# The narrowest and the widest BLOCK_R.
+RANKS = (8, 64)
+ALIGNED, ODD = (4096, 4096), (131, 97)
+# Many adapters: tokens and slots of each form (a program a token, tiles of 16, tiles of 64), and the widths of q, k, v.
+BATCHES = ((64, 64), (256, 32), (2048, 8))
+QKV = (4096, 1024, 1024)
+_THRESHOLD = 6554  # of p = 0.1
+
+
+def shipped_launches() -> list[Any]:
+    """What the compile gate compiles: forward and backward over dtypes, forms, ranks, alignment and dropout."""
+    from lorakernels.kernels import lora_linear
+    from lorakernels.kernels.launch import record_launches
+
+    step, (N, K), (odd_N, odd_K), single = partial(layer_step, lora_linear), ALIGNED, ODD, torch.float32
+    with record_launches() as launches:
+        for dtype, M, r in itertools.product(DTYPES, TOKENS, RANKS):
+            step(dtype, M, K, [(N, r)], bias=True)
+            step(dtype, M, K, [(N, r)], _THRESHOLD, factor_dtype=single)
+            step(dtype, M, K, [(N, r)], factor_dtype=single, bias=True, row_scale=True)
+        for M in TOKENS:
+            step(torch.bfloat16, M, odd_K, [(odd_N, 5)], _THRESHOLD, bias=True, row_scale=True)
+        for dtype, M, threshold in itertools.product(DTYPES, TOKENS[1:], (0, _THRESHOLD)):
+            step(dtype, M, K, [(N, 16) for N in QKV], threshold, factor_dtype=single)
+        step(torch.bfloat16, TOKENS[-1], odd_K, [(N, 5) for N in (odd_N, 33, 33)], _THRESHOLD, factor_dtype=single)
+        for T, slots in BATCHES:
+            multi_step(torch.bfloat16, T, slots, 16, 4096, QKV, train=False)
+            multi_step(torch.bfloat16, T, slots, 64, 4096, (4096,), paged=True, train=False)
+            multi_step(torch.float32, T, slots, 16, 4096, (4096,), paged=T == 64, train=False)
+        for dtype in DTYPES:
+            multi_step(dtype, *BATCHES[-1], 16, 4096, (4096,), _THRESHOLD)
+        multi_step(torch.bfloat16, *BATCHES[-1], 64, 4096, QKV)
+        for T, slots in BATCHES:
+            train = T > 64  # a program a token draws no dropout
+            multi_step(torch.bfloat16, T, slots, 64, 97, (131,), _THRESHOLD if train else 0, train=train)
+    return launches
+
+
+def layer_step(
+    implementation: ModuleType,
+    dtype: torch.dtype,
+    M: int,
+    K: int,
+    sizes: Sequence[tuple[int, int]],
+    threshold: int = 0,
+    *,
+    factor_dtype: torch.dtype | None = None,
+    bias: bool = False,
+    row_scale: bool = False,
+    device: str = "meta",
+) -> None:
+    """A training step of one or several linears (N, r) of one x [M, K], by the kernels' `lora_linear` or eager's."""
+
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device=device)
+
+    x, dys, own = empty(M, K), [empty(M, N) for N, _ in sizes], factor_dtype or dtype
+    members = [
+        Member(
+            empty(N, K), empty(r, K, of=own), empty(N, r, of=own), empty(N) if bias else None,
+            empty(N, of=torch.float32) if row_scale else None, 0.5,
+        )
+        for N, r in sizes
+    ]  # fmt: skip
+    for dy, member in zip(dys, members, strict=True) if row_scale else ():  # as DoRA does
+        s = empty(M, member.lora_A.shape[0])
+        implementation.grad_row_scale(dy, x, member.weight, (s, member.lora_B), 0.5)
+        implementation.project(member.weight, member.lora_A)
+    training_step(implementation, x, dys, members, threshold, need_dbias=bias)
+
+
+def multi_step(
+    dtype: torch.dtype,
+    T: int,
+    slots: int,
+    R: int,
+    K: int,
+    Ns: Sequence[int],
+    threshold: int = 0,
+    *,
+    paged: bool = False,
+    train: bool = True,
+) -> None:
+    """A forward, or a training step, of slices of widths Ns for many adapters, by the kernels."""
+    from lorakernels.kernels import multi_lora
+
+    def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    plan = BatchPlan(slots, T, max_rank=R, num_pages=slots * R if paged else None, device="meta").tensors
+    x, weights, dys = meta(T, K), [meta(N, K) for N in Ns], [meta(T, N) for N in Ns]
+    As = [meta(slots * R, K) if paged else meta(slots, R, K) for _ in Ns]
+    Bs = [meta(slots * R, N) if paged else meta(slots, N, R) for N in Ns]
+    seed, thresholds = (meta(1, of=torch.int64), meta(slots + 1, of=torch.int32)) if threshold else (None, None)
+    _, s, mask = multi_lora.forward(
+        x, weights, [None] * len(Ns), As, Bs, plan, keep_s=train, seed=seed, thresholds=thresholds
+    )
+    if train:
+        multi_lora.backward(dys, x, weights, As, Bs, plan, s, mask, need_dx=True, need_dA=True, need_dB=True)

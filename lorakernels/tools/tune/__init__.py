@@ -1,0 +1,1 @@
+"""`lorakernels tune`: finds the fastest config of every launch on the GPU at hand."""

@@ -1,1 +1,0 @@
-"""Which configuration a kernel takes, and the tools that find and check it."""
