@@ -57,7 +57,7 @@ TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
 HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})
 # Each only in integrations/<one of these>.py, and where it is measured.
 MEASURED = {"lorakernels.tools.bench.peers": "peft", "lorakernels.tools.bench.multi_peers": "vllm"}
-MAX_LINES = 500
+MAX_LINES = 400
 
 ROW = {unit: row for row, units in enumerate(LADDER) for unit in units}
 UNITS = frozenset(ROW) | frozenset(BESIDE) | {FACADE}
