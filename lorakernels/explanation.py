@@ -1,17 +1,21 @@
-"""Which implementation a call takes and why, and what it launches."""
+"""Which implementation a call takes and why, and what it launches: recorded on meta tensors, not written down again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from lorakernels.arguments import no_tensor
 from lorakernels.backend import Explanation, explain_impl
-from lorakernels.configs.heuristic import Batch
-from lorakernels.configs.table import choose_with_source, takes_few_tokens_form, takes_one_pass
+from lorakernels.configs.device import assume, device_of
+from lorakernels.configs.table import record_choices
+from lorakernels.member import Member, columns
 from lorakernels.plan import BatchPlan
+
+Tensors = list[torch.Tensor]
 
 
 def explain(
@@ -21,14 +25,15 @@ def explain(
     *,
     plan: BatchPlan | None = None,
     dropout_p: float | torch.Tensor = 0.0,
+    row_scale: bool = False,
     impl: str = "auto",
 ) -> Explanation:
     """Which implementation `lora_linear` takes for x, and why; with weight and lora_A, its launches and configs too.
 
-    The launches are of forward and backward, with all gradients but the weight's and with a contiguous dy.
-
-    With a `plan` it is `multi_lora_linear` that is explained, with lists for several projections, and with its
-    `dropout_p`, which needs tiles. A config comes from the user's tuning table, the shipped one, or the heuristic.
+    The launches are all of forward and backward, in order, with all gradients but the weight's and with a contiguous
+    dy. Lists of weights and of A's are `lora_linear_group`'s, and with a `plan` it is `multi_lora_linear` that is
+    explained. With `row_scale` the layer has DoRA, whose norm is made too. A config comes from the user's tuning table,
+    the shipped one, or the heuristic.
 
     Raises what `lora_linear` would raise for this `impl`.
     """
@@ -37,78 +42,89 @@ def explain(
     resolved, why = explain_impl(impl, x.device, x.dtype)
     if resolved == "torch" or weight is None or lora_A is None:
         return Explanation(resolved, why)
-    if plan is not None:
-        weights = [weight] if isinstance(weight, torch.Tensor) else list(weight)
-        first = lora_A if isinstance(lora_A, torch.Tensor) else lora_A[0]
-        width = plan.max_rank if plan.num_pages is not None else first.shape[-2]
-        dropout = isinstance(dropout_p, torch.Tensor) or dropout_p > 0
-        return Explanation(resolved, why, _multi_kernels(x, weights, width, plan, dropout))
-    if not (isinstance(weight, torch.Tensor) and isinstance(lora_A, torch.Tensor)):
-        raise TypeError("weight and lora_A are lists; expected tensors, or plan= as multi_lora_linear has it")
-    return Explanation(resolved, why, _kernels(x, weight, lora_A.shape[0]))
+    weights, As = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (weight, lora_A))
+    if len(weights) != len(As):
+        raise ValueError(f"weight has {len(weights)} tensors and lora_A {len(As)}; expected one A for each weight")
+    dropout = isinstance(dropout_p, torch.Tensor) or dropout_p > 0
+    with assume(device_of(x.device), here=x.is_cuda):
+        x2, weights = _meta(x).reshape(math.prod(x.shape[:-1]), x.shape[-1]), [_meta(W) for W in weights]
+        As = [_meta(A if A.dim() < 4 else A.squeeze(1)) for A in As]  # an engine's stacks have a dimension of 1
+        if plan is not None:
+            base = f"torch's linear for x Wᵀ; {len(x2)} tokens of at most {plan.num_slots} adapters"
+            return Explanation(resolved, why, (base, *_multi_launches(x2, weights, As, plan, dropout)))
+        return Explanation(resolved, why, tuple(_layer_launches(x2, weights, As, dropout, row_scale)))
 
 
-def _kernels(x: torch.Tensor, weight: torch.Tensor, r: int) -> tuple[str, ...]:
-    """The launches of forward and backward, as the kernels' launchers ask for their configs; dy taken as contiguous."""
-    from lorakernels.kernels.descriptors import fits_descriptor
-
-    (N, K), M, itemsize, device = weight.shape, math.prod(x.shape[:-1]), x.element_size(), x.device
-    # y and dx are new, and dy is taken to be: nothing but the length of their rows may keep them from a descriptor.
-    y_fits, dx_fits = N * itemsize % 16 == 0, K * itemsize % 16 == 0
-    forward_tma = y_fits and fits_descriptor(x.reshape(M, K)) and _fits(weight, fits_descriptor)
-    backward_tma = M > 0 and y_fits and dx_fits and _fits(weight.t(), fits_descriptor)
-    dA = ("outer (backward, dA)", "outer", K, K, False)
-    dB = ("outer (backward, dB)", "outer", N, N, False)
-    if takes_few_tokens_form(M, r, itemsize):
-        launches = [
-            ("few_tokens", "few_tokens", N, K, False),
-            ("few_tokens (backward, dx and G)", "few_tokens", K, N, False),
-            dB,
-            dA,
-        ]
-    else:
-        one_pass = takes_one_pass(N, r, itemsize, choose_with_source("outer", M, N, N, r, itemsize, device)[0].BLOCK_N)
-        launches = [
-            ("shrink", "shrink", K, K, False),
-            ("linear_expand", "linear_expand", N, K, forward_tma),
-            *(
-                [("outer (backward, dB and G)", *dB[1:])]
-                if one_pass
-                else [("shrink (backward, G)", "shrink", N, N, False), dB]
-            ),
-            dA,
-            ("linear_expand (backward, dx)", "linear_expand", K, N, backward_tma),
-        ]
-    kernels = []
-    for title, operation, outputs, summed, tma in launches:
-        config, source = choose_with_source(operation, M, outputs, summed, r, itemsize, device, tma)
-        kernels.append(f"{title}: {config} ({source})")
-    return tuple(kernels)
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    """Of the same shape, strides and distance from a multiple of 16 bytes: what may keep it from a descriptor."""
+    start = 0 if tensor.is_meta else tensor.data_ptr() % 16 // tensor.element_size()
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    buffer = torch.empty(start + max(span, 0), dtype=tensor.dtype, device="meta")
+    return buffer.as_strided(tensor.shape, tensor.stride(), start)
 
 
-def _fits(weight: torch.Tensor, fits_descriptor: Callable[[torch.Tensor], bool]) -> bool:
-    return fits_descriptor(weight if weight.stride(1) == 1 else weight.t())
+def _layer_launches(x: torch.Tensor, weights: Tensors, As: Tensors, dropout: bool, row_scale: bool) -> Iterator[str]:
+    from lorakernels.kernels import lora_linear as kernels
 
-
-def _multi_kernels(
-    x: torch.Tensor, weights: list[torch.Tensor], width: int, plan: BatchPlan, dropout: bool
-) -> tuple[str, ...]:
-    """The launches of forward and backward for many adapters, as the kernels' launchers ask for their configs."""
-    slices, K, N = len(weights), x.shape[-1], max(weight.shape[0] for weight in weights)
-    T, itemsize = math.prod(x.shape[:-1]), x.element_size()
-    launches = [
-        ("multi_shrink", "S", K, slices, dropout),
-        ("multi_expand", "y", N, slices, False),
-        ("multi_shrink", "backward, G", N, slices, False),
-        ("multi_expand", "backward, dx", K, 1, slices > 1 or dropout),
-        ("multi_outer", "backward, dA", K, slices, False),
-        ("multi_outer", "backward, dB", N, slices, False),
+    members = [
+        Member(W, A, A.new_empty((len(W), len(A))), None, W.new_empty(len(W)) if row_scale else None)
+        for W, A in zip(weights, As, strict=True)
     ]
-    kernels = []
-    for operation, product, cols, number, tiles in launches:
-        batch = Batch(plan.num_slots, number, tiles)
-        config, source = choose_with_source(operation, T, cols, cols, width, itemsize, x.device, batch=batch)
-        form = "a program a token" if config.BLOCK_M == 1 else f"tiles of {config.BLOCK_M} tokens of one slot"
-        kernels.append(f"{operation} ({product}), {form}: {config} ({source})")
-    base = f"torch's linear for x Wᵀ; {T} tokens of at most {plan.num_slots} adapters"
-    return (base, *kernels)
+    dys = [x.new_empty((len(x), len(W))) for W in weights]
+    seed, each = x.new_empty(1, dtype=torch.int64) if dropout else None, [True] * len(members)
+    if row_scale:
+        with _recorded("the norm of W + s B A") as lines:
+            for member in members:
+                kernels.project(member.weight, member.lora_A)
+        yield from lines
+    with _recorded("forward") as lines:
+        _, s, mask = kernels.forward(x, members, seed, int(dropout))
+    yield from lines
+    with _recorded("backward") as lines:
+        for dy, member, s_i in zip(dys, members, columns(s, members), strict=True) if row_scale else ():
+            kernels.grad_row_scale(dy, x, member.weight, (s_i, member.lora_B), 1.0)
+        kernels.backward(
+            dys, x, members, columns(s, members), mask, int(dropout),
+            need_dx=True, need_dA=True, need_dB=each, need_dbias=[False] * len(members),
+        )  # fmt: skip
+    yield from lines
+
+
+def _multi_launches(x: torch.Tensor, weights: Tensors, As: Tensors, plan: BatchPlan, dropout: bool) -> Iterator[str]:
+    from lorakernels.kernels import multi_lora as kernels
+
+    tensors = plan.tensors
+    pages = None if tensors.pages is None else tensors.pages.to("meta")
+    tensors = tensors._replace(buffer=tensors.buffer.to("meta"), scales=tensors.scales.to("meta"), pages=pages)
+    Bs = [
+        A.new_empty((len(A), len(W)) if pages is not None else (len(A), len(W), A.shape[-2]))
+        for W, A in zip(weights, As, strict=True)
+    ]
+    seed = x.new_empty(1, dtype=torch.int64) if dropout else None
+    thresholds = x.new_empty(plan.num_slots + 1, dtype=torch.int32) if dropout else None
+    with _recorded("forward", of_tokens=True) as lines:
+        _, s, mask = kernels.forward(
+            x, weights, [None] * len(weights), As, Bs, tensors, keep_s=True, seed=seed, thresholds=thresholds
+        )
+    yield from lines
+    dys = [x.new_empty((len(x), len(W))) for W in weights]
+    with _recorded("backward", of_tokens=True) as lines:
+        kernels.backward(dys, x, weights, As, Bs, tensors, s, mask, need_dx=True, need_dA=True, need_dB=True)
+    yield from lines
+
+
+@contextmanager
+def _recorded(phase: str, of_tokens: bool = False) -> Iterator[list[str]]:
+    """A line for each launch inside the block: the kernel, its config, and where that comes from."""
+    from lorakernels.kernels.launch import record_launches
+
+    lines: list[str] = []
+    with record_choices() as asked, record_launches() as launches:
+        yield lines
+    sources = {each.choice.config: each.choice.source for each in asked}
+    for launch in launches:
+        name, config = launch.kernel.__name__.removesuffix("_kernel"), launch.config
+        form = ""
+        if of_tokens and name.startswith(("multi_shrink", "multi_expand")):
+            form = ", a program a token" if config.BLOCK_M == 1 else f", tiles of {config.BLOCK_M} tokens of one slot"
+        lines.append(f"{name} ({phase}){form}: {config} ({sources.get(config, 'fixed')})")

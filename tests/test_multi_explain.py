@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import lorakernels as lk
 from lorakernels.configs.device import assume
 from lorakernels.kernels import lora_linear, multi_lora
-from lorakernels.kernels.launch import record_launches
+from lorakernels.kernels.launch import Launch, record_launches
 from lorakernels.member import Member, training_step
 from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs
 
@@ -42,18 +42,48 @@ def test_explain_tells_what_is_launched(
         )
         needs = {"need_dx": True, "need_dA": True, "need_dB": True}
         multi_lora.backward(dys, x, weights, As, Bs, plan.tensors, s, mask, **needs)
-    launched = [launch for launch in launches if launch.kernel.__name__.startswith("multi_")]
     given = (x, weights, As) if len(Ns) > 1 else (x, weights[0], As[0])
     explanation = lk.explain(*given, plan=plan, dropout_p=dropout_p, impl="triton")
     base, *kernels = explanation.kernels
     assert explanation.impl == "triton" and f"{tokens} tokens of at most {slots} adapters" in base
-    assert len(kernels) == len(launched) == 6
-    for line, launch in zip(kernels, launched, strict=True):
-        config = launch.config
-        form = "a program a token" if config.BLOCK_M == 1 else f"tiles of {config.BLOCK_M} tokens of one slot"
-        assert f"), {form}: {config} (" in line and line.endswith(")")
-        assert launch.kernel.__name__.startswith(line.partition(" ")[0])
-    assert {launch.config.BLOCK_M for launch in launched if "outer" not in launch.kernel.__name__} == forms
+    told_as_launched(kernels, launches)
+    of_tokens = [launch for launch in launches if launch.kernel.__name__.startswith(("multi_shrink", "multi_expand"))]
+    assert len(of_tokens) == 4 and {launch.config.BLOCK_M for launch in of_tokens} == forms
+    told = [line for line in kernels if line.startswith(("multi_shrink", "multi_expand"))]
+    for line, launch in zip(told, of_tokens, strict=True):
+        height = launch.config.BLOCK_M
+        assert ("a program a token" if height == 1 else f"tiles of {height} tokens of one slot") in line
+
+
+def told_as_launched(lines: Sequence[str], launches: Sequence[Launch]) -> None:
+    """A line for each launch, in order, with its config and where that comes from."""
+    assert len(lines) == len(launches)
+    for line, launch in zip(lines, launches, strict=True):
+        assert f"{line.partition(' ')[0]}_kernel" == launch.kernel.__name__
+        assert f": {launch.config} (" in line and line.endswith(")")
+
+
+@pytest.mark.parametrize("row_scale", [False, True])
+def test_explain_tells_of_groups_and_dora(row_scale: bool, device: str) -> None:
+    x, sizes = torch.empty(512, 64, device=device), (48, 16)
+    members = [
+        Member(*(torch.empty(s, device=device) for s in ((N, 64), (4, 64), (N, 4))), None, torch.ones(N, device=device))
+        for N in sizes
+    ]
+    members = members if row_scale else [member._replace(row_scale=None) for member in members]
+    with record_launches() as launches:
+        training_step(lora_linear, x, [torch.empty(512, N, device=device) for N in sizes], members)
+    weights, As = [member.weight for member in members], [member.lora_A for member in members]
+    kernels = lk.explain(x, weights, As, row_scale=row_scale, impl="triton").kernels
+    own = [line for line in kernels if "norm" not in line]
+    if row_scale:  # the gradient of each row scale, first in the backward
+        assert len(kernels) - len(own) >= 2
+        backward = next(i for i, line in enumerate(own) if "(backward)" in line)
+        assert [line.partition(" ")[0] for line in own[backward:][:1]] == ["linear_expand"]
+        return
+    told_as_launched(own, launches)
+    with pytest.raises(ValueError, match="expected one A for each weight"):
+        lk.explain(x, weights, As[:1], impl="triton")
 
 
 def _off_by_8_bytes(rows: int, cols: int) -> torch.Tensor:
@@ -102,14 +132,8 @@ def test_explain_tells_both_directions_as_they_are_launched(
         with record_launches() as launches:
             training_step(lora_linear, x, [dy], [Member(weight, A, B)])
         kernels = lk.explain(x, weight, A, impl="triton").kernels
-    launched = [launch for launch in launches if launch.kernel.__name__ != "sum_planes_kernel"]
-    assert len(kernels) == len(launched)
-    for line, launch in zip(kernels, launched, strict=True):
-        title = line.partition(": ")[0]
-        assert launch.kernel.__name__.startswith(title.partition(" ")[0]) and f": {launch.config} (" in line
-        with_g = launch.args["p_ptr"] is not None if "p_ptr" in launch.args else "dx and" in title
-        assert title.endswith("and G)") == with_g, title
-    assert ["linear_expand_tma" in i.kernel.__name__ for i in launched if "linear" in i.kernel.__name__] == tma
+    told_as_launched(kernels, launches)
+    assert ["linear_expand_tma" in i.kernel.__name__ for i in launches if "linear" in i.kernel.__name__] == tma
 
 
 def test_gradients_of_more_slots_than_a_grid_has_rows() -> None:
@@ -120,12 +144,6 @@ def test_gradients_of_more_slots_than_a_grid_has_rows() -> None:
     with record_launches() as launches:
         multi_lora.backward([dy], x, [W], [A], [B], plan, s, None, need_dx=True, need_dA=True, need_dB=True)
     assert all(max(launch.grid[1:], default=1) <= 65_535 for launch in launches)
-
-
-def test_explain_of_lists_needs_a_plan(device: str) -> None:
-    x, weight, A = torch.empty(4, 8, device=device), torch.empty(6, 8), torch.empty(3, 8)
-    with pytest.raises(TypeError, match="plan="):
-        lk.explain(x, [weight], [A], impl="triton")
 
 
 @pytest.mark.parametrize("paged", [False, True])

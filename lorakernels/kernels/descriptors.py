@@ -5,21 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:  # before triton 3.4
-    TensorDescriptor = None
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _BYTES = 16  # what TMA asks of addresses and of the distance between rows
 
 
 def fits_descriptor(x: torch.Tensor) -> bool:
     """Whether a descriptor can hold x [rows, cols]: contiguous rows that start at multiples of 16 bytes."""
-    if TensorDescriptor is None or x.numel() == 0 or x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+    if x.numel() == 0 or x.stride(1) != 1 or x.stride(0) < x.shape[1]:
         return False
     row_bytes = x.stride(0) * x.element_size()
-    return row_bytes % _BYTES == 0 and (x.is_meta or x.data_ptr() % _BYTES == 0)
+    start = x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr()
+    return row_bytes % _BYTES == 0 and start % _BYTES == 0
 
 
 def descriptor(x: torch.Tensor, block: tuple[int, int]) -> Any:
