@@ -52,11 +52,9 @@ def routes(plan: PlanTensors, height: int) -> Routes:
 
 @triton.jit
 def tile_of_tokens(routes, tile):
-    """Slot of a tile of tokens and its rank; the tile's first place in the order of tokens and its end."""
+    """Slot of a tile of tokens, the tile's first place in the order of tokens and its end."""
     tile_ptr = routes.buffer + routes.tiles + tile * 3
-    slot, first, end = tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
-    rank = tl.load(routes.buffer + routes.at.ranks + slot)
-    return slot, rank, first, end
+    return tl.load(tile_ptr), tl.load(tile_ptr + 1), tl.load(tile_ptr + 2)
 
 
 @triton.jit

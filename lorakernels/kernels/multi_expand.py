@@ -64,7 +64,8 @@ def multi_expand_kernel(
     ONE_BLOCK: tl.constexpr,
 ):
     """A program a tile of tokens of one slot, block of columns and slice."""
-    slot, rank, first, end = tile_of_tokens(routes, tl.program_id(0))
+    slot, first, end = tile_of_tokens(routes, tl.program_id(0))
+    rank = tl.load(routes.buffer + routes.at.ranks + slot)
     pid_n = tl.program_id(1)
     pid_s = tl.program_id(2)
     # Summed slices have one y, and one width.

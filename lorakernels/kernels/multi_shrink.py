@@ -45,14 +45,15 @@ def multi_shrink_kernel(
     BLOCK_R: tl.constexpr,
 ):
     """A program a tile of tokens of one slot, block of its rank, slice and part of the sum."""
-    slot, rank, first, end = tile_of_tokens(routes, tl.program_id(0))
+    slot, first, end = tile_of_tokens(routes, tl.program_id(0))
     if first >= end:
         return
-    tokens = tokens_from(routes, first, end, T, BLOCK_M)
     num_blocks_r = tl.cdiv(R, BLOCK_R)
     pid_s = tl.program_id(1) // num_blocks_r
     pid_r = tl.program_id(1) % num_blocks_r
     pid_k = tl.program_id(2)
+    rank = tl.load(routes.buffer + routes.at.ranks + slot)
+    tokens = tokens_from(routes, first, end, T, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     x, a = pick_slice(pid_s, xs, factors, T, NUM_SLICES)
     rows = rank_offsets(routes, a, slot, offs_r, R)
