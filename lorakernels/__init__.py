@@ -9,14 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakernels.adapters.adapter_config import AdapterFileError as AdapterFileError
     from lorakernels.adapters.combine import add_weighted_adapter as add_weighted_adapter
-    from lorakernels.adapters.files import load_adapter as load_adapter
-    from lorakernels.adapters.files import save_adapter as save_adapter
     from lorakernels.adapters.hotswap import hotswap_adapter as hotswap_adapter
     from lorakernels.adapters.hotswap import prepare_for_hotswap as prepare_for_hotswap
     from lorakernels.adapters.inject import inject as inject
     from lorakernels.adapters.inject import trainable_parameters as trainable_parameters
+    from lorakernels.adapters.load_save import load_adapter as load_adapter
+    from lorakernels.adapters.load_save import save_adapter as save_adapter
     from lorakernels.adapters.merge import merge as merge
     from lorakernels.adapters.merge import unmerge as unmerge
     from lorakernels.adapters.switch import delete_adapter as delete_adapter
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from lorakernels.adapters.switch import set_scale as set_scale
     from lorakernels.backend import BackendError as BackendError
     from lorakernels.config import LoRAConfig as LoRAConfig
+    from lorakernels.files.reading import AdapterFileError as AdapterFileError
     from lorakernels.functional import explain as explain
     from lorakernels.functional import lora_linear as lora_linear
     from lorakernels.functional import lora_linear_group as lora_linear_group
@@ -66,12 +66,12 @@ _HOMES = {
     "add_weighted_adapter": "lorakernels.adapters.combine",
     "hotswap_adapter": "lorakernels.adapters.hotswap",
     "prepare_for_hotswap": "lorakernels.adapters.hotswap",
-    "save_adapter": "lorakernels.adapters.files",
-    "load_adapter": "lorakernels.adapters.files",
+    "save_adapter": "lorakernels.adapters.load_save",
+    "load_adapter": "lorakernels.adapters.load_save",
     "AdapterStore": "lorakernels.serving.store",
     "accelerate": "lorakernels.integrations.peft",
     "restore": "lorakernels.integrations.peft",
-    "AdapterFileError": "lorakernels.adapters.adapter_config",
+    "AdapterFileError": "lorakernels.files.reading",
     "BackendError": "lorakernels.backend",
 }
 

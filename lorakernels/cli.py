@@ -72,7 +72,7 @@ def inspect_arguments(parser: argparse.ArgumentParser) -> None:
 
 def inspect(arguments: argparse.Namespace) -> int:
     """say what an adapter's files hold: kind, ranks, and how large each update is"""
-    from lorakernels.adapters.inspect import as_json, inspect_adapter, plot_spectra, print_report
+    from lorakernels.files.inspect import as_json, inspect_adapter, plot_spectra, print_report
 
     report = inspect_adapter(arguments.adapter)
     if arguments.plot is not None:
@@ -93,7 +93,7 @@ def convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 def convert(arguments: argparse.Namespace) -> int:
     """write a kohya or mlx-lm adapter as PEFT's folder, number for number"""
-    from lorakernels.adapters.convert import convert as convert_files
+    from lorakernels.files.convert import convert as convert_files
 
     print(convert_files(arguments.source, arguments.to, model=arguments.model, prefix=arguments.prefix))
     return 0
@@ -112,7 +112,7 @@ def merge(arguments: argparse.Namespace) -> int:
     """merge an adapter into a model's files, one tensor at a time"""
     import torch
 
-    from lorakernels.adapters.merge_files import merge_files
+    from lorakernels.files.merge import merge_files
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     print(merge_files(arguments.model, arguments.adapter, arguments.out, dtype=dtype, progress=True))

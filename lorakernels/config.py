@@ -60,7 +60,9 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         names = self.modules_to_save or ()
-        if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        if not isinstance(names, (list, tuple, set, frozenset)) or not all(
+            isinstance(name, str) and name for name in names
+        ):
             raise TypeError(f"modules_to_save is {names!r}; expected a list of names")
         check_modules(self.target_modules, "target_modules")
         check_modules(self.exclude_modules, "exclude_modules")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 
 import lorakernels as lk
-from lorakernels.adapters import targets
-from lorakernels.adapters.targets import pattern_value
+from lorakernels.files import patterns
+from lorakernels.files.patterns import by_pattern
 
 
 class Block(nn.Module):
@@ -635,7 +636,19 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({"never": "read"}))
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    """Whoever opens it to read waits for ever."""
+
+    def replace(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return replace
+
+
 FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a pipe for the config": (pipe("adapter_config.json"), "adapter_config.json is not a regular file"),
+    "a pipe for the weights": (pipe("adapter_model.safetensors"), "adapter_model.safetensors is not a regular file"),
     "no B": (edit_tensors(lambda t: t.pop(B)), "module 'head' has no lora_B.weight"),
     "no A": (edit_tensors(lambda t: t.pop(A)), "module 'head' has no lora_A.weight"),
     "unknown key": (edit_tensors(lambda t: t.update(extra=torch.ones(2))), "unknown key 'extra'"),
@@ -729,7 +742,7 @@ def test_the_names_of_a_file_are_not_looked_at(field: str, value: Any, tmp_path:
 def test_patterns_of_a_file_have_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder = saved(tmp_path, rank_pattern={"head": 3, "nothing": 2})
     lk.load_adapter(net(), folder)
-    monkeypatch.setattr(targets, "MAX_MATCHES", 7)
+    monkeypatch.setattr(patterns, "MAX_MATCHES", 7)
     with pytest.raises(lk.AdapterFileError, match="2 patterns for 4 modules; expected at most 7 pairs"):
         lk.load_adapter(net(), folder)
     with pytest.raises(lk.AdapterFileError, match="no module"):  # which comes first
@@ -738,7 +751,7 @@ def test_patterns_of_a_file_have_an_end(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_pattern_that_never_ends_is_given_up() -> None:
     with pytest.raises(ValueError, match=r"took over 1\.0 s"):
-        pattern_value("a" * 60 + "b", {"(a|aa)+!": 3}, 8)
+        by_pattern(["a" * 60 + "b"], {"(a|aa)+!": 3}, 8)
 
 
 def test_a_hundred_thousand_entries_are_refused_soon(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lorakernels as lk
-from lorakernels.adapters.checkpoint import Checkpoint, merged_weight
-from lorakernels.adapters.formats import Update
-from lorakernels.adapters.merge_files import merge_files
-from lorakernels.adapters.tensors import PREFIX
+from lorakernels.files.checkpoint import Checkpoint
+from lorakernels.files.merge import merge_files, merged_weight
+from lorakernels.files.peft import PREFIX
+from lorakernels.files.update import LINEAR, MAGNITUDE, Update
 
 Tensors = dict[str, torch.Tensor]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -222,8 +222,10 @@ def test_convolution(with_dora: bool) -> None:
     trained = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=with_dora))
     randomise(trained)
     layer = trained.base_model.model[0]
-    magnitude = layer.lora_magnitude_vector["default"].weight.detach() if with_dora else None
-    update = Update(layer.lora_A["default"].weight, layer.lora_B["default"].weight, 3, 1.5, magnitude)
+    tensors = dict(zip(LINEAR, (layer.lora_A["default"].weight, layer.lora_B["default"].weight), strict=True))
+    if with_dora:
+        tensors[MAGNITUDE] = layer.lora_magnitude_vector["default"].weight.detach()
+    update = Update(tensors, 3, 1.5)
     with torch.no_grad():
         got = merged_weight(weight, update)
     assert (got - trained.merge_and_unload()[0].weight).abs().max() < 1e-10
@@ -232,7 +234,8 @@ def test_convolution(with_dora: bool) -> None:
 def test_dora_keeps_a_row_of_zeros() -> None:
     """0 / 0 in the formula; a row with no direction has no length to bring it to."""
     weight = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
-    update = Update(torch.zeros(1, 2), torch.zeros(2, 1), 1, 1.0, magnitude=torch.tensor([10.0, 7.0]))
+    factors = zip((*LINEAR, MAGNITUDE), (torch.zeros(1, 2), torch.zeros(2, 1), torch.tensor([10.0, 7.0])), strict=True)
+    update = Update(dict(factors), 1, 1.0)
     assert torch.equal(merged_weight(weight, update), torch.tensor([[6.0, 8.0], [0.0, 0.0]]))
 
 
@@ -345,7 +348,7 @@ FAULTS: dict[str, tuple[Edit, str]] = {
     ),
     "another shape": (
         lambda base, adapter: edit_tensors(base / "model.safetensors", **{f"{Q}__weight": torch.ones(16, 8)}),
-        r"the update is \[16, 16\] and the weight \[16, 8\]",
+        r"updates .*q_proj\.weight \[16, 16\], and .* has \[16, 8\]",
     ),
     "int8": (
         lambda base, adapter: edit_tensors(
@@ -517,7 +520,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-from lorakernels.adapters.merge_files import merge_files
+from lorakernels.files.merge import merge_files
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

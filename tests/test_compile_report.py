@@ -11,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from lorakernels.backend import BackendError
 from lorakernels.configs.config import KernelConfig
 from lorakernels.kernels.launch import Launch
+from lorakernels.kernels.tiles import Matrix
 from lorakernels.tools import compile_report
 from lorakernels.tools.compile_report import ARCHS, CompileRow
 from lorakernels.tools.machine_code import Tile, loop_tiles, narrow_loads, read_amd, read_nvidia, sass_load_bytes
@@ -99,6 +101,8 @@ def test_narrow_loads_of_what_is_not_aligned_are_no_fault(report: Any) -> None:
         ({"cols": (64, 128), "strides_col": (1, 1), "strides_rank": (64, 128)}, True),
         ({"cols": (64, 100)}, False),
         ({"cols": (1, 64)}, False),
+        ({"pairs": ((Matrix(None, None, 64, (64, 1)), Matrix(None, 64, 32, (1, 64))),)}, True),
+        ({"x": Matrix(None, 1, 64, (64, 1))}, False),
     ],
 )
 def test_sizes_of_several_tensors_are_aligned_if_each_is(args: dict[str, Any], aligned: bool) -> None:
@@ -266,7 +270,7 @@ def test_a_crash_of_the_compiler_costs_its_own_row_only(monkeypatch: pytest.Monk
         return task.row(ok=True)
 
     monkeypatch.setattr(compile_report, "_compile", compile_or_crash)
-    launch = Launch(object(), (1,), {}, {}, KernelConfig())
+    launch = Launch(object(), (1,), {"x_ptr": torch.empty(0)}, {}, KernelConfig())
     names = ["a", "crashes", "b", "crashes", "c"]
     kernels = [compile_report._Task(launch, ARCHS["sm_90"], SimpleNamespace(name=name), {}) for name in names]
     monkeypatch.setattr(compile_report._Task, "key", property(lambda task: id(task)))

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakernels as lk
-from lorakernels.adapters import targets
-from lorakernels.adapters.convert import convert
-from lorakernels.adapters.formats import read_adapter
-from lorakernels.adapters.tensors import PREFIX
+from lorakernels.files import patterns
+from lorakernels.files.convert import convert
+from lorakernels.files.formats import read_adapter
+from lorakernels.files.peft import PREFIX
 
 Tensors = dict[str, torch.Tensor]
 NAN = float("nan")
@@ -165,7 +165,7 @@ def test_kohya_names_need_the_model(tmp_path: Path, model_folder: Path) -> None:
     ):
         convert(file, tmp_path / "out", model=model_folder)
     save_file({**state, "down_blocks.0.to_q.weight": randn(8, 7)}, weights)
-    with pytest.raises(lk.AdapterFileError, match=r"the update is \[8, 6\] and the weight .* \[8, 7\]"):
+    with pytest.raises(lk.AdapterFileError, match=r"to_q\.weight \[8, 6\], and .* has \[8, 7\]"):
         convert(file, tmp_path / "out", model=model_folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["k.safetensors", "model"]
 
@@ -348,28 +348,31 @@ def peft_folder(tmp_path: Path) -> Path:
 Edit = Callable[[dict[str, Any], Tensors], object]
 P = f"{PREFIX}down_blocks.0.to_q"
 PEFT_FAULTS: dict[str, tuple[Edit, str]] = {
-    "no B": (lambda c, t: t.__delitem__(f"{P}.lora_B.weight"), "no lora_B; expected both"),
+    "no B": (lambda c, t: t.__delitem__(f"{P}.lora_B.weight"), r"no lora_B\.weight; expected both"),
     "misnamed": (lambda c, t: t.update({"model.q.lora_A.weight": randn(2, 6)}), "unknown key"),
     "no module": (lambda c, t: t.update({f"{PREFIX}score.weight": randn(2, 6)}), "unknown key"),
-    "rank": (lambda c, t: c.update(r=4), "says 4; expected one rank"),
-    "rank_pattern": (lambda c, t: c.update(rank_pattern={"to_q": 3}), "says 3; expected one rank"),
-    "rank of a billion": (lambda c, t: c.update(r=10**9), "says 1000000000"),
+    "rank": (lambda c, t: c.update(r=4), "says r=4"),
+    "rank_pattern": (lambda c, t: c.update(rank_pattern={"to_q": 3}), "says r=3"),
+    "rank of a billion": (lambda c, t: c.update(r=10**9), "says r=1000000000"),
     "alpha": (lambda c, t: c.update(lora_alpha=NAN), "expected a finite number"),
     "alpha null": (lambda c, t: c.update(lora_alpha=None), "lora_alpha is null"),
-    "dora without magnitude": (lambda c, t: c.update(use_dora=True), "no magnitude vector"),
-    "magnitude without dora": (lambda c, t: t.update({f"{P}.lora_magnitude_vector": randn(8)}), "a magnitude vector"),
-    "lora_bias": (lambda c, t: c.update(lora_bias=True), "no bias, and"),
+    "dora without magnitude": (lambda c, t: c.update(use_dora=True), "no lora_magnitude_vector"),
+    "magnitude without dora": (
+        lambda c, t: t.update({f"{P}.lora_magnitude_vector": randn(8)}),
+        "has lora_magnitude_vector too",
+    ),
+    "lora_bias": (lambda c, t: c.update(lora_bias=True), r"no lora_B\.bias"),
     "unknown field": (lambda c, t: c.update(twist=2), "twist=2 changes what the adapter computes"),
     "bad pattern": (lambda c, t: c.update(alpha_pattern={"(": 2}), "alpha_pattern"),
     "endless pattern": (lambda c, t: c.update(alpha_pattern={"(a|aa)+!": 2}), "takes too long"),
     "loha": (lambda c, t: c.update(peft_type="LOHA"), "expected 'LORA'"),
     "modules_to_save": (
         lambda c, t: [c.update(modules_to_save=5), t.update({f"{PREFIX}score.weight": randn(2, 6)})],
-        "modules_to_save is 5; expected a list of module names",
+        "modules_to_save is 5; expected a list of names",
     ),
     "groups that do not divide": (
         lambda c, t: t.update({f"{P}.lora_A.weight": randn(2, 6, 3), f"{P}.lora_B.weight": randn(7, 1, 1)}),
-        r"lora_B \[7, 1, 1\]; expected",
+        r"lora_B.weight \[7, 1, 1\]; expected",
     ),
     "NaN beside an integer": (
         lambda c, t: [
@@ -458,6 +461,6 @@ def test_too_many_patterns(peft_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     config["rank_pattern"] = {"to_q": 2, "to_k": 2}
     (peft_folder / "adapter_config.json").write_text(json.dumps(config))
     read_adapter(peft_folder)
-    monkeypatch.setattr(targets, "MAX_MATCHES", 3)
+    monkeypatch.setattr(patterns, "MAX_MATCHES", 3)
     with pytest.raises(lk.AdapterFileError, match="2 patterns for 2 modules; expected at most 3 pairs"):
         read_adapter(peft_folder)

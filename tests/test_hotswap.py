@@ -164,7 +164,7 @@ FAULTS: list[tuple[dict[str, Any], Callable[[Path], None], str]] = [
     (dict(use_dora=True, target_modules=["q_proj"]), edit(), "use_dora=True and adapter 'default' False"),
     (dict(lora_bias=True, target_modules=["q_proj"]), edit(), "lora_bias=True and adapter 'default' False"),
     (dict(bias="lora_only"), edit(), "bias='lora_only'"),
-    (dict(modules_to_save=["head"]), edit(), r"modules_to_save \['head'\] and adapter 'default' \[\]"),
+    (dict(modules_to_save=["head"]), edit(), r"modules_to_save=\['head'\] and adapter 'default' \[\]"),
     ({}, nan_in_the_last, "holds NaN or Inf"),
     ({}, edit(r=3), "says r=3"),
     ({}, edit(use_magic=True), "use_magic"),

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 import lorakernels as lk
-from lorakernels.adapters.formats import Update
-from lorakernels.adapters.inspect import (
+from lorakernels.cli import main
+from lorakernels.files.inspect import (
     effective_rank,
     group_name,
     inspect_adapter,
@@ -21,7 +21,7 @@ from lorakernels.adapters.inspect import (
     print_report,
     singular_values,
 )
-from lorakernels.cli import main
+from lorakernels.files.update import LINEAR, Update
 
 
 def randn(*shape: int) -> torch.Tensor:
@@ -45,8 +45,9 @@ def write_kohya(path: Path, zero: bool = False) -> Path:
 @pytest.mark.parametrize(("r", "K", "N"), [(3, 12, 9), (1, 5, 7), (8, 4, 6), (4, 16, 2)])
 def test_singular_values_are_those_of_the_product(r: int, K: int, N: int, kernel: tuple[int, ...]) -> None:
     torch.manual_seed(3)
-    update = Update(randn(r, K, *kernel), randn(N, r, *[1] * len(kernel)), alpha=-3.0, scaling=-3.0 / r)
-    delta = update.scaling * torch.einsum("nr,rk->nk", update.B.flatten(1), update.A.flatten(1))
+    A, B = randn(r, K, *kernel), randn(N, r, *[1] * len(kernel))
+    update = Update(dict(zip(LINEAR, (A, B), strict=True)), alpha=-3.0, scaling=-3.0 / r)
+    delta = update.scaling * torch.einsum("nr,rk->nk", B.flatten(1), A.flatten(1))
     expected = torch.linalg.svdvals(delta)
     values = singular_values(update)
     assert (values[: len(expected)] - expected[: len(values)]).abs().max() < 1e-10

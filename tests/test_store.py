@@ -30,8 +30,8 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lorakernels as lk
-from lorakernels.adapters.adapter_config import write_config
 from lorakernels.config import scaling_of
+from lorakernels.files.config_file import fields_of
 from lorakernels.serving.errors import CapacityError, StaleBatchError
 from lorakernels.serving.pages import PageClass, Writer
 from lorakernels.serving.served import ServedEmbedding, ServedLinear
@@ -100,7 +100,7 @@ def make_adapter(net: nn.Module, seed: int, r: int = 4, targets: tuple[str, ...]
 def write(folder: Path, adapter: Adapter, **fields: Any) -> Path:
     config, tensors = adapter
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(folder / "adapter_config.json", config)
+    (folder / "adapter_config.json").write_text(json.dumps(fields_of(config)))
     save_file(tensors, folder / "adapter_model.safetensors")
     if fields:
         path = folder / "adapter_config.json"
@@ -943,7 +943,7 @@ BAD_SOURCES: list[tuple[Any, type[Exception], str]] = [
     ((lk.LoRAConfig(), [1]), TypeError, r"is \(LoRAConfig, list\)"),
     ((lk.LoRAConfig(), {key: t.numpy() for key, t in NUMBERS.items()}), TypeError, "up.lora_A.weight' is a ndarray"),
     ((lk.LoRAConfig(), {key: t.to("meta") for key, t in NUMBERS.items()}), TypeError, "on the meta device"),
-    ("/no/such/folder", lk.AdapterFileError, "is not a folder; expected one with adapter_config.json and [a-z_.]*$"),
+    ("/no/such/folder", lk.AdapterFileError, "is not a folder; expected one with adapter_config.json$"),
 ]
 
 

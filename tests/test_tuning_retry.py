@@ -54,6 +54,8 @@ def shrink_choice() -> table.Choice:
 class Kernel:
     """Compiles as a kernel does that needs too much of a block with some configs."""
 
+    fn, arg_names = None, ["x_ptr"]
+
     def __init__(self, name: str, refused: list[int]) -> None:
         self.name, self.refused, self.grids = name, refused, []
 
@@ -71,7 +73,7 @@ def launcher(kernel: Kernel) -> Callable[[], str]:
     @retried("shrink")
     def run() -> str:
         config = shrink_choice().config
-        launch(kernel, (config.BLOCK_M,), {}, {}, config)
+        launch(kernel, (config.BLOCK_M,), {"x_ptr": torch.empty(0)}, {}, config)
         return f"{config.num_stages} stages"
 
     return run
@@ -79,7 +81,7 @@ def launcher(kernel: Kernel) -> Callable[[], str]:
 
 @pytest.fixture
 def as_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a launch on no tensor says of its device."""
+    """What a launch on tensors of a CPU says of its device."""
     monkeypatch.setattr(table, "device_of", lambda device: H100)
 
 
@@ -169,6 +171,8 @@ def test_launchers_take_the_heuristic_where_the_table_does_not_fit(
     real, tried = getattr(module, name), []
 
     class Tight:
+        fn, arg_names = real.fn, real.arg_names
+
         def run(self, *, num_stages: int, **arguments: Any) -> None:
             tried.append(num_stages)
             if num_stages == 5:

@@ -1,1 +1,1 @@
-"""Adapters of whole models: putting them in, taking them out, reading and writing their files."""
+"""Whole models: put adapters in, load, save, switch, merge, combine, swap and take them out."""

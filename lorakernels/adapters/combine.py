@@ -8,21 +8,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lorakernels.adapters.files import describing
 from lorakernels.adapters.inject import (
     activity,
     adapted_layers,
-    adapter_configs,
     adapters_in,
     config_of,
     layers_of,
     nothing_on_error,
     refuse_changed_base,
+    remember,
     uncompiled,
 )
 from lorakernels.adapters.rank_slices import by_group, smaller
 from lorakernels.adapters.switch import refuse_merged
 from lorakernels.config import LoRAConfig, check_alpha, check_rank
+from lorakernels.files.peft import with_ranks
 from lorakernels.nn.layer import LoRALayer, check_adapter_name
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -103,8 +103,8 @@ def add_weighted_adapter(
             _add(layers[path], adapter_name, ranks[path], A, B)
         restore_activity()
     config = LoRAConfig(r=max(ranks.values()), lora_alpha=max(ranks.values()), target_modules=sorted(pairs))
-    config = describing(config, ranks, dict(ranks))
-    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
+    config = with_ranks(config, ranks, ranks)
+    remember(model, adapter_name, config)
     return compiled
 
 

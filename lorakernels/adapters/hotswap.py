@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError
-from lorakernels.adapters.files import copy_whole, refuse_meta, set_config
-from lorakernels.adapters.hub import local_folder
-from lorakernels.adapters.inject import adapted_layers, config_of, refuse_changed_base, uncompiled
+from lorakernels.adapters.bind import Contents, bind
+from lorakernels.adapters.inject import adapted_layers, config_of, refuse_changed_base, remember, uncompiled
+from lorakernels.adapters.load_save import copy_whole
 from lorakernels.adapters.rank_slices import smaller, used_part
-from lorakernels.adapters.saved_modules import saved_modules
-from lorakernels.adapters.switch import layers_with, refuse_merged, set_scaling
-from lorakernels.adapters.tensors import Contents, Tensors, read_contents
+from lorakernels.adapters.saved_modules import copies_of, state_of
+from lorakernels.adapters.switch import layers_with, refuse_merged
 from lorakernels.config import check_rank
+from lorakernels.files.peft import local_folder, read_peft
+from lorakernels.files.reading import AdapterFileError, Tensors
+from lorakernels.files.update import Update
 from lorakernels.nn.layer import DEFAULT, MAGNITUDE, LoRALayer
 
 
@@ -43,9 +45,8 @@ def prepare_for_hotswap(model: nn.Module, max_rank: int, adapter_name: str = DEF
         # Raises where a layer cannot have such a rank.
         type(layer).adapter_shapes(layer.base_layer, max_rank, layer.use_dora[adapter_name])
         if _room(layer, adapter_name) > max_rank:
-            raise ValueError(
-                f"adapter {adapter_name!r} has rank {_room(layer, adapter_name)}, more than max_rank={max_rank}"
-            )
+            rank = _room(layer, adapter_name)
+            raise ValueError(f"adapter {adapter_name!r} has rank {rank}, more than max_rank={max_rank}")
     padded = [(parameter, value) for layer in owners for parameter, value in _padded(layer, adapter_name, max_rank)]
     for parameter, value in padded:
         parameter.data = value
@@ -94,9 +95,8 @@ def hotswap_adapter(
     config_of(original, adapter_name)
     refuse_merged(layers)
     refuse_changed_base(original)
-    contents = read_contents(original, local_folder(folder, hub, revision))
+    contents = bind(original, read_peft(local_folder(folder, hub, revision)))
     _check_fits(original, adapter_name, contents)
-    refuse_meta(contents)
 
     paths = {contents.modules[path]: path for path in contents.layers}
     for layer in owners:
@@ -104,11 +104,11 @@ def hotswap_adapter(
         if path is None:
             _switch_off(layer, adapter_name)
         else:
-            _fill(layer, adapter_name, contents, path)
+            _fill(layer, adapter_name, contents.layers[path], contents.config.use_rslora)
     copy_whole(original, adapter_name, contents)
     names = {layer: path for path, layer in layers.items()}
     unused = sorted(names[layer] for layer in owners - paths.keys())
-    set_config(original, adapter_name, contents, unused)
+    remember(original, adapter_name, contents.config, unused)
     return model
 
 
@@ -134,41 +134,36 @@ def _copy_into(suffix: str, room: torch.Tensor, value: torch.Tensor, r: int, lay
 
 
 def _check_fits(model: nn.Module, name: str, contents: Contents) -> None:
-    config, slot = contents.config, config_of(model, name)
-    for field in ("use_dora", "lora_bias"):
-        if getattr(config, field) != getattr(slot, field):
+    config, slot, copies = contents.config, config_of(model, name), copies_of(model, name)
+    kinds: dict[str, tuple[object, object]] = {
+        **{field: (getattr(config, field), getattr(slot, field)) for field in ("use_dora", "lora_bias", "bias")},
+        "modules_to_save": (sorted(contents.whole), sorted(copies)),
+    }
+    for field, (theirs, own) in kinds.items():
+        if theirs != own or (
+            field == "bias" and own != "none"
+        ):  # biases are the base model's, with no slot of their own
+            expected = 'bias="none" of both' if field == "bias" else "the same"
             raise AdapterFileError(
-                f"the file has {field}={getattr(config, field)} and adapter {name!r} {getattr(slot, field)}; expected "
-                "the same: load it under another name"
+                f"the file has {field}={theirs!r} and adapter {name!r} {own!r}; expected {expected}: load it under "
+                "another name"
             )
-    if config.bias != "none" or slot.bias != "none":
-        raise AdapterFileError(
-            f'the file has bias={config.bias!r} and adapter {name!r} {slot.bias!r}; expected "none" of both, since the '
-            "biases are the base model's"
-        )
-    copies = {path for path, wrapper in saved_modules(model).items() if name in wrapper.modules_to_save}
-    if copies != contents.whole.keys():
-        raise AdapterFileError(
-            f"the file has modules_to_save {sorted(contents.whole)} and adapter {name!r} {sorted(copies)}; "
-            "expected the same"
-        )
-    for path, tensors in contents.layers.items():
+    for path, update in contents.layers.items():
         layer = contents.modules[path]
         if not isinstance(layer, LoRALayer) or name not in layer.r:
             raise AdapterFileError(f"the file has {path!r}, where adapter {name!r} is not; load it under another name")
-        r, room = contents.ranks[path], _room(layer, name)
+        r, room = update.r, _room(layer, name)
         if r > room:
             raise AdapterFileError(
                 f"{path} has rank {r} in the file, and adapter {name!r} has room for {room}; "
                 f"prepare_for_hotswap(model, {r}) before compiling"
             )
-        _check_exact(path, layer.adapter_tensors(name), tensors)
+        _check_exact(path, layer.adapter_tensors(name), update.tensors)
     for path, tensors in contents.whole.items():
-        copy = saved_modules(model)[path].modules_to_save[name]
-        _check_exact(path, dict(copy.state_dict()), tensors)
+        _check_exact(path, state_of(copies[path]), tensors)
 
 
-def _check_exact(path: str, slot: dict[str, nn.Parameter] | Tensors, tensors: Tensors) -> None:
+def _check_exact(path: str, slot: Mapping[str, torch.Tensor], tensors: Tensors) -> None:
     for suffix, tensor in tensors.items():
         held = tensor.to(slot[suffix].dtype)
         if not torch.equal(held.to(tensor.dtype), tensor):
@@ -178,13 +173,12 @@ def _check_exact(path: str, slot: dict[str, nn.Parameter] | Tensors, tensors: Te
             )
 
 
-def _fill(layer: LoRALayer, name: str, contents: Contents, path: str) -> None:
-    r, alpha, tensors = contents.ranks[path], contents.alphas[path], contents.layers[path]
+def _fill(layer: LoRALayer, name: str, update: Update, use_rslora: bool) -> None:
     for suffix, parameter in layer.adapter_tensors(name).items():
         parameter.zero_()
-        _copy_into(suffix, parameter, tensors[suffix], r, layer)
-    layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = r, alpha, contents.config.use_rslora
-    set_scaling(layer, name, layer.own_scaling(name))
+        _copy_into(suffix, parameter, update.tensors[suffix], update.r, layer)
+    layer.r[name], layer.lora_alpha[name], layer.use_rslora[name] = update.r, update.alpha, use_rslora
+    layer._set_scaling(name, layer.own_scaling(name))
 
 
 def _switch_off(layer: LoRALayer, name: str) -> None:

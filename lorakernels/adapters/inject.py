@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from lorakernels.adapters.saved_modules import SavedModule, give_copies, saved_modules
-from lorakernels.adapters.targets import find_modules_to_save, find_targets, pattern_value, warn_of_unused
+from lorakernels.adapters.targets import find_modules_to_save, find_targets, warn_of_unused
 from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, adapt
 from lorakernels.nn.init import changes_base
@@ -58,8 +59,8 @@ def inject(
     missing = [ending for ending in config.modules_to_save or () if not any(name.endswith(ending) for name in whole)]
     if missing:
         raise ValueError(f"modules_to_save={missing!r} matches no module of {type(model).__name__}")
-    ranks = {name: pattern_value(name, config.rank_pattern, config.r) for name in targets}
-    alphas = {name: pattern_value(name, config.alpha_pattern, config.lora_alpha) for name in targets}
+    ranks = by_pattern(targets, config.rank_pattern, config.r)
+    alphas = by_pattern(targets, config.alpha_pattern, config.lora_alpha)
     for name, module in targets.items():
         _check_target(name, module, ranks[name], alphas[name], config)
     refuse_changed_base(model)
@@ -93,7 +94,7 @@ def inject(
             for wrapper in saved_modules(model).values():
                 wrapper.set_adapter([adapter_name])
             freeze_all_but_adapters(model, config.bias)
-    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
+    remember(model, adapter_name, config)
     return compiled
 
 
@@ -156,42 +157,31 @@ def give_adapter(
 @contextmanager
 def nothing_on_error(model: nn.Module, adapter_name: str, made: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
     """Where the body raises, take out of the model what it has added under a new name: no memory, an SVD that fails."""
-    needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    layers = [(layer, layer.active_adapters) for layer in adapted_layers(model).values() if adapter_name not in layer.r]
-    wrappers = [(wrapper, wrapper.active_adapter) for wrapper in saved_modules(model).values()]
-    wrappers = [(wrapper, active) for wrapper, active in wrappers if adapter_name not in wrapper.modules_to_save]
+    restore_activity = activity(model)
+    had = {module for module in model.modules() if adapter_name in _names_in(module)}
     try:
         yield
     except BaseException:
-        fresh = [layer for layer in made.values() if isinstance(layer, LoRALayer)]
-        for layer in [layer for layer, _ in layers] + fresh:
-            if adapter_name in layer.r:
-                layer.delete_adapter(adapter_name)
-        for wrapper, active_adapter in wrappers:
-            if adapter_name in wrapper.modules_to_save:
-                wrapper.delete_adapter(adapter_name)
-            wrapper.active_adapter = active_adapter
-        for layer, active in layers:
-            layer.active_adapters = active
-        for parameter, needed in needed_grad:
-            parameter.requires_grad_(needed)
+        for module in {*model.modules(), *made.values()} - had:
+            if adapter_name in _names_in(module):
+                module.delete_adapter(adapter_name)  # type: ignore[operator]
+        restore_activity()
         raise
 
 
 def activity(model: nn.Module) -> Callable[[], None]:
-    """What brings back the adapters that are active now and what trains; in layers made since then none is active."""
+    """What brings back the adapters that are active now and what trains; of what is made since then nothing is."""
     layers = {layer: layer.active_adapters for layer in adapted_layers(model).values()}
     wrappers = {wrapper: wrapper.active_adapter for wrapper in saved_modules(model).values()}
-    needed_grad = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    needed_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
 
     def restore() -> None:
         for layer in adapted_layers(model).values():
-            layer.set_adapter(layers.get(layer, []))
+            layer.active_adapters = layers.get(layer, [])
         for wrapper in saved_modules(model).values():
-            active = wrappers.get(wrapper)
-            wrapper.set_adapter([] if active is None else [active])
-        for parameter, needed in needed_grad:
-            parameter.requires_grad_(needed)
+            wrapper.active_adapter = wrappers.get(wrapper)
+        for parameter in model.parameters():
+            parameter.requires_grad_(needed_grad.get(parameter, False))
 
     return restore
 
@@ -227,9 +217,8 @@ def refuse_tied(model: nn.Module, weights: Iterable[torch.Tensor], what: str) ->
     for weight in weights:
         names = owners.get(id(weight), [])
         if len(names) > 1:
-            raise ValueError(
-                f"{' and '.join(map(repr, names))} share one weight, so {what} would change both; untie them"
-            )
+            both = " and ".join(map(repr, names))
+            raise ValueError(f"{both} share one weight, so {what} would change both; untie them")
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -265,13 +254,21 @@ def config_of(model: nn.Module, adapter_name: str) -> LoRAConfig:
     return configs[adapter_name]
 
 
+def remember(model: nn.Module, adapter_name: str, config: LoRAConfig, unused: Iterable[str] = ()) -> None:
+    """Keep the configuration of an adapter, and which of its layers its last hot swap has left without it."""
+    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
+    model._lora_unused = {**getattr(model, "_lora_unused", {}), adapter_name: [*unused]}  # type: ignore[assignment]
+
+
 def adapters_in(model: nn.Module) -> dict[str, None]:
     """The names of the adapters that the layers and the copies of whole modules in `model` have."""
-    names: dict[str, None] = {}
-    for module in model.modules():
-        if isinstance(module, (LoRALayer, SavedModule)):
-            names |= dict.fromkeys(module.r if isinstance(module, LoRALayer) else module.modules_to_save)
-    return names
+    return dict.fromkeys(name for module in model.modules() for name in _names_in(module))
+
+
+def _names_in(module: nn.Module) -> Iterable[str]:
+    if isinstance(module, LoRALayer):
+        return module.r
+    return module.modules_to_save if isinstance(module, SavedModule) else ()
 
 
 def adapted_layers(model: nn.Module) -> dict[str, LoRALayer]:

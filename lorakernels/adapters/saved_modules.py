@@ -71,6 +71,12 @@ def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SavedModule)}
 
 
+def copies_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:
+    """An adapter's copies of whole modules by the modules' full names."""
+    wrappers = saved_modules(model).items()
+    return {path: one.modules_to_save[adapter_name] for path, one in wrappers if adapter_name in one.modules_to_save}
+
+
 def give_copies(modules: Iterable[nn.Module], adapter_name: str) -> dict[nn.Module, SavedModule]:
     """Give an adapter a copy of each module; those that are not wrapped yet, with the wrapper to put in their place."""
     made: dict[nn.Module, SavedModule] = {}

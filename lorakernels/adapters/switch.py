@@ -45,12 +45,7 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     layers = adapted_layers(model)
     refuse_merged(layers)
     for layer in layers_with(layers, name):
-        set_scaling(layer, name, layer.own_scaling(name) * scale)
-
-
-def set_scaling(layer: LoRALayer, name: str, scaling: float) -> None:
-    """Set what an adapter is scaled with; in a slot for hot swaps the tensor stays, and gets the value."""
-    layer._set_scaling(name, scaling)
+        layer._set_scaling(name, layer.own_scaling(name) * scale)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

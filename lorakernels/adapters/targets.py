@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import regex
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
+from lorakernels.files.patterns import by_pattern, fullmatch
 from lorakernels.nn.adapt import LAYERS
 from lorakernels.nn.layer import LoRALayer
 
 ALL_LINEAR = "all-linear"
-SECONDS_A_MATCH = 1.0
-SECONDS_FOR_ALL = 30.0
-# Patterns times modules; a million take 2 s, and a real adapter has under a tenth of that.
-MAX_MATCHES = 4_000_000
 WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
-T = TypeVar("T")
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
@@ -67,7 +59,7 @@ def warn_of_unused(model: nn.Module, config: LoRAConfig, targets: Iterable[str])
         unused += [f"{field}={entry!r}" for entry in entries if not any(matches(name, entry) for name in names)]
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
-            if not any(pattern_value(name, {key: True}, False) for name in targets):
+            if not any(by_pattern(targets, {key: True}, False).values()):
                 unused.append(f"{field}[{key!r}]")
     if unused:
         warnings.warn(f"{' and '.join(unused)} matches nothing in {type(model).__name__}, and is ignored", stacklevel=3)
@@ -98,56 +90,8 @@ def owner_of(name: str, modules: Iterable[str]) -> str | None:
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
     """Whether a full module name is meant: by a regular expression for all of it, or by one of several suffixes."""
     if isinstance(patterns, str):
-        return _fullmatch(patterns, name)
+        return fullmatch(patterns, name)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
-
-
-def pattern_value(name: str, patterns: Mapping[str, T], otherwise: T) -> T:
-    """The value of the first pattern that means `name`, whole or as a suffix (PEFT's rule for rank_pattern)."""
-    for pattern, value in patterns.items():
-        if _fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return otherwise
-
-
-def by_pattern(paths: Iterable[str], patterns: Mapping[str, T], otherwise: T, source: Path | str) -> dict[str, T]:
-    """`pattern_value` of many modules of a file, each pattern compiled once: a converted file has one a module.
-
-    Raises AdapterFileError, naming `source`, where a pattern is none or where all of it takes too long.
-    """
-    paths = list(paths)
-    if len(paths) * len(patterns) > MAX_MATCHES:
-        raise AdapterFileError(
-            f"{source}: {len(patterns):,} patterns for {len(paths):,} modules; expected at most {MAX_MATCHES:,} pairs"
-        )
-    values = {}
-    try:
-        compiled = [(regex.compile(rf"(.*\.)?({pattern})"), value) for pattern, value in patterns.items()]
-        end = time.monotonic() + SECONDS_FOR_ALL
-        for path in paths:
-            found = (value for one, value in compiled if one.fullmatch(path, timeout=SECONDS_A_MATCH))
-            values[path] = next(found, otherwise)
-            if time.monotonic() > end:
-                raise TimeoutError
-    except regex.error as error:
-        raise AdapterFileError(
-            f"{source}: rank_pattern or alpha_pattern: one is not a regular expression ({error})"
-        ) from error
-    except TimeoutError as error:
-        raise AdapterFileError(f"{source}: rank_pattern or alpha_pattern takes too long; simplify it") from error
-    return values
-
-
-def _fullmatch(pattern: str, name: str) -> bool:
-    """`re.fullmatch` with an end: patterns come from files too, and some take exponential time."""
-    try:
-        return regex.fullmatch(pattern, name, timeout=SECONDS_A_MATCH) is not None
-    except regex.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
-    except TimeoutError as error:
-        raise ValueError(
-            f"{pattern!r} took over {SECONDS_A_MATCH} s on {name!r}; expected a simpler pattern"
-        ) from error
 
 
 def _excluded(name: str, config: LoRAConfig) -> bool:

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError, config_from_fields, fields_of
-from lorakernels.adapters.tensors import CONFIG_FILE, WEIGHTS_FILE, Contents, check_contents, read_contents
-from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.adapters.bind import Contents, bind
+from lorakernels.config import LoRAConfig
+from lorakernels.files.config_file import fields_of
+from lorakernels.files.peft import WEIGHTS_FILE, parse, read_peft
+from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.update import CONFIG_FILE
 from lorakernels.serving.errors import CapacityError
 from lorakernels.serving.pages import PageClass, Site
 from lorakernels.serving.served import BASES, served_by
 
-_FACTORS = {nn.Linear: ("lora_A.weight", "lora_B.weight"), nn.Embedding: ("lora_embedding_A", "lora_embedding_B")}
 # experts, expert_0, local_experts; not shared_expert, which is sent every token.
 _EXPERT = re.compile(r"(?!.*shared).*experts?_?[0-9]*")
 # T5's: looked up by query and key position, the same for all rows.
@@ -35,9 +37,7 @@ def check_name(name: Any) -> None:
     """Raise ValueError unless a name could be a folder's: text, not empty, no separators, not "." or ".."."""
     bad = not isinstance(name, str) or not name.strip() or name in (".", "..") or any(c in "/\\" for c in name)
     if bad or any(ord(c) < 32 for c in name):
-        raise ValueError(
-            f"adapter name {name!r}: expected text without slashes and control characters, not '.' or '..'"
-        )
+        raise ValueError(f"adapter name {name!r}: expected text without slashes and control characters, not '.', '..'")
 
 
 def check_given(given: Any) -> None:
@@ -74,8 +74,7 @@ def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | N
         folder = name
     if "\0" in os.fspath(folder):
         raise AdapterFileError(f"folder {os.fspath(folder)!r} has a NUL in it")
-    path = Path(folder) if root is None else root / folder
-    path = path.resolve()
+    path = (Path(folder) if root is None else root / folder).resolve()
     _check_inside(path, root)
     return Source(path, root, _stamps(path))
 
@@ -83,22 +82,17 @@ def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | N
 def read_source(model: nn.Module, source: Source) -> Contents:
     """What the files hold, checked against `model`; the same at every reading, or AdapterFileError."""
     _check_inside(source.folder, source.root)
-    if not source.folder.is_dir():
-        raise AdapterFileError(f"{source.folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}")
-    contents = read_contents(plain_copy(model, {}), source.folder)
+    contents = bind(model, read_peft(source.folder), BASES)
     if _stamps(source.folder) != source.stamps:
-        raise AdapterFileError(
-            f"the files in {source.folder} have changed since the adapter was loaded; replace(name, folder) takes the "
-            "new ones"
-        )
+        mend = "replace(name, folder) takes the new ones"
+        raise AdapterFileError(f"the files in {source.folder} have changed since the adapter was loaded; {mend}")
     return contents
 
 
 def read_tensors(model: nn.Module, config: LoRAConfig, tensors: Tensors) -> Contents:
     """An adapter that is in memory, by the keys of PEFT's files, checked as they are."""
-    config = config_from_fields(fields_of(config), "the configuration")
     given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    return check_contents(plain_copy(model, {}), config, given, "the adapter")
+    return bind(model, parse(fields_of(config), given, "the adapter"), BASES)
 
 
 def _check_inside(folder: Path, root: Path | None) -> None:
@@ -117,16 +111,6 @@ def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
         except OSError:  # the reader says it better
             stamps.append(None)
     return tuple(stamps)
-
-
-def plain_copy(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The tree of modules as it is without a store, around the same parameters: what readers of files know."""
-    if module not in made:
-        kind = BASES.get(type(module), type(module))
-        made[module] = copy = object.__new__(kind)
-        children = {name: child and plain_copy(child, made) for name, child in module._modules.items()}
-        copy.__dict__ = {**module.__dict__, "_modules": children}
-    return made[module]
 
 
 # ------------------------------------------------------------------------------------------- packing
@@ -154,22 +138,21 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
     fields = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
     for field, off in fields.items():
         if getattr(config, field) not in (off, [], ()):
-            raise AdapterFileError(
-                f"{field}={getattr(config, field)!r} is not served in a mixed batch; expected {off!r}. load_adapter "
-                "runs such an adapter alone, on another copy of the model"
-            )
+            mend = "load_adapter runs such an adapter alone, on another copy of the model"
+            raise AdapterFileError(f"{field}={getattr(config, field)!r} is not served; expected {off!r}: {mend}")
     largest: dict[PageClass, tuple[int, float]] = {}
     taken: dict[Site, str] = {}
-    for path in contents.layers:
-        site = _served_site(path, model, sites)
+    for path, update in contents.layers.items():
+        reason = _why_not_served(path, model, sites.get(path))
+        if reason:
+            raise AdapterFileError(f"module {path!r} {reason}")
+        site = sites[path]
         if site in taken:
             raise AdapterFileError(f"{taken[site]!r} and {path!r} are one module; expected one of them in the file")
         taken[site] = path
-        rank, scaling = contents.ranks[path], _scaling(contents, path)
+        rank, scaling = update.r, update.scaling
         if rank > max_rank:
-            raise CapacityError(
-                f"module {path!r} has rank {rank} in the file; the store takes at most max_rank={max_rank}"
-            )
+            raise CapacityError(f"module {path!r} has rank {rank}; the store takes at most max_rank={max_rank}")
         if abs(scaling) > _FLOAT32_MAX:
             raise AdapterFileError(f"module {path!r} has scaling {scaling}; expected one that float32 can hold")
         most, scale = largest.get(site.pages, (0, 0.0))
@@ -187,39 +170,29 @@ def _of_plan(scaling: float, dtype: torch.dtype) -> float:
     return torch.tensor(scaling, dtype=torch.float32, device="cpu").item() or 1.0
 
 
-def _served_site(path: str, model: nn.Module, sites: Mapping[str, Site]) -> Site:
-    module, site = model.get_submodule(path), sites.get(path)
+def _why_not_served(path: str, model: nn.Module, site: Site | None) -> str:
+    """What speaks against serving a module that an adapter reaches; nothing where it can be served."""
+    module: Any = model.get_submodule(path)
+    parent, weight, other = model.get_submodule(path.rpartition(".")[0]), module.weight, served_by(module)
     if site is None or site.module is not module:
-        raise AdapterFileError(
-            f"module {path!r} is a {type(module).__qualname__}; a store serves what was exactly torch.nn.Linear or "
-            "torch.nn.Embedding in the model when the store was made"
+        return (
+            f"is a {type(module).__qualname__}; a store serves what was torch.nn.Linear or Embedding when it was made"
         )
-    other = served_by(module)
     # Of a copied model the classes are a store's, without a site.
     if BASES.get(type(module)) is not site.base or (other is not None and other.owner is not site.owner):
-        raise AdapterFileError(f"module {path!r} is served by another AdapterStore; close() that one first")
+        return "is served by another AdapterStore; close() that one first"
     if "forward" in module.__dict__:
-        raise AdapterFileError(
-            f"module {path!r} has a forward of its own (such as accelerate's hooks), which goes first"
-        )
+        return "has a forward of its own (such as accelerate's hooks), which goes first"
     if any(_EXPERT.fullmatch(part) for part in path.split(".")):
-        raise AdapterFileError(f"module {path!r} is an expert, which is sent some of the tokens; not served")
+        return "is an expert, which is sent some of the tokens; not served"
     if path.rpartition(".")[2] == _POSITIONS:
-        raise AdapterFileError(f"module {path!r} is a table of positions, which are no rows of a batch; not served")
-    parent = model.get_submodule(path.rpartition(".")[0])
+        return "is a table of positions, which are no rows of a batch; not served"
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise AdapterFileError(
-            f"module {path!r} is not called by torch's fast path of TransformerEncoderLayer, which would leave the "
-            "adapter out; call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-    weight: Any = module.weight
+        mend = "call torch.backends.mha.set_fastpath_enabled(False) first"
+        return f"is not called by the fast path of TransformerEncoderLayer, which leaves the adapter out; {mend}"
     if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
-        raise AdapterFileError(f"the weight of {path!r} is a {type(weight).__qualname__}, {weight.dtype}; not served")
-    return site
-
-
-def _scaling(contents: Contents, path: str) -> float:
-    return scaling_of(contents.alphas[path], contents.ranks[path], contents.config.use_rslora)
+        return f"has a weight that is a {type(weight).__qualname__}, {weight.dtype}; not served"
+    return ""
 
 
 def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
@@ -229,21 +202,18 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
     rows. What does not fit the model's dtype is refused.
     """
     rows = {pages: pages.host_rows(part.rank) for pages, part in parts.items()}
-    for path, tensors in contents.layers.items():
-        site = sites[path]
-        A, B = (tensors[name] for name in _FACTORS[site.base])
-        scaling, of_class = _scaling(contents, path), parts[site.pages].scaling
-        if scaling != of_class:
-            B = B.to(torch.promote_types(B.dtype, torch.float32)) * (scaling / of_class)
-        own = rows[site.pages][: contents.ranks[path]]
+    for path, update in contents.layers.items():
+        site, (A, B) = sites[path], update.factors
+        of_class = parts[site.pages].scaling
+        if update.scaling != of_class:
+            B = B.to(torch.promote_types(B.dtype, torch.float32)) * (update.scaling / of_class)
+        own = rows[site.pages][: update.r]
         spans = own[:, site.begin_A :][:, : site.K], own[:, site.begin_B :][:, : site.N]
         for span, factor in zip(spans, (A, B.T), strict=True):
             span.copy_(factor)
         # Of the class's row no more than was written: with every layer's, the whole would be read once for each.
         if not all(math.isfinite(span.abs().amax().item()) for span in spans):
-            raise AdapterFileError(
-                f"the adapter of {path!r} has numbers that {own.dtype}, the model's dtype, cannot hold"
-            )
+            raise AdapterFileError(f"the adapter of {path!r} has numbers that the model's {own.dtype} cannot hold")
     return rows
 
 

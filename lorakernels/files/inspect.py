@@ -7,12 +7,15 @@ import os
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
-from lorakernels.adapters.formats import AdapterFile, Update, read_adapter
+from lorakernels.files.formats import read_adapter
+from lorakernels.files.update import BIAS, MAGNITUDE, Update
 
 # As many lines as colours that an eye tells apart; further kinds of module are drawn grey.
 MAX_KINDS = 8
@@ -57,9 +60,9 @@ def singular_values(update: Update) -> torch.Tensor:
     With B = Q_B R_B and Aᵀ = Q_A R_A, B A = Q_B (R_B R_Aᵀ) Q_Aᵀ has those of the [r, r] matrix in the middle. The B of
     a convolution with groups is block-diagonal here.
     """
-    B = torch.block_diag(*update.B.double().flatten(1).chunk(update.groups))
-    R_B = torch.linalg.qr(B, mode="r").R
-    R_A = torch.linalg.qr(update.A.double().flatten(1).T, mode="r").R
+    A, B = (factor.double().flatten(1) for factor in update.factors)
+    R_B = torch.linalg.qr(torch.block_diag(*B.chunk(update.groups)), mode="r").R
+    R_A = torch.linalg.qr(A.T, mode="r").R
     return torch.linalg.svdvals(R_B @ R_A.T) * abs(update.scaling)
 
 
@@ -72,40 +75,29 @@ def effective_rank(values: torch.Tensor) -> float:
 def inspect_adapter(source: str | os.PathLike[str]) -> AdapterReport:
     """Read an adapter of any format that `read_adapter` knows and measure it. Raises AdapterFileError as that does."""
     adapter = read_adapter(source)
-    tensors = [tensor for update in adapter.updates.values() for tensor in update.tensors]
+    tensors = [tensor for update in adapter.updates.values() for tensor in update.tensors.values()]
     tensors += adapter.others.values()
-    init = adapter.fields.get("init_lora_weights", True) if adapter.format == "peft" else None
     return AdapterReport(
         source=str(adapter.source),
         format=adapter.format,
-        init=None if init is None else str(init),
+        init=str(adapter.fields.get("init_lora_weights", True)) if adapter.format == "peft" else None,
         use_rslora=bool(adapter.fields.get("use_rslora")),
-        use_dora=any(update.magnitude is not None for update in adapter.updates.values()),
-        lora_bias=any(update.lora_bias is not None for update in adapter.updates.values()),
+        use_dora=any(MAGNITUDE in update.tensors for update in adapter.updates.values()),
+        lora_bias=any(BIAS in update.tensors for update in adapter.updates.values()),
         parameters=sum(tensor.numel() for tensor in tensors),
-        bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        bytes=sum(tensor.nbytes for tensor in tensors),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         others=tuple(adapter.others),
-        updates=tuple(_report(name, adapter) for name in adapter.updates),
+        updates=tuple(_report(name, update) for name, update in adapter.updates.items()),
     )
 
 
-def _report(name: str, adapter: AdapterFile) -> UpdateReport:
-    update = adapter.updates[name]
+def _report(name: str, update: Update) -> UpdateReport:
     values = singular_values(update)
-    shape = (update.B.shape[0], *update.A.shape[1:])
-    return UpdateReport(
-        name=name,
-        shape=shape[::-1] if update.embedding else shape,
-        r=update.r,
-        alpha=update.alpha,
-        scaling=update.scaling,
-        frobenius=float(values.norm()),
-        spectral=float(values.max()),
-        effective_rank=effective_rank(values),
-        parameters=sum(tensor.numel() for tensor in update.tensors),
-        singular_values=tuple(values.tolist()),
-    )
+    norms = float(values.norm()), float(values.max()), effective_rank(values)
+    parameters = sum(tensor.numel() for tensor in update.tensors.values())
+    settings = tuple(update.shape), update.r, update.alpha, update.scaling
+    return UpdateReport(name, *settings, *norms, parameters, tuple(values.tolist()))
 
 
 def as_json(report: AdapterReport) -> str:
@@ -130,31 +122,27 @@ def print_report(report: AdapterReport, console: Any = None) -> None:
         console.width = max(console.width, 120)  # a pipe has no width, and 80 would fold every name
     kinds = [("rsLoRA", report.use_rslora), ("DoRA", report.use_dora), ("lora_bias", report.lora_bias)]
     variants = ", ".join(name for name, on in kinds if on) or "plain LoRA"
-    facts = [
-        ("adapter", report.source),
-        ("format", report.format),
-        ("kind", variants if report.init is None else f"{variants}, init_lora_weights={report.init}"),
-        ("parameters", f"{report.parameters:,} ({report.bytes:,} bytes, {', '.join(report.dtypes)})"),
-    ]
+    facts = {
+        "adapter": report.source,
+        "format": report.format,
+        "kind": variants if report.init is None else f"{variants}, init_lora_weights={report.init}",
+        "parameters": f"{report.parameters:,} ({report.bytes:,} bytes, {', '.join(report.dtypes)})",
+    }
     if report.others:
-        facts.append(("replaces", f"{len(report.others)} whole tensors, such as {report.others[0]}"))
-    for label, fact in facts:
+        facts["replaces"] = f"{len(report.others)} whole tensors, such as {report.others[0]}"
+    for label, fact in facts.items():
         console.print(Text(f"{label}: ", "bold") + Text(fact), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("modules", overflow="fold")
-    for heading in ("number", "weight", "r", "alpha", "scaling", "Frobenius", "spectral", "eff. rank"):
+    columns = ["r", "alpha", "scaling", "frobenius", "spectral", "effective_rank"]
+    for heading in ("number", "weight", *columns[:3], "Frobenius", "spectral", "eff. rank"):
         table.add_column(heading, justify="right")
     groups: dict[tuple[str, tuple[int, ...]], list[UpdateReport]] = defaultdict(list)
     for row in report.updates:
         groups[group_name(row.name), row.shape].append(row)
     for (name, shape), rows in groups.items():
-        table.add_row(
-            Text(name),
-            str(len(rows)),
-            "×".join(map(str, shape)),
-            *(_span([getattr(row, column) for row in rows]) for column in ("r", "alpha", "scaling")),
-            *(_span([getattr(row, column) for row in rows]) for column in ("frobenius", "spectral", "effective_rank")),
-        )
+        spans = [_span([getattr(row, column) for row in rows]) for column in columns]
+        table.add_row(Text(name), str(len(rows)), "×".join(map(str, shape)), *spans)
     console.print(table)
 
 
@@ -173,9 +161,7 @@ def plot_spectra(report: AdapterReport, file: str | os.PathLike[str]) -> Path:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'a plot needs matplotlib, which is not installed; pip install "lorakernels[demo]"'
-        ) from error
+        raise ModuleNotFoundError('a plot needs matplotlib: pip install "lorakernels[demo]"') from error
 
     kinds: dict[str, list[UpdateReport]] = defaultdict(list)
     for row in report.updates:
@@ -184,30 +170,23 @@ def plot_spectra(report: AdapterReport, file: str | os.PathLike[str]) -> Path:
     floor = most * 1e-16  # float64's rounding of the largest: what is below is zero
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    largest_r = max(len(row.singular_values) for row in report.updates)
     for index, (kind, rows) in enumerate(sorted(kinds.items(), key=lambda item: -len(item[1]))):
-        colour = f"C{index}" if index < MAX_KINDS else "0.6"
         # Ranks may differ within a kind: a value that a module does not have is left out, and so is a zero.
-        values = torch.full((len(rows), largest_r), float("nan"), dtype=torch.float64)
-        for row, reported in zip(values, rows, strict=True):
-            row[: len(reported.singular_values)] = torch.tensor(reported.singular_values, dtype=torch.float64)
-        values[values <= floor] = float("nan")
-        x = range(1, largest_r + 1)
+        columns = zip_longest(*(row.singular_values for row in rows), fillvalue=0.0)
+        spread = [sorted(found) for values in columns if (found := [value for value in values if value > floor])]
+        x, middle = range(1, len(spread) + 1), [median(values) for values in spread]
+        colour = f"C{index}" if index < MAX_KINDS else "0.6"
         label = f"{kind} ({len(rows)})" if index < MAX_KINDS else "others" if index == MAX_KINDS else None
-        axes.plot(x, values.nanquantile(0.5, dim=0), marker="o", markersize=3, color=colour, label=label)
-        low = values.nan_to_num(nan=float("inf")).amin(dim=0)
-        high = values.nan_to_num(nan=-float("inf")).amax(dim=0)
-        there = torch.isfinite(low)
-        axes.fill_between(x, low, high, where=there.numpy(), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(x, middle, marker="o", markersize=3, color=colour, label=label)
+        low, high = [values[0] for values in spread], [values[-1] for values in spread]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     if most > 0:
         axes.set_yscale("log")
     else:
         axes.text(0.5, 0.5, "every update is zero", transform=axes.transAxes, ha="center")
-    name = Path(report.source).resolve().name
-    figure.suptitle(f"Singular values of the updates s·B·A: {name}")
+    figure.suptitle(f"Singular values of the updates s·B·A: {Path(report.source).resolve().name}")
     axes.set_title("median over the modules of a kind; band: least to largest", fontsize="small")
-    axes.set_xlabel("index of the singular value")
-    axes.set_ylabel("singular value")
+    axes.set(xlabel="index of the singular value", ylabel="singular value")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(title="kind of module (number)", fontsize="small")

@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from lorakernels.adapters.adapter_config import AdapterFileError
-from lorakernels.adapters.formats import Update, read_json
+from lorakernels.files.reading import PICKLES, AdapterFileError, open_weights, read_json, write_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors' names of the dtypes that a merge can read and write.
@@ -55,39 +54,47 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(self.folder / "config.json") if "config.json" in here else {}
         indices = [name for name in here if name.endswith(INDEX_SUFFIX)]
         single = [name for name in here if name.endswith(".safetensors")]
-        weight_map: dict[str, str] | None = None
-        self.index_file = None
-        if len(indices) == 1:
-            self.index_file = indices[0]
-            weight_map = _weight_map(self.folder / indices[0])
-            self.shards = sorted(set(weight_map.values()))
-        elif not indices and len(single) == 1:
-            self.shards = single
-        else:
-            self._refuse(here, single)
+        if len(indices) > 1 or (not indices and len(single) != 1):
+            self._refuse(here, len(single))
+        self.index_file = indices[0] if indices else None
+        weight_map = _weight_map(self.folder / indices[0]) if indices else {}
+        self.shards = sorted(set(weight_map.values())) or single
         self.tensors: dict[str, TensorInfo] = {}
         for shard in self.shards:
-            for name, info in _header(self.folder / shard, shard).items():
-                if name in self.tensors:
-                    raise AdapterFileError(f"{self.folder}: {name} is in {self.tensors[name].shard} and {shard}")
-                self.tensors[name] = info
-        if weight_map is not None and weight_map != {name: info.shard for name, info in self.tensors.items()}:
-            wrong = sorted(set(weight_map) ^ set(self.tensors)) or sorted(
-                name for name in weight_map if weight_map[name] != self.tensors[name].shard
-            )
+            with open_weights(self.folder / shard) as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                found = {n: TensorInfo(shard, torch.Size(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+            twice = next((name for name in found if name in self.tensors), None)
+            if twice is not None:
+                raise AdapterFileError(f"{self.folder}: {twice} is in {self.tensors[twice].shard} and {shard}")
+            self.tensors |= found
+        places = {name: info.shard for name, info in self.tensors.items()}
+        wrong = sorted(name for name in {**weight_map, **places} if weight_map.get(name) != places.get(name))
+        if indices and wrong:
             raise AdapterFileError(f"{self.folder / indices[0]} and its shards disagree on {len(wrong)}: {wrong[0]}")
 
-    def _refuse(self, here: list[str], single: list[str]) -> None:
+    def _refuse(self, here: list[str], number: int) -> None:
         parts = [name for name in here if any((self.folder / name).glob("*.safetensors"))]
         mend = ""
         if "model_index.json" in here and parts:
             mend = f"; this is a pipeline: give one of its parts ({', '.join(parts)})"
-        elif any(name.endswith((".bin", ".pt", ".pth")) for name in here):
+        elif any(name.endswith(PICKLES) for name in here):
             mend = "; pickles are not read: save the model with save_pretrained, which writes safetensors"
         raise AdapterFileError(
-            f"{self.folder} has {len(single)} .safetensors files and no single index; expected one file, "
+            f"{self.folder} has {number} .safetensors files and no single index; expected one file, "
             f"or several with a *{INDEX_SUFFIX}{mend}"
         )
+
+    def check_holds(self, name: str, shape: torch.Size, what: str) -> TensorInfo:
+        """A tensor's place; raises AdapterFileError, saying `what` the adapter does, unless it has this shape."""
+        info = self.tensors.get(name)
+        if info is None or info.shape != shape:
+            found = "no such tensor" if info is None else list(info.shape)
+            raise AdapterFileError(
+                f"the adapter {what} {name} {list(shape)}, and {self.folder} has {found}; expected the model that it "
+                "was trained on, saved with its new layers"
+            )
+        return info
 
     def quantised(self, module: str) -> str | None:
         """Why the weight of a module is taken for a quantised one, or None."""
@@ -119,50 +126,6 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _header(path: Path, shard: str) -> dict[str, TensorInfo]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {n: TensorInfo(shard, torch.Size(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-# ------------------------------------------------------------------------------------------- the maths
-
-
-def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool = False) -> torch.Tensor:
-    """weight + scaling · B A, for DoRA with every row brought to its length (arXiv 2402.09353, eq. 5).
-
-    Args:
-        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`.
-
-    Returns:
-        The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    transposed = fan_in_fan_out or update.embedding
-    A, B = update.A.to(dtype).flatten(1), update.B.to(dtype).flatten(1)
-    merged = weight.to(dtype, copy=True).contiguous()
-    rows = merged.T if transposed else merged.flatten(1)
-    rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
-    if update.magnitude is not None:
-        norm = rows.norm(dim=1)
-        # A row of zeros stays one, where the formula says 0 / 0.
-        rows *= torch.where(norm == 0, 1, update.magnitude.to(dtype).flatten() / norm)[:, None]
-    return merged
-
-
-def merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
-    """bias + scaling · (the bias of lora_B), as `merged_weight` rounds."""
-    assert update.lora_bias is not None
-    dtype = torch.promote_types(bias.dtype, torch.float32)
-    return bias.to(dtype) + update.scaling * update.lora_bias.to(dtype)
-
-
-# ------------------------------------------------------------------------------------------- writing
-
-
 @contextmanager
 def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Iterator[Path]:
     """A folder to write into that becomes `out` at the end, or disappears with an error: `out` is whole or not there.
@@ -173,9 +136,7 @@ def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Ite
     if any(out == source.resolve() for source in sources):
         raise AdapterFileError(f"{out} is what is read; expected another folder to write to")
     if out == Path.cwd():
-        raise AdapterFileError(
-            f"{out} is the current folder, which cannot be replaced; expected a new one, by its name"
-        )
+        raise AdapterFileError(f"{out} is the current folder, which cannot be replaced; expected a new one")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise AdapterFileError(f"{out} exists and is not an empty folder; expected a new one, or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -203,22 +164,21 @@ def write_changed(
     """
     from tqdm import tqdm
 
-    total = 0
-    for shard in tqdm(checkpoint.shards, desc="shards", unit="shard", disable=None if progress else True):
-        total += _write_shard(checkpoint, shard, folder, changes, dtype)
+    shards = tqdm(checkpoint.shards, desc="shards", unit="shard", disable=None if progress else True)
+    total = sum(_write_shard(checkpoint, shard, folder, changes, dtype) for shard in shards)
     if checkpoint.index_file is not None:
         index = read_json(checkpoint.folder / checkpoint.index_file)
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-        (folder / checkpoint.index_file).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / checkpoint.index_file, index)
     for path in checkpoint.folder.iterdir():
         is_weights = path.name.endswith((*_WEIGHT_FILES, ".index.json"))
         if path.is_file() and not is_weights and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
     if dtype is not None and (folder / "config.json").is_file():
-        config = _with_dtype(checkpoint.config, str(dtype).removeprefix("torch."))
-        if "dtype" not in config:
-            config["torch_dtype"] = str(dtype).removeprefix("torch.")  # what transformers before 4.56 called it
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        name = str(dtype).removeprefix("torch.")
+        config = _with_dtype(checkpoint.config, name)
+        # Before 4.56 transformers knew torch_dtype alone.
+        write_json(folder / "config.json", config if "dtype" in config else config | {"torch_dtype": name})
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -232,46 +192,35 @@ def _write_shard(checkpoint: Checkpoint, shard: str, folder: Path, changes: Chan
 
     The format is written here, not by safetensors.torch.save_file, which wants every tensor of the file at once.
     """
-
-    def stored(info: TensorInfo) -> str:
-        return _NAMES[dtype] if dtype is not None and info.dtype in DTYPES else info.dtype
-
     infos = {name: info for name, info in checkpoint.tensors.items() if info.shard == shard}
-    order = sorted(infos, key=lambda name: (-_BYTES.get(stored(infos[name]), 1), name))  # keeps every tensor aligned
+    to = "" if dtype is None else _NAMES[dtype]
+    stored = {name: to if to and info.dtype in DTYPES else info.dtype for name, info in infos.items()}
+    header: dict[str, Any] = {}
+    end = 0
+    for name in sorted(infos, key=lambda name: (-_BYTES.get(stored[name], 1), name)):  # keeps every tensor aligned
+        begin, end = end, end + infos[name].shape.numel() * _BYTES.get(stored[name], 1)
+        header[name] = {"dtype": stored[name], "shape": list(infos[name].shape), "data_offsets": [begin, end]}
+    # Not open_weights: what goes wrong in writing is no fault of the file that is read.
     with safe_open(checkpoint.folder / shard, framework="pt") as source, open(folder / shard, "wb") as file:
-        header: dict[str, Any] = {"__metadata__": source.metadata() or {"format": "pt"}}
-        offset = 0
-        for name in order:
-            width = _BYTES.get(stored(infos[name]), 1)
-            end = offset + infos[name].shape.numel() * width
-            header[name] = {"dtype": stored(infos[name]), "shape": list(infos[name].shape)}
-            header[name]["data_offsets"] = [offset, end]
-            offset = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
+        metadata = {"__metadata__": source.metadata() or {"format": "pt"}}
+        encoded = json.dumps(metadata | header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         file.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in order:
+        for name in header:
             tensor = source.get_tensor(name)
             if name in changes:
                 tensor = changes[name](tensor)
-            if stored(infos[name]) in DTYPES:
-                tensor = tensor.to(DTYPES[stored(infos[name])])
-                if (name in changes or dtype is not None) and not _all_finite(tensor):
-                    raise AdapterFileError(
-                        f"{name} would not be finite in {tensor.dtype}; expected finite weights "
-                        "(a wider --dtype holds larger numbers)"
-                    )
-            _write_bytes(file, tensor)
-        if file.tell() != 8 + len(encoded) + offset:
-            raise AdapterFileError(f"{shard} has {file.tell():,} bytes written; expected {8 + len(encoded) + offset:,}")
-    return offset
+            if stored[name] in DTYPES:
+                tensor = tensor.to(DTYPES[stored[name]])
+                if (name in changes or to) and not _all_finite(tensor):
+                    raise AdapterFileError(f"{name} would not be finite in {tensor.dtype}; expected a wider --dtype")
+            if tensor.numel():
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if file.tell() != 8 + len(encoded) + end:
+            raise AdapterFileError(f"{shard} has {file.tell():,} bytes written; expected {8 + len(encoded) + end:,}")
+    return end
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:
     """As torch.isfinite(tensor).all(), whose temporaries are twice the tensor."""
     return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in tensor.aminmax())  # both NaN if one is
-
-
-def _write_bytes(file: BinaryIO, tensor: torch.Tensor) -> None:
-    if tensor.numel():
-        file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

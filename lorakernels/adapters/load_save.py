@@ -1,23 +1,18 @@
-"""Adapter files in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+"""A model's adapters to and from PEFT's files: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from lorakernels.adapters.adapter_config import AdapterFileError, write_config
-from lorakernels.adapters.hub import local_folder
+from lorakernels.adapters.bind import Contents, bind
 from lorakernels.adapters.inject import (
     adapted_layers,
-    adapter_configs,
     adapter_parameters,
     adapters_in,
     config_of,
@@ -27,14 +22,16 @@ from lorakernels.adapters.inject import (
     nothing_on_error,
     refuse_changed_base,
     refuse_shared_biases,
+    remember,
     replace_modules,
     uncompiled,
 )
 from lorakernels.adapters.rank_slices import smaller
-from lorakernels.adapters.saved_modules import give_copies, saved_modules, state_of
-from lorakernels.adapters.targets import pattern_value
-from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE, Contents, Tensors, read_contents
+from lorakernels.adapters.saved_modules import copies_of, give_copies, state_of
+from lorakernels.adapters.switch import refuse_merged, set_adapter
 from lorakernels.config import LoRAConfig
+from lorakernels.files.peft import local_folder, read_peft, with_ranks, write_peft
+from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.nn.layer import DEFAULT, LoRALayer, check_adapter_name
 
 
@@ -49,47 +46,32 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     model = uncompiled(model)
     config = config_of(model, adapter_name)
     refuse_changed_base(model, but_by=adapter_name)
-    tensors: Tensors = {f"{PREFIX}{name}": bias for name, bias in _saved_biases(model, config, adapter_name).items()}
+    others = _saved_biases(model, config, adapter_name)
+    for path, copy in copies_of(model, adapter_name).items():
+        others |= {f"{path}.{name}": tensor for name, tensor in state_of(copy).items()}
+    updates: dict[str, Tensors] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path, layer in layers_of(model, adapter_name).items():
-        own, ranks[path], alphas[path] = _plain(layer, adapter_name)
-        tensors |= {f"{PREFIX}{path}.{suffix}": tensor for suffix, tensor in own.items()}
-    for path, wrapper in saved_modules(model).items():
-        if adapter_name in wrapper.modules_to_save:
-            state = state_of(wrapper.modules_to_save[adapter_name])
-            tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in state.items()}
-    folder = Path(folder)
-    whole = {key: _whole(tensor) for key, tensor in tensors.items()}
-    sharded = any(hasattr(tensor, "full_tensor") for tensor in tensors.values())
+        updates[path], ranks[path], alphas[path] = _plain(layer, adapter_name)
+    sharded = any(hasattr(tensor, "full_tensor") for own in (others, *updates.values()) for tensor in own.values())
+    others, updates = _whole(others), {path: _whole(own) for path, own in updates.items()}
     if not sharded or torch.distributed.get_rank() == 0:
-        _write(folder, whole, describing(config, ranks, alphas))
+        write_peft(Path(folder), with_ranks(config, ranks, alphas), updates, others)
     if sharded:
         torch.distributed.barrier()  # every process may read the files when the call returns
-    return folder
+    return Path(folder)
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in main memory: parameters may share theirs. Shards are gathered, on every process."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):  # a DTensor, whose module is not imported for this
-        tensor = tensor.full_tensor()
-    return tensor.cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _write(folder: Path, tensors: Tensors, config: LoRAConfig) -> None:
-    """Whole or not at all: a reader never meets half a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
-    try:
-        save_file(tensors, weights, metadata={"format": "pt"})
-        write_config(fields, config)
-        os.replace(weights, folder / WEIGHTS_FILE)
-        os.replace(fields, folder / CONFIG_FILE)
-    except BaseException:  # a full disk, an interrupt
-        weights.unlink(missing_ok=True)
-        fields.unlink(missing_ok=True)
-        raise
+def _whole(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Contiguous copies in main memory: parameters may share theirs. Shards are gathered, on every process."""
+    whole = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach()
+        if hasattr(own, "full_tensor"):  # a DTensor, whose module is not imported for this
+            own = own.full_tensor()
+        whole[name] = own.cpu().clone(memory_format=torch.contiguous_format)
+    return whole
 
 
 def load_adapter(
@@ -126,10 +108,9 @@ def load_adapter(
     """
     check_adapter_name(adapter_name)
     compiled, model = model, uncompiled(model)
-    contents = read_contents(model, local_folder(folder, hub, revision))
+    contents = bind(model, read_peft(local_folder(folder, hub, revision)))
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
-    refuse_meta(contents)
     _refuse_8_bits(contents)
     earlier = adapters_in(model)
 
@@ -137,15 +118,14 @@ def load_adapter(
     beside = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
     made: dict[nn.Module, nn.Module] = {}
     with nothing_on_error(model, adapter_name, made):
-        for path in contents.layers:
+        for path, update in contents.layers.items():
             module = made.get(contents.modules[path], contents.modules[path])
             if not isinstance(module, LoRALayer) or adapter_name not in module.r:
-                rank, alpha = contents.ranks[path], contents.alphas[path]
-                module = give_adapter(module, adapter_name, rank, alpha, config, True, made)
-            module.r[adapter_name] = contents.ranks[path]  # a hot swap may have left a smaller one
-            module.configure(adapter_name, contents.alphas[path], config.lora_dropout, config.use_rslora)
-            _set_weights(module, adapter_name, contents.layers[path])
-        new = [contents.modules[path] for path in contents.whole if path not in _with_copy(model, adapter_name)]
+                module = give_adapter(module, adapter_name, update.r, update.alpha, config, True, made)
+            module.r[adapter_name] = update.r  # a hot swap may have left a smaller one
+            module.configure(adapter_name, update.alpha, config.lora_dropout, config.use_rslora)
+            _set_weights(module, adapter_name, update.tensors)
+        new = [contents.modules[path] for path in contents.whole.keys() - copies_of(model, adapter_name)]
         made |= give_copies(new, adapter_name)
         replace_modules(model, made)
         if not earlier:
@@ -153,36 +133,16 @@ def load_adapter(
         else:
             for parameter in beside:
                 parameter.requires_grad_(True)
-        _activate_only(model, adapter_name, trainable)
+        set_adapter(model, adapter_name)
+        if not trainable:
+            for parameter in adapter_parameters(model, adapter_name):
+                parameter.requires_grad_(False)
     copy_whole(model, adapter_name, contents)
     with torch.no_grad():
         for bias, value in contents.biases:
             bias.copy_(value)
-    set_config(model, adapter_name, contents, [])
+    remember(model, adapter_name, config)
     return compiled
-
-
-def set_config(model: nn.Module, adapter_name: str, contents: Contents, unused: list[str]) -> None:
-    """Remember what an adapter's files say, and which of its layers in the model they do not have."""
-    config = dataclasses.replace(contents.config, target_modules=sorted(contents.layers))
-    model._lora_configs = {**adapter_configs(model), adapter_name: config}  # type: ignore[assignment]
-    model._lora_unused = {**getattr(model, "_lora_unused", {}), adapter_name: unused}  # type: ignore[assignment]
-
-
-def describing(config: LoRAConfig, ranks: dict[str, int], alphas: dict[str, float]) -> LoRAConfig:
-    """`config` with the ranks and alphas that the layers really have, after a change to plain LoRA or a hot swap."""
-    # A start is history by now, and PEFT would go through it again: PiSSA's changes the base, and for an embedding it
-    # knows no orthogonal one.
-    again = config.init_lora_weights in (True, False, "kaiming", "gaussian")
-    fields: dict[str, Any] = {"init_lora_weights": config.init_lora_weights if again else True}
-    for one, many, actual in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", alphas)):
-        said, pattern = getattr(config, one), getattr(config, many)
-        wrong = {path: value for path, value in actual.items() if pattern_value(path, pattern, said) != value}
-        if len(set(actual.values())) == 1 and wrong:
-            fields[one], fields[many] = next(iter(actual.values())), {}
-        else:
-            fields[many] = {f"^{re.escape(path)}": value for path, value in wrong.items()} | dict(pattern)
-    return dataclasses.replace(config, **fields)
 
 
 def _plain(layer: LoRALayer, name: str) -> tuple[dict[str, torch.Tensor], int, float]:
@@ -211,27 +171,21 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
     }
 
 
-def _with_copy(model: nn.Module, adapter_name: str) -> set[str]:
-    return {path for path, wrapper in saved_modules(model).items() if adapter_name in wrapper.modules_to_save}
-
-
 def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents) -> None:
     """A name that is taken must mean the same layers, ranks and modules, whose weights are then replaced."""
+    layers = adapted_layers(model)
     try:
         refuse_changed_base(model)
         refuse_shared_biases(model, contents.config, adapter_name)
+        refuse_merged(layers)
     except (RuntimeError, ValueError) as error:
         raise AdapterFileError(str(error)) from error
-    layers = adapted_layers(model)
-    merged = [path for path, layer in layers.items() if layer.merged]
-    if merged:
-        raise AdapterFileError(f"adapters are merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge first")
     taken = {
         layer: _shapes(layer.adapter_tensors(adapter_name)) for layer in layers.values() if adapter_name in layer.r
     }
-    copies = _with_copy(model, adapter_name)
-    new = {contents.modules[path]: _shapes(tensors) for path, tensors in contents.layers.items()}
-    if (taken or copies) and (taken != new or copies != contents.whole.keys()):
+    copies = copies_of(model, adapter_name)
+    new = {contents.modules[path]: _shapes(update.tensors) for path, update in contents.layers.items()}
+    if (taken or copies) and (taken != new or copies.keys() != contents.whole.keys()):
         raise AdapterFileError(
             f"the model has an adapter {adapter_name!r} with other layers or ranks ({len(taken)} layers; the file has "
             f"{len(new)}) or modules_to_save; load it under another name, or use hotswap_adapter"
@@ -240,20 +194,10 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
         raise AdapterFileError(f"adapter {adapter_name!r} is prepared for hot swaps; use hotswap_adapter")
 
 
-def refuse_meta(contents: Contents) -> None:
-    """Nothing can be put into tensors without values, and what is loaded later would start anew."""
-    for path in [*contents.layers, *contents.whole]:
-        for name, tensor in contents.modules[path].named_parameters():
-            if tensor.device.type == "meta":
-                raise AdapterFileError(
-                    f"{path}.{name} is on the meta device and has no values; put them into the model first"
-                )
-
-
 def _refuse_8_bits(contents: Contents) -> None:
     """Adapters keep the file's dtype, and torch neither adds nor promotes 8-bit floats."""
-    for path, tensors in contents.layers.items():
-        for suffix, tensor in tensors.items():
+    for path, update in contents.layers.items():
+        for suffix, tensor in update.tensors.items():
             if tensor.element_size() == 1:
                 raise AdapterFileError(
                     f"{path}.{suffix} is {tensor.dtype}; expected float64, float32, bfloat16 or float16: convert the "
@@ -261,7 +205,7 @@ def _refuse_8_bits(contents: Contents) -> None:
                 )
 
 
-def _shapes(tensors: Any) -> dict[str, tuple[int, ...]]:
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
 
 
@@ -278,17 +222,7 @@ def _set_weights(layer: LoRALayer, adapter_name: str, tensors: Tensors) -> None:
 @torch.no_grad()
 def copy_whole(model: nn.Module, adapter_name: str, contents: Contents) -> None:
     """Put a file's whole modules into an adapter's copies, in place and in their dtype."""
-    wrappers = saved_modules(model)
+    copies = copies_of(model, adapter_name)
     for path, tensors in contents.whole.items():
-        for name, own in state_of(wrappers[path].modules_to_save[adapter_name]).items():
+        for name, own in state_of(copies[path]).items():
             own.copy_(tensors[name])
-
-
-def _activate_only(model: nn.Module, adapter_name: str, trainable: bool) -> None:
-    for layer in adapted_layers(model).values():
-        layer.set_adapter([adapter_name] if adapter_name in layer.r else [])
-    for wrapper in saved_modules(model).values():
-        wrapper.set_adapter([adapter_name])
-    if not trainable:
-        for parameter in adapter_parameters(model, adapter_name):
-            parameter.requires_grad_(False)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
-from lorakernels.adapters.adapter_config import AdapterFileError, write_config
-from lorakernels.adapters.checkpoint import Checkpoint, new_folder
-from lorakernels.adapters.formats import AdapterFile, Update, most_common, read_adapter
-from lorakernels.adapters.tensors import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from lorakernels.config import LoRAConfig
+from lorakernels.files.checkpoint import Checkpoint, new_folder
+from lorakernels.files.formats import AdapterFile, read_adapter
+from lorakernels.files.peft import with_ranks, write_peft
+from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.update import MAGNITUDE, Update
 
 # What sd-scripts puts before a module's name, the longer ones first.
 KOHYA_PREFIXES = ("lora_transformer", "lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lycoris")
@@ -52,42 +49,26 @@ def convert(
         updates = dict(adapter.updates)
     if checkpoint is not None:
         for path, update in updates.items():
-            _check_fits(path, update, checkpoint)
+            checkpoint.check_holds(f"{path}.weight", update.shape, "updates")
     config = _config(adapter, updates)
-    tensors = {}
-    for path, update in updates.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = update.A.contiguous()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = update.B.contiguous()
-        if update.magnitude is not None:
-            tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = update.magnitude.flatten()
     with new_folder(to, sources=[Path(source)]) as folder:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_config(folder / CONFIG_FILE, config)
+        write_peft(folder, config, {path: update.tensors for path, update in updates.items()})
     return Path(to)
 
 
 def _config(adapter: AdapterFile, updates: Mapping[str, Update]) -> LoRAConfig:
-    r = most_common(update.r for update in updates.values())
-    alphas = {path: int(u.alpha) if u.alpha == int(u.alpha) else u.alpha for path, u in updates.items()}
-    alpha = most_common(alphas.values())
-    parameters = adapter.fields.get("lora_parameters") or {}
+    ranks = {path: update.r for path, update in updates.items()}
+    alphas = {path: int(u.alpha) if float(u.alpha).is_integer() else u.alpha for path, u in updates.items()}
+    # What most modules have, beside patterns for the rest.
+    (r, _), *_ = Counter(ranks.values()).most_common(1)
+    (alpha, _), *_ = Counter(alphas.values()).most_common(1)
+    dropout = (adapter.fields.get("lora_parameters") or {}).get("dropout") or 0.0
+    use_dora = any(MAGNITUDE in update.tensors for update in updates.values())
     try:
-        return LoRAConfig(
-            r=r,
-            lora_alpha=alpha,
-            lora_dropout=parameters.get("dropout") or 0.0,
-            target_modules=sorted(updates),
-            # From the start of the name: a bare name would mean every module that ends in it.
-            rank_pattern={_exactly(path): u.r for path, u in updates.items() if u.r != r},
-            alpha_pattern={_exactly(path): value for path, value in alphas.items() if value != alpha},
-            use_dora=any(update.magnitude is not None for update in updates.values()),
-        )
+        config = LoRAConfig(r, alpha, dropout, sorted(updates), use_dora=use_dora)
     except (TypeError, ValueError) as error:
         raise AdapterFileError(f"{adapter.source}: {error}") from error
-
-
-def _exactly(path: str) -> str:
-    return f"^{re.escape(path)}"
+    return with_ranks(config, ranks, alphas)
 
 
 def _with_paths(adapter: AdapterFile, checkpoint: Checkpoint | None, prefix: str | None) -> dict[str, Update]:
@@ -109,42 +90,22 @@ def _with_paths(adapter: AdapterFile, checkpoint: Checkpoint | None, prefix: str
             "give the model's folder as --model, whose tensor names tell which were dots"
         )
     paths = defaultdict(list)
-    for tensor in checkpoint.tensors:
-        if tensor.endswith(".weight"):
-            path = tensor.removesuffix(".weight")
-            paths[path.replace(".", "_")].append(path)
-    updates = {}
-    unknown = []
-    for name, update in adapter.updates.items():
-        if by_prefix[name] != chosen:
-            continue
-        found = paths.get(name.removeprefix(f"{chosen}_") if chosen else name, [])
+    for path in (name.removesuffix(".weight") for name in checkpoint.tensors if name.endswith(".weight")):
+        paths[path.replace(".", "_")].append(path)
+    names = [name for name, found in by_prefix.items() if found == chosen]
+    meant = {name: paths.get(name.removeprefix(f"{chosen}_") if chosen else name, []) for name in names}
+    for name, found in meant.items():
         if len(found) > 1:
             raise AdapterFileError(f"{name} can mean {' or '.join(found)} of {checkpoint.folder}; expected one module")
-        if found:
-            updates[found[0]] = update
-        else:
-            unknown.append(name)
+    unknown = [name for name in names if not meant[name]]
     if unknown:
         raise AdapterFileError(
             f"{checkpoint.folder} has no module for {len(unknown)} of {counts[chosen]} names, such as {unknown[0]}; "
             "expected the folder of the model that the adapter was trained on (a single part: unet, text_encoder, ...)"
         )
-    return updates
+    return {meant[name][0]: adapter.updates[name] for name in names}
 
 
 def _prefix_of(name: str, prefix: str | None) -> str:
     known = KOHYA_PREFIXES if prefix is None else (prefix, *KOHYA_PREFIXES)
     return next((one for one in known if name.startswith(f"{one}_")), "")
-
-
-def _check_fits(path: str, update: Update, checkpoint: Checkpoint) -> None:
-    info = checkpoint.tensors.get(f"{path}.weight")
-    if info is None:
-        raise AdapterFileError(f"{checkpoint.folder} has no tensor {path}.weight; expected the adapter's own model")
-    expected = torch.Size((update.B.shape[0], *update.A.shape[1:]))
-    if info.shape != expected:
-        raise AdapterFileError(
-            f"{path}: the update is {list(expected)} and the weight in {checkpoint.folder} {list(info.shape)}; "
-            "expected the same shape"
-        )

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from lorakernels.adapters.adapter_config import AdapterFileError, config_from_fields
-from lorakernels.adapters.checkpoint import DTYPES, Checkpoint, merged_bias, merged_weight, new_folder, write_changed
-from lorakernels.adapters.formats import AdapterFile, Update, read_adapter
-from lorakernels.adapters.tensors import CONFIG_FILE
+from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, new_folder, write_changed
+from lorakernels.files.config_file import check_start
+from lorakernels.files.formats import AdapterFile, read_adapter
+from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.update import BIAS, MAGNITUDE, Update
 
 # Their linear layers are transformers' Conv1D, whose weight is [in, out].
 CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
@@ -54,56 +55,71 @@ def merge_files(
     if read.format == "kohya":
         raise AdapterFileError(f"{adapter} is a kohya file; convert it first: lorakernels convert FILE --model DIR")
     checkpoint = Checkpoint(model)
-    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if dtype is not None and dtype not in DTYPES.values():
         raise AdapterFileError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
-    _check_base_is_the_base(read)
+    check_start(read.fields, str(read.source))
     changes = _changes(read, checkpoint)
     with new_folder(out, sources=[checkpoint.folder, read.source]) as folder:
         write_changed(checkpoint, folder, changes, dtype, progress)
     return Path(out)
 
 
-def _check_base_is_the_base(adapter: AdapterFile) -> None:
-    """Refuse a start such as PiSSA's, after which the base weight is not the checkpoint's any more."""
-    if adapter.format == "peft":
-        init = adapter.fields.get("init_lora_weights", True)
-        config_from_fields({"r": 2, "lora_alpha": 2, "init_lora_weights": init}, str(adapter.source / CONFIG_FILE))
+def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool = False) -> torch.Tensor:
+    """weight + scaling · B A, for DoRA with every row brought to its length (arXiv 2402.09353, eq. 5).
+
+    Args:
+        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`.
+
+    Returns:
+        The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    A, B = (factor.to(dtype).flatten(1) for factor in update.factors)
+    merged = weight.to(dtype, copy=True).contiguous()
+    rows = merged.T if fan_in_fan_out or update.embedding else merged.flatten(1)
+    rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
+    if MAGNITUDE in update.tensors:
+        norm = rows.norm(dim=1)
+        # A row of zeros stays one, where the formula says 0 / 0.
+        rows *= torch.where(norm == 0, 1, update.tensors[MAGNITUDE].to(dtype).flatten() / norm)[:, None]
+    return merged
+
+
+def _merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
+    """bias + scaling · (the bias of lora_B), as `merged_weight` rounds."""
+    dtype = torch.promote_types(bias.dtype, torch.float32)
+    return bias.to(dtype) + update.scaling * update.tensors[BIAS].to(dtype)
 
 
 def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
     """What happens to which tensor; everything that can be wrong is found here, before anything is written."""
-    config = checkpoint.config
     rename = _renaming(adapter, checkpoint)
     transposed = bool(adapter.fields.get("fan_in_fan_out"))
     changes: dict[str, Change] = {}
     for path, update in adapter.updates.items():
         module = rename(path)
-        _check_weight(module, update, checkpoint, transposed, config)
+        _check_weight(module, update, checkpoint, transposed)
         changes[f"{module}.weight"] = partial(merged_weight, update=update, fan_in_fan_out=transposed)
-        if update.lora_bias is not None:
-            bias = checkpoint.tensors.get(f"{module}.bias")
-            if bias is None or bias.shape.numel() != update.B.shape[0]:
-                raise AdapterFileError(f"{module} has no bias that takes the adapter's lora_bias; PEFT cannot merge it")
-            changes[f"{module}.bias"] = partial(merged_bias, update=update)
-    _check_tied(changes, adapter, checkpoint, config, rename)
+        if BIAS in update.tensors:
+            checkpoint.check_holds(f"{module}.bias", update.tensors[BIAS].shape, "has lora_bias, which goes into")
+            changes[f"{module}.bias"] = partial(_merged_bias, update=update)
+    _check_tied(changes, adapter, checkpoint, rename)
     for name, value in adapter.others.items():
         target = rename(name)
-        info = checkpoint.tensors.get(target)
-        if info is None or info.shape != value.shape:
-            found = "no such tensor" if info is None else f"{list(info.shape)}"
-            raise AdapterFileError(
-                f"the adapter replaces {name} {list(value.shape)}, and {checkpoint.folder} has {found}; "
-                "expected a checkpoint that holds it (save the model with its new layers first)"
-            )
-        reason = checkpoint.quantised(target.rpartition(".")[0])
-        if reason:
-            raise AdapterFileError(f"{target} is quantised ({reason}); expected a checkpoint of floats")
+        _refuse_quantised(target.rpartition(".")[0], checkpoint)
+        info = checkpoint.check_holds(target, value.shape, "replaces")
         if value.is_floating_point() != (info.dtype in DTYPES):
             raise AdapterFileError(f"the adapter's {name} is {value.dtype}, and {checkpoint.folder} has {info.dtype}")
         if target in changes and not target.endswith(".bias"):
             raise AdapterFileError(f"the adapter both replaces and updates {name}; expected one of them")
         changes[target] = partial(_replaced, value=value, then=changes.get(target))
     return changes
+
+
+def _refuse_quantised(module: str, checkpoint: Checkpoint) -> None:
+    reason = checkpoint.quantised(module)
+    if reason:
+        raise AdapterFileError(f"{module} is quantised ({reason}); merge into the unquantised model instead")
 
 
 def _replaced(old: torch.Tensor, value: torch.Tensor, then: Change | None) -> torch.Tensor:
@@ -138,10 +154,9 @@ def _renaming(adapter: AdapterFile, checkpoint: Checkpoint) -> Callable[[str], s
         meanings = " or ".join(apply(way, paths[0]) for way in placed[:4])
         raise AdapterFileError(f"{paths[0]} can mean {meanings} of {checkpoint.folder}; expected one meaning")
     if not placed:
+        for path in paths:
+            _refuse_quantised(path, checkpoint)
         missing = [path for path in paths if f"{path}.weight" not in names]
-        quantised = next((reason for path in paths if (reason := checkpoint.quantised(path))), None)
-        if quantised:
-            raise AdapterFileError(f"{checkpoint.folder} is quantised ({quantised}); merge into the unquantised model")
         tied = " (a head tied to the embedding has no tensor of its own)" if _is_head(missing[0]) else ""
         raise AdapterFileError(
             f"{checkpoint.folder} has no weight for {len(missing)} of the adapter's {len(paths)} modules, such as "
@@ -154,45 +169,29 @@ def _is_head(path: str) -> bool:
     return path.rpartition(".")[2] in _HEADS
 
 
-def _check_weight(
-    module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool, config: dict[str, Any]
-) -> None:
-    reason = checkpoint.quantised(module)
-    if reason:
-        raise AdapterFileError(f"{module} is quantised ({reason}); merge into the unquantised model instead")
-    conv1d = config.get("model_type") in CONV1D_MODELS
-    if not update.embedding and not _is_head(module) and fan_in_fan_out != conv1d:
+def _check_weight(module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool) -> None:
+    _refuse_quantised(module, checkpoint)
+    model_type = checkpoint.config.get("model_type")
+    conv1d, head = model_type in CONV1D_MODELS, _is_head(module)
+    if not update.embedding and not head and fan_in_fan_out != conv1d:
         raise AdapterFileError(
-            f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type="
-            f"{config.get('model_type')!r}, whose weights are {'[in, out]' if conv1d else 'taken for [out, in]'}; "
-            "expected both to agree"
+            f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type={model_type!r}, whose "
+            f"weights are {'[in, out]' if conv1d else 'taken for [out, in]'}; expected both to agree"
         )
-    if fan_in_fan_out and (update.embedding or _is_head(module)):
+    if fan_in_fan_out and (update.embedding or head):
         raise AdapterFileError(f"{module} is not [in, out] as fan_in_fan_out=True says; merge this one with PEFT")
     if update.groups > 1:
         raise AdapterFileError(
             f"{module} is a convolution with {update.groups} groups, whose adapter reads the channels of all of them: "
             "no weight of the layer does that; keep the adapter unmerged"
         )
-    shape = torch.Size((update.B.shape[0], *update.A.shape[1:]))
-    if update.embedding or fan_in_fan_out:
-        shape = torch.Size(reversed(shape))
-    found = checkpoint.tensors[f"{module}.weight"].shape
-    if found != shape:
-        raise AdapterFileError(
-            f"{module}: the update is {list(shape)} and the weight {list(found)}; "
-            "expected the model that the adapter was trained on"
-        )
+    shape = update.shape[::-1] if fan_in_fan_out else update.shape
+    checkpoint.check_holds(f"{module}.weight", shape, "updates")
 
 
-def _check_tied(
-    changes: dict[str, Change],
-    adapter: AdapterFile,
-    checkpoint: Checkpoint,
-    config: dict[str, Any],
-    rename: Callable[[str], str],
-) -> None:
+def _check_tied(changes: Changes, adapter: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:
     """Refuse to change one end of an embedding and head that are one tensor: the other end would change too."""
+    config = checkpoint.config
     inner = config.get("text_config")
     both = {**(inner if isinstance(inner, dict) else {}), **config}
     flag, vocabulary = both.get("tie_word_embeddings"), both.get("vocab_size")

@@ -1,0 +1,151 @@
+"""What an adapter's files mean in a model: which tensor belongs to which of its layers, checked against it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import nn
+
+from lorakernels.adapters.inject import adaptable, served
+from lorakernels.adapters.saved_modules import SavedModule, state_of
+from lorakernels.adapters.targets import find_modules_to_save, plain_modules
+from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.files.config_file import check_start, not_supported
+from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, updates_of
+from lorakernels.files.reading import AdapterFileError, Tensors, check_finite
+from lorakernels.files.update import Shapes, Update
+from lorakernels.nn.adapt import LAYERS
+from lorakernels.nn.layer import LoRALayer
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """An adapter's files, all checked: nothing in here can fail to fit the model.
+
+    `layers` has the updates by module path, their tensors by the names of `LoRALayer.adapter_shapes`; `whole` those of
+    whole modules by path and the module's own names; `biases` each of the model's beside its new value.
+    """
+
+    config: LoRAConfig
+    modules: dict[str, nn.Module]
+    layers: dict[str, Update]
+    whole: dict[str, Tensors]
+    biases: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingProxyType({})) -> Contents:
+    """Check an adapter's files against `model`; raises AdapterFileError, and changes nothing.
+
+    `bases` says of a module's class which plain one stands for it, where a store has switched the model's.
+    """
+    config = file.config
+    check_start(file.fields, file.source)
+    if file.fields.get("fan_in_fan_out"):
+        raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
+    try:
+        to_save = find_modules_to_save(model, config.modules_to_save)
+    except TypeError as error:
+        raise AdapterFileError(str(error)) from error
+    modules, others = dict(plain_modules(model)), dict(file.others)
+    whole = _take_whole(others, to_save, modules)
+    biases = _take_biases(others, model) if config.bias != "none" else []
+    _refuse_the_rest(others, model, file.source)
+    # Before ranks and shapes: how many modules there can be is the model's.
+    found = {path: _layer(modules, path, bases) for path in file.layers}
+
+    def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
+        (base, kind), variant = found[path], (config.use_dora, config.lora_bias)
+        try:
+            kind.check_adapter(base, r, scaling_of(alpha, r, config.use_rslora), True, *variant)
+            return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise AdapterFileError(f"module {path!r}: {error}") from error
+
+    layers = updates_of(file, shapes_of)
+    for path in [*layers, *whole]:
+        for name, tensor in modules[path].named_parameters():
+            if tensor.is_meta:  # nothing can be put into it, and what is loaded later would start anew
+                raise AdapterFileError(f"{path}.{name} is on the meta device and has no values; put them there first")
+    return Contents(dataclasses.replace(config, target_modules=sorted(layers)), modules, layers, whole, biases)
+
+
+def _take_whole(
+    tensors: Tensors, to_save: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]
+) -> dict[str, Tensors]:
+    """The tensors of the modules `to_save`, out of `tensors`: all that a module's state dict has, of the same shapes.
+
+    One that the model has under several names may be in the file under any of them, and comes back under its first.
+    """
+    whole: dict[str, Tensors] = {}
+    for module in dict.fromkeys(to_save.values()):
+        names = [name for name, other in modules.items() if other is module]
+        path = names[0]
+        whole[path] = {}
+        for name, own in state_of(module.original_module if isinstance(module, SavedModule) else module).items():
+            values = [tensors.pop(key) for key in (f"{PREFIX}{one}.{name}" for one in names) if key in tensors]
+            if not values:
+                raise AdapterFileError(f"module {path!r} has no tensor {name!r} in the file; modules_to_save means all")
+            value = values[0]
+            if value.shape != own.shape or value.is_floating_point() != own.is_floating_point():
+                found = f"{list(value.shape)}, {value.dtype}"
+                raise AdapterFileError(f"{path}.{name} is {found}; expected {list(own.shape)}, {own.dtype}")
+            if not all(torch.equal(value, other) for other in values[1:]):
+                raise AdapterFileError(f"{' and '.join(names)} are one module, of which the file has two {name!r}")
+            check_finite(f"{path}.{name}", value)
+            whole[path][name] = value
+    return whole
+
+
+def _take_biases(tensors: Tensors, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Take the biases out of a file's tensors, each beside the model's own that it replaces."""
+    own = {name: parameter for name, parameter in _parameters(model).items() if name.endswith("bias")}
+    taken: dict[torch.Tensor, tuple[str, torch.Tensor]] = {}
+    for key in [key for key in tensors if key.startswith(PREFIX) and key.endswith(".bias")]:
+        name, value = plain_name(key.removeprefix(PREFIX)), tensors.pop(key)
+        check_finite(key, value)
+        if name not in own or own[name].shape != value.shape:
+            expected = list(own[name].shape) if name in own else "a bias that the model has"
+            raise AdapterFileError(f"{key} is {list(value.shape)}, {value.dtype}; expected {expected}")
+        first, other = taken.setdefault(own[name], (key, value))
+        if not torch.equal(value.to(own[name].dtype), other.to(own[name].dtype)):
+            raise AdapterFileError(f"{first} and {key} are one bias of the model, of which the file has two values")
+    return [(bias, value) for bias, (_, value) in taken.items()]
+
+
+def _refuse_the_rest(tensors: Tensors, model: nn.Module, source: str) -> None:
+    """What is left may only be the base's own weights, which PEFT saves beside adapted embeddings."""
+    own = _parameters(model) if tensors else {}
+    for key, value in tensors.items():
+        weight = own.get(plain_name(key.removeprefix(PREFIX)))
+        if weight is None or not key.startswith(PREFIX):
+            raise unknown_key(source, key, f"{PREFIX}<module>.lora_A.weight and the like, or what was trained whole")
+        if weight.shape != value.shape or not torch.equal(weight.detach().cpu(), value.to(weight.dtype)):
+            raise AdapterFileError(
+                f"{key} is another base weight ({list(value.shape)}) than the model's ({list(weight.shape)}); put it "
+                "into the model first, since other adapters would get it too"
+            )
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The model's parameters by plain names, a tied one under each of its own, as PEFT writes it."""
+    return {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _layer(
+    modules: Mapping[str, nn.Module], path: str, bases: Mapping[type, type]
+) -> tuple[nn.Module, type[LoRALayer]]:
+    """The layer that a path means, without its adapters, and what adapts it."""
+    layer = modules.get(path)
+    if layer is None:
+        near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
+        raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
+    base = layer.base_layer if isinstance(layer, LoRALayer) else layer
+    kind = LAYERS.get(bases.get(type(base), type(base)))
+    if kind is None:
+        what = served(base) or f"is a {type(layer).__qualname__}; expected one of {adaptable()}"
+        raise AdapterFileError(f"module {path!r} {what}")
+    return base, kind
