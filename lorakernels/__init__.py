@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from lorakernels.adapters.switch import set_scale as set_scale
     from lorakernels.backend import BackendError as BackendError
     from lorakernels.config import LoRAConfig as LoRAConfig
+    from lorakernels.explanation import explain as explain
     from lorakernels.files.reading import AdapterFileError as AdapterFileError
-    from lorakernels.functional import explain as explain
+    from lorakernels.functional import lora_expand as lora_expand
     from lorakernels.functional import lora_linear as lora_linear
     from lorakernels.functional import lora_linear_group as lora_linear_group
+    from lorakernels.functional import lora_shrink as lora_shrink
+    from lorakernels.functional import multi_lora_linear as multi_lora_linear
     from lorakernels.integrations.peft import accelerate as accelerate
     from lorakernels.integrations.peft import restore as restore
-    from lorakernels.multi import lora_expand as lora_expand
-    from lorakernels.multi import lora_shrink as lora_shrink
-    from lorakernels.multi import multi_lora_linear as multi_lora_linear
     from lorakernels.nn.conv import LoRAConv1d as LoRAConv1d
     from lorakernels.nn.conv import LoRAConv2d as LoRAConv2d
     from lorakernels.nn.conv import LoRAConv3d as LoRAConv3d
@@ -45,11 +45,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "lora_linear": "lorakernels.functional",
     "lora_linear_group": "lorakernels.functional",
-    "explain": "lorakernels.functional",
+    "explain": "lorakernels.explanation",
     "BatchPlan": "lorakernels.plan",
-    "lora_shrink": "lorakernels.multi",
-    "lora_expand": "lorakernels.multi",
-    "multi_lora_linear": "lorakernels.multi",
+    "lora_shrink": "lorakernels.functional",
+    "lora_expand": "lorakernels.functional",
+    "multi_lora_linear": "lorakernels.functional",
     "LoRALinear": "lorakernels.nn.linear",
     "LoRAEmbedding": "lorakernels.nn.embedding",
     "LoRAConv1d": "lorakernels.nn.conv",

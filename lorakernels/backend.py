@@ -65,6 +65,7 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """`"torch"` or `"triton"` for this call. A named implementation is never replaced by another.
 
     Raises:
+        TypeError: `impl` is not a string.
         ValueError: `impl`, or LORAKERNELS_IMPL behind `"auto"`, is not one of auto, torch, triton.
         BackendError: it is `"triton"`, which cannot run here.
     """
@@ -78,7 +79,8 @@ def resolve_impl(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         if impl == "torch":
             return impl
     if impl != "triton":
-        raise ValueError(f'impl (or {ENVIRONMENT}) is {impl!r}; expected "auto", "torch" or "triton"')
+        error = ValueError if isinstance(impl, str) else TypeError
+        raise error(f'impl (or {ENVIRONMENT}) is {impl!r}; expected "auto", "torch" or "triton"')
     problem = triton_problem(device, dtype)
     if problem is not None:
         otherwise = 'use impl="auto", which then takes torch'

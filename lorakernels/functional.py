@@ -1,17 +1,18 @@
-"""The public functions: check the arguments, then call the operators."""
+"""The public functions: one checker of arguments (`arguments.py`), then the operators."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import overload
 
 import torch
 
-from lorakernels import ops
-from lorakernels.backend import Explanation, explain_impl
-from lorakernels.configs.heuristic import Batch
-from lorakernels.configs.table import choose_with_source, takes_few_tokens_form, takes_one_pass
+from lorakernels import arguments, ops
+from lorakernels.arguments import shape_of
+from lorakernels.backend import resolve_impl
 from lorakernels.plan import BatchPlan
+
+Slices = Sequence[torch.Tensor]
 
 
 def lora_linear(
@@ -56,23 +57,16 @@ def lora_linear(
         TypeError: a dtype is wrong, or an argument is not a tensor.
         BackendError: `impl="triton"` cannot run here.
     """
-    if not (isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)):
-        raise TypeError(f"x and weight must be tensors; got {type(x).__name__} and {type(weight).__name__}")
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(device_type))
-    _check(x, weight, lora_A, lora_B, bias)
+    if arguments.autocasts(x):
+        x, [weight], [bias] = arguments.under_autocast(x, [weight], [bias])
+    arguments.check_base(x, weight, bias)
+    arguments.check_adapter(weight, lora_A, lora_B)
     if row_scale is not None:
-        _check_row_scale(row_scale, x, weight)
-    if isinstance(scaling, torch.Tensor):
-        # Into B, a [N, r] product that autograd and torch.compile see: no wait for the value.
-        lora_B = lora_B * _one_element(scaling).to(lora_B)
-        scaling = 1.0
-    elif not _is_finite(scaling):
-        raise ValueError(f"scaling is {scaling}; expected a finite number, such as lora_alpha / r")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
-    return ops.lora_linear(x, weight, lora_A, lora_B, bias, row_scale, scaling, dropout_p if training else 0.0, impl)
+        arguments.check_of_rows("row_scale", row_scale, weight)
+    number, lora_B = arguments.number_of(scaling, lora_B)
+    if dropout_p != 0:
+        arguments.check_probability(dropout_p)
+    return ops.lora_linear(x, weight, lora_A, lora_B, bias, row_scale, number, dropout_p if training else 0.0, impl)
 
 
 def lora_linear_group(
@@ -110,68 +104,47 @@ def lora_linear_group(
         ValueError: the lists differ in length or are empty; else as `lora_linear`, naming the member.
         TypeError, BackendError: as `lora_linear`.
     """
-    n = len(weights)
-    biases = [None] * n if biases is None else list(biases)
-    scalings = [1.0] * n if scalings is None else list(scalings)
-    lengths = {"lora_As": len(lora_As), "lora_Bs": len(lora_Bs), "biases": len(biases), "scalings": len(scalings)}
-    if n == 0 or set(lengths.values()) != {n}:
-        given = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"there are {n} weights and of {given}; expected at least one weight, and as many of each")
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor; got {type(x).__name__}")
-    device_type = x.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [ops.autocast_arguments(x, W, bias, dtype) for W, bias in zip(weights, biases, strict=True)]
-        x, weights, biases = cast[0][0], [W for _, W, _ in cast], [bias for *_, bias in cast]
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is {dropout_p}; expected a probability in [0, 1)")
+    weights, lora_As = arguments.listed("weights", weights), arguments.listed("lora_As", lora_As)
+    lora_Bs, n = arguments.listed("lora_Bs", lora_Bs), len(weights)
+    if n == 0:
+        raise ValueError("weights is an empty list; expected at least one weight")
+    biases = [None] * n if biases is None else arguments.listed("biases", biases)
+    scalings = [1.0] * n if scalings is None else arguments.listed("scalings", scalings)
+    arguments.check_lengths(weights=weights, lora_As=lora_As, lora_Bs=lora_Bs, biases=biases, scalings=scalings)
+    if arguments.autocasts(x):
+        x, weights, biases = arguments.under_autocast(x, weights, biases)
+    arguments.check_probability(dropout_p)
     adapted: dict[int, tuple[torch.Tensor, torch.Tensor, float]] = {}
-    for i in range(n):
+    for i, (weight, A, B, bias, scaling) in enumerate(zip(weights, lora_As, lora_Bs, biases, scalings, strict=True)):
         try:
-            factors = _member(x, weights[i], lora_As[i], lora_Bs[i], biases[i], scalings[i])
+            arguments.check_base(x, weight, bias)
+            if A is None and B is None:
+                continue
+            arguments.check_adapter(weight, A, B)
+            number, B = arguments.number_of(scaling, B)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise type(error)(f"member {i}: {error}") from None
-        if factors is not None:
-            adapted[i] = factors
+        adapted[i] = A, B, number  # type: ignore[assignment]
     p = dropout_p if training else 0.0
-    ys: list[torch.Tensor | None] = [None] * n
-    if adapted:
-        lora_A, lora_B, scaling = (list(kind) for kind in zip(*adapted.values(), strict=True))
-        own_weights, own_biases = [weights[i] for i in adapted], [biases[i] for i in adapted]
+    together = [i for i, (_, _, scaling) in adapted.items() if scaling != 0]
+    ys: dict[int, torch.Tensor] = {}
+    if together:
+        lora_A, lora_B, scaling = (list(kind) for kind in zip(*(adapted[i] for i in together), strict=True))
+        own_weights, own_biases = [weights[i] for i in together], [biases[i] for i in together]
         outputs = ops.lora_linear_group(x, own_weights, lora_A, lora_B, own_biases, scaling, p, impl)
-        for i, y in zip(adapted, outputs, strict=True):
-            ys[i] = y
-    for i, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
-        if ys[i] is None and A is not None and B is not None:
-            ys[i] = ops.lora_linear(x, weights[i], A, B, biases[i], None, 0.0, 0.0, impl)
-    return [torch.nn.functional.linear(x, weights[i], biases[i]) if y is None else y for i, y in enumerate(ys)]
-
-
-def _member(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    lora_A: torch.Tensor | None,
-    lora_B: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scaling: float | torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """A, B and scaling of one member of a group, checked; None where its base layer is alone."""
-    if lora_A is None and lora_B is None:
-        lora_A, lora_B, scaling = weight.new_empty((1, weight.shape[1])), weight.new_empty((weight.shape[0], 1)), 0.0
-    _check(x, weight, lora_A, lora_B, bias)  # type: ignore[arg-type]
-    assert lora_A is not None and lora_B is not None
-    if isinstance(scaling, torch.Tensor):
-        return lora_A, lora_B * _one_element(scaling).to(lora_B), 1.0
-    if not _is_finite(scaling):
-        raise ValueError(f"scaling is {scaling}; expected a finite number, such as lora_alpha / r")
-    return (lora_A, lora_B, scaling) if scaling != 0 else None
+        ys = dict(zip(together, outputs, strict=True))
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if i not in adapted:
+            ys[i] = torch.nn.functional.linear(x, weight, bias)
+        elif i not in ys:
+            A, B, scaling = adapted[i]
+            ys[i] = ops.lora_linear(x, weight, A, B, bias, None, scaling, 0.0, impl)
+    return [ys[i] for i in range(n)]
 
 
 def row_norm(weight: torch.Tensor) -> torch.Tensor:
     """‖W‖ by rows of weight [N, K]: [N] float32 (float64 for a float64 weight), for `lora_weight_norm`."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight is {_shape(weight)}, {weight.dtype}; expected [N, K] of a float dtype")
+    arguments.check_matrix("weight", weight, "[N, K]")
     return ops.row_norm(weight)
 
 
@@ -203,175 +176,210 @@ def lora_weight_norm(
     Raises:
         ValueError, TypeError, BackendError: as `lora_linear`.
     """
-    _check(weight, weight, lora_A, lora_B, None)
-    base_norm = row_norm(weight) if base_norm is None else base_norm
-    if base_norm.shape != weight.shape[:1]:
-        raise ValueError(f"base_norm is {_shape(base_norm)}; expected [{weight.shape[0]}], from row_norm(weight)")
-    if isinstance(scaling, torch.Tensor):
-        lora_B = lora_B.detach() * _one_element(scaling).to(lora_B)
-        scaling = 1.0
-    return ops.lora_weight_norm(weight, lora_A, lora_B, base_norm, scaling, impl)
+    arguments.check_matrix("weight", weight, "[N, K]")
+    base_norm = ops.row_norm(weight) if base_norm is None else base_norm
+    arguments.check_adapter(weight, lora_A, lora_B)
+    arguments.check_of_rows("base_norm", base_norm, weight)
+    number, lora_B = arguments.number_of(scaling, lora_B.detach())
+    return ops.lora_weight_norm(weight, lora_A, lora_B, base_norm, number, impl)
 
 
-def explain(
-    x: torch.Tensor,
-    weight: torch.Tensor | Sequence[torch.Tensor] | None = None,
-    lora_A: torch.Tensor | Sequence[torch.Tensor] | None = None,
-    *,
-    plan: BatchPlan | None = None,
-    dropout_p: float | torch.Tensor = 0.0,
-    impl: str = "auto",
-) -> Explanation:
-    """Which implementation `lora_linear` takes for x, and why; with weight and lora_A, its launches and configs too.
+def lora_shrink(x: torch.Tensor, lora_A: torch.Tensor | Slices, plan: BatchPlan, *, impl: str = "auto") -> torch.Tensor:
+    """Each token through its own adapter's A, times the slot's scaling: S = scaling · x Aᵀ. For inference.
 
-    The launches are of forward and backward, with all gradients but the weight's and with a contiguous dy.
+    Chen et al., "Punica: Multi-tenant LoRA serving", arXiv 2310.18547, section 4.
 
-    With a `plan` it is `multi_lora_linear` that is explained, with lists for several projections, and with its
-    `dropout_p`, which needs tiles. A config comes from the user's tuning table, the shipped one, or the heuristic.
+    Args:
+        x: [T, K], of any leading shape with the plan's number of tokens.
+        lora_A: [S, R, K] of any strides and float dtype; [pages, K] for a plan with pages; a list of them for several
+            projections of one x. A dimension of 1 after the first is taken out: [S, 1, R, K] will do.
+        plan: which token is whose.
+        impl: "auto", "torch" or "triton"; a named one never falls back.
 
-    Raises what `lora_linear` would raise for this `impl`.
+    Returns:
+        [T, R] float32 (float64 for x in it), zero past a slot's rank and for tokens of the base; [slices, T, R] for a
+        list.
+
+    Raises:
+        ValueError: a shape does not fit, or (PlanError) the plan does not fit x or the adapters.
+        TypeError: a dtype is wrong.
+        BackendError: `impl="triton"` cannot run here.
     """
-    resolved, why = explain_impl(impl, x.device, x.dtype)
-    if resolved == "torch" or weight is None or lora_A is None:
-        return Explanation(resolved, why)
-    if plan is not None:
-        weights = [weight] if isinstance(weight, torch.Tensor) else list(weight)
-        first = lora_A if isinstance(lora_A, torch.Tensor) else lora_A[0]
-        width = plan.max_rank if plan.num_pages is not None else first.shape[-2]
-        dropout = isinstance(dropout_p, torch.Tensor) or dropout_p > 0
-        return Explanation(resolved, why, _multi_kernels(x, weights, width, plan, dropout))
-    if not (isinstance(weight, torch.Tensor) and isinstance(lora_A, torch.Tensor)):
-        raise TypeError("weight and lora_A are lists; expected tensors, or plan= as multi_lora_linear has it")
-    return Explanation(resolved, why, _kernels(x, weight, lora_A.shape[0]))
+    lora_As, single = arguments.slices_of("lora_A", lora_A)
+    arguments.check_floats("x", x)
+    arguments.check_plan(plan, "x", x, x.shape[:-1])
+    arguments.check_adapters("lora_A", lora_As, plan, "x", x, [x.shape[-1]] * len(lora_As), is_B=False)
+    arguments.refuse_gradient("lora_shrink", [x, *lora_As])
+    s = ops.multi_lora_shrink(ops.as_matrix(x), lora_As, plan, impl)
+    return s[0] if single else s
 
 
-def _kernels(x: torch.Tensor, weight: torch.Tensor, r: int) -> tuple[str, ...]:
-    """The launches of forward and backward, as the kernels' launchers ask for their configs; dy taken as contiguous."""
-    from lorakernels.kernels.descriptors import fits_descriptor
+def lora_expand(
+    s: torch.Tensor,
+    lora_B: torch.Tensor | Slices,
+    plan: BatchPlan,
+    *,
+    out: torch.Tensor | Slices,
+    impl: str = "auto",
+) -> torch.Tensor | Slices:
+    """Add each token's S Bᵀ, with its own adapter's B, into `out`. For inference.
 
-    (N, K), M, itemsize, device = weight.shape, math.prod(x.shape[:-1]), x.element_size(), x.device
-    # y and dx are new, and dy is taken to be: nothing but the length of their rows may keep them from a descriptor.
-    y_fits, dx_fits = N * itemsize % 16 == 0, K * itemsize % 16 == 0
-    forward_tma = y_fits and fits_descriptor(x.reshape(M, K)) and _fits(weight, fits_descriptor)
-    backward_tma = M > 0 and y_fits and dx_fits and _fits(weight.t(), fits_descriptor)
-    dA = ("outer (backward, dA)", "outer", K, K, False)
-    dB = ("outer (backward, dB)", "outer", N, N, False)
-    if takes_few_tokens_form(M, r, itemsize):
-        launches = [
-            ("few_tokens", "few_tokens", N, K, False),
-            ("few_tokens (backward, dx and G)", "few_tokens", K, N, False),
-            dB,
-            dA,
-        ]
-    else:
-        one_pass = takes_one_pass(N, r, itemsize, choose_with_source("outer", M, N, N, r, itemsize, device)[0].BLOCK_N)
-        launches = [
-            ("shrink", "shrink", K, K, False),
-            ("linear_expand", "linear_expand", N, K, forward_tma),
-            *(
-                [("outer (backward, dB and G)", *dB[1:])]
-                if one_pass
-                else [("shrink (backward, G)", "shrink", N, N, False), dB]
-            ),
-            dA,
-            ("linear_expand (backward, dx)", "linear_expand", K, N, backward_tma),
-        ]
-    kernels = []
-    for title, operation, outputs, summed, tma in launches:
-        config, source = choose_with_source(operation, M, outputs, summed, r, itemsize, device, tma)
-        kernels.append(f"{title}: {config} ({source})")
-    return tuple(kernels)
+    Args:
+        s: [T, R], or [slices, T, R] for lists, as `lora_shrink` returns it.
+        lora_B: [S, N, R] of any strides and float dtype; [pages, N] for a plan with pages; a list of them, whose N may
+            differ. [S, 1, N, R] will do.
+        plan, impl: as for `lora_shrink`.
+        out: [T, N] of any strides, changed in place; a list for a list. Tokens of the base are left to the bit.
 
+    Returns:
+        `out`.
 
-def _fits(weight: torch.Tensor, fits_descriptor: Callable[[torch.Tensor], bool]) -> bool:
-    return fits_descriptor(weight if weight.stride(1) == 1 else weight.t())
-
-
-def _multi_kernels(
-    x: torch.Tensor, weights: list[torch.Tensor], width: int, plan: BatchPlan, dropout: bool
-) -> tuple[str, ...]:
-    """The launches of forward and backward for many adapters, as the kernels' launchers ask for their configs."""
-    slices, K, N = len(weights), x.shape[-1], max(weight.shape[0] for weight in weights)
-    T, itemsize = math.prod(x.shape[:-1]), x.element_size()
-    launches = [
-        ("multi_shrink", "S", K, slices, dropout),
-        ("multi_expand", "y", N, slices, False),
-        ("multi_shrink", "backward, G", N, slices, False),
-        ("multi_expand", "backward, dx", K, 1, slices > 1 or dropout),
-        ("multi_outer", "backward, dA", K, slices, False),
-        ("multi_outer", "backward, dB", N, slices, False),
-    ]
-    kernels = []
-    for operation, product, cols, number, tiles in launches:
-        batch = Batch(plan.num_slots, number, tiles)
-        config, source = choose_with_source(operation, T, cols, cols, width, itemsize, x.device, batch=batch)
-        form = "a program a token" if config.BLOCK_M == 1 else f"tiles of {config.BLOCK_M} tokens of one slot"
-        kernels.append(f"{operation} ({product}), {form}: {config} ({source})")
-    base = f"torch's linear for x Wᵀ; {T} tokens of at most {plan.num_slots} adapters"
-    return (base, *kernels)
+    Raises:
+        as `lora_shrink`.
+    """
+    lora_Bs, single = arguments.slices_of("lora_B", lora_B)
+    outs, single_out = arguments.slices_of("out", out)
+    if single != single_out or len(lora_Bs) != len(outs):
+        raise ValueError(f"there are {len(lora_Bs)} of lora_B and {len(outs)} of out; expected one out for each lora_B")
+    arguments.check_floats("s", s)
+    for y in outs:
+        arguments.check_floats("out", y)
+        if y.dim() != 2:
+            raise ValueError(f"out is {shape_of(y)}; expected [T, N]")
+        arguments.check_alike("out", y, "the first out", outs[0])
+        arguments.check_plan(plan, "out", y, y.shape[:-1])
+    arguments.check_adapters("lora_B", lora_Bs, plan, "out", outs[0], [y.shape[1] for y in outs], is_B=True)
+    width = plan.max_rank if plan.num_pages is not None else lora_Bs[0].shape[2]
+    expected = [plan.num_tokens, width] if single else [len(outs), plan.num_tokens, width]
+    if list(s.shape) != expected or s.device != outs[0].device:
+        raise ValueError(f"s is {shape_of(s)} on {s.device}; expected {expected} on {outs[0].device}, from lora_shrink")
+    arguments.refuse_gradient("lora_expand", [s, *lora_Bs, *outs])
+    ops.multi_lora_expand(s[None] if single else s, lora_Bs, plan, outs, impl)
+    return out
 
 
-def _check(
-    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """Raise, naming the argument, unless shapes, dtypes and devices fit together."""
-    for name, tensor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(tensor).__name__}")
-    if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"x {_shape(x)} and weight {_shape(weight)} do not fit: expected x [..., K] and weight [N, K] with the "
-            "same K (weight as in torch.nn.Linear: [out_features, in_features])"
-        )
-    N, K = weight.shape
-    if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.shape[0] < 1:
-        hint = "; transposed?" if lora_A.dim() == 2 and lora_A.shape[0] == K else ""
-        raise ValueError(f"lora_A is {_shape(lora_A)}; expected [r, {K}] with r ≥ 1, for weight {_shape(weight)}{hint}")
-    r = lora_A.shape[0]
-    if lora_B.dim() != 2 or lora_B.shape[0] != N or lora_B.shape[1] != r:
-        hint = "; transposed?" if lora_B.dim() == 2 and tuple(lora_B.shape) == (r, N) else ""
-        raise ValueError(f"lora_B is {_shape(lora_B)}; expected [{N}, {r}], for lora_A {_shape(lora_A)}{hint}")
-    if not x.is_floating_point() or weight.dtype != x.dtype:
-        raise TypeError(
-            f"x is {x.dtype} and weight is {weight.dtype}; expected one float dtype for both "
-            "(only lora_A and lora_B may differ): cast one of them, or use torch.autocast"
-        )
-    if not (lora_A.is_floating_point() and lora_B.is_floating_point()):
-        raise TypeError(f"lora_A is {lora_A.dtype} and lora_B is {lora_B.dtype}; expected float dtypes")
-    device = x.device
-    if weight.device != device or lora_A.device != device or lora_B.device != device:
-        raise ValueError(
-            f"x is on {device}, weight on {weight.device}, lora_A on {lora_A.device}, lora_B on {lora_B.device}; "
-            "expected one device: move them with .to(x.device)"
-        )
-    if bias is not None:
-        if not isinstance(bias, torch.Tensor):
-            raise TypeError(f"bias must be a tensor or None; got {type(bias).__name__}")
-        if bias.dim() != 1 or bias.shape[0] != N:
-            raise ValueError(f"bias is {_shape(bias)}; expected [{N}], for weight {_shape(weight)}")
-        if bias.dtype != x.dtype or bias.device != device:
-            raise TypeError(f"bias is {bias.dtype} on {bias.device}; expected x's: {x.dtype} on {device}")
+@overload
+def multi_lora_linear(
+    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan, *,
+    bias: torch.Tensor | None = ..., dropout_p: float | torch.Tensor = ..., training: bool = ..., impl: str = ...,
+) -> torch.Tensor: ...  # fmt: skip
+@overload
+def multi_lora_linear(
+    x: torch.Tensor, weight: Slices, lora_A: Slices, lora_B: Slices, plan: BatchPlan, *,
+    bias: Sequence[torch.Tensor | None] | None = ..., dropout_p: float | torch.Tensor = ..., training: bool = ...,
+    impl: str = ...,
+) -> list[torch.Tensor]: ...  # fmt: skip
 
 
-def _check_row_scale(row_scale: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    if row_scale.dim() != 1 or row_scale.shape[0] != weight.shape[0]:
-        raise ValueError(f"row_scale is {_shape(row_scale)}; expected [{weight.shape[0]}], for weight {_shape(weight)}")
-    if not row_scale.is_floating_point() or row_scale.device != x.device:
-        raise TypeError(f"row_scale is {row_scale.dtype} on {row_scale.device}; expected a float dtype on {x.device}")
+def multi_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | Slices,
+    lora_A: torch.Tensor | Slices,
+    lora_B: torch.Tensor | Slices,
+    plan: BatchPlan,
+    *,
+    bias: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
+    dropout_p: float | torch.Tensor = 0.0,
+    training: bool = True,
+    impl: str = "auto",
+) -> torch.Tensor | list[torch.Tensor]:
+    """A frozen linear layer, and to each token the low-rank update of its own adapter.
+
+    y = x Wᵀ + bias + scaling_slot · (dropout(x) A_slotᵀ) B_slotᵀ (Hu et al., arXiv 2106.09685, section 4.1; batched
+    over adapters: Chen et al., "Punica", arXiv 2310.18547). Rows of the base (slot -1, rank 0, scaling 0) are
+    torch.nn.functional.linear's to the bit, where that sees x as one matrix. Differentiable once in every tensor: an
+    adapter's gradient is of its own tokens alone, the other slots' are zero. The backward keeps its own copy of the
+    plan: later updates do not matter, but with activation checkpointing, whose recomputation has the plan as it then
+    is: the backward raises RuntimeError after an update, and with `use_reentrant=True` cannot tell. Forward-mode AD and
+    torch.func's derivatives raise.
+
+    Args:
+        x: [..., K], of as many tokens as the plan's last update; float64, float32, float16 or bfloat16, any strides.
+        weight: [N, K], of x's dtype. A list for several projections of one x (q, k and v), with lists for lora_A,
+            lora_B and bias too: their low-rank products are one launch, and the result is a list.
+        lora_A: [S, R, K], S and R at least the plan's num_slots and max_rank, any strides and float dtype; [pages, K]
+            for a plan with pages. What is past a slot's rank is never read. [S, 1, R, K] will do.
+        lora_B: [S, N, R], or [pages, N], or [S, 1, N, R].
+        plan: which token is whose.
+        bias: [N], of x's dtype.
+        dropout_p: the probability in [0, 1) with which an element of x does not reach A; or [num_slots], one a slot,
+            on x's device (its values are checked on a CPU, and clamped elsewhere).
+        training: dropout acts only when True.
+        impl: "auto", "torch" or "triton"; a named one never falls back.
+
+    Returns:
+        [..., N], of x's dtype.
+
+    Raises:
+        ValueError: a shape or probability is wrong, or (PlanError) the plan does not fit x or the adapters.
+        TypeError: a dtype is wrong, or an argument is not a tensor.
+        BackendError: `impl="triton"` cannot run here.
+    """
+    weights, single = arguments.slices_of("weight", weight)
+    lora_As, _ = arguments.slices_of("lora_A", lora_A)
+    lora_Bs, _ = arguments.slices_of("lora_B", lora_B)
+    biases = arguments.biases_of(bias, len(weights))
+    arguments.check_lengths(weight=weights, lora_A=lora_As, lora_B=lora_Bs, bias=biases)
+    if arguments.autocasts(x):
+        x, weights, biases = arguments.under_autocast(x, weights, biases)
+    for each, its_bias in zip(weights, biases, strict=True):
+        arguments.check_base(x, each, its_bias)
+    arguments.check_plan(plan, "x", x, x.shape[:-1])
+    arguments.check_adapters("lora_A", lora_As, plan, "x", x, [w.shape[1] for w in weights], is_B=False)
+    arguments.check_adapters("lora_B", lora_Bs, plan, "x", x, [w.shape[0] for w in weights], is_B=True)
+    arguments.check_one_rank(lora_As[0], lora_Bs[0], plan)
+    arguments.check_probabilities(dropout_p, plan)
+    apart = ops.adds_bias_apart(x)
+    within = arguments.biases_of(None, len(weights)) if apart else biases
+    p = dropout_p if training else 0.0
+    ys = ops.multi_lora_linear(ops.as_matrix(x), weights, within, lora_As, lora_Bs, plan, p, impl)
+    if x.dim() != 2:
+        ys = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    if apart:
+        ys = [y if bias is None else y + bias for y, bias in zip(ys, biases, strict=True)]
+    return ys[0] if single else ys
 
 
-def _is_finite(scaling: float) -> bool:
-    try:
-        return -math.inf < scaling < math.inf  # math.isfinite of a dynamic float breaks the graph
-    except TypeError:
-        raise TypeError(f"scaling is {scaling!r}; expected a number, such as lora_alpha / r, or a tensor") from None
+def multi_lora_embedding(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    plan: BatchPlan,
+    *,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """An embedding, and to each token the update of its own adapter: y = weight[id] + scaling · A[:, id]ᵀ Bᵀ.
 
+    The columns of A that the ids name are read and no others; no dropout, as in PEFT. Differentiable once in weight,
+    lora_A and lora_B.
 
-def _one_element(scaling: torch.Tensor) -> torch.Tensor:
-    if scaling.numel() != 1:
-        raise ValueError(f"scaling is a tensor of shape {_shape(scaling)}; expected a number or one element")
-    return scaling.reshape(())
+    Args:
+        ids: [...] int32 or int64 in 0 … V - 1, as many as the plan's last update.
+        weight: [V, N].
+        lora_A: [S, R, V], or [pages, V] for a plan with pages.
+        lora_B: [S, N, R], or [pages, N].
+        plan, impl: as for `multi_lora_linear`.
 
+    Returns:
+        [..., N], of weight's dtype.
 
-def _shape(tensor: torch.Tensor) -> str:
-    return str(list(tensor.shape))
+    Raises:
+        as `multi_lora_linear`.
+    """
+    arguments.check_matrix("weight", weight, "[V, N]")
+    resolve_impl(impl, weight.device, weight.dtype)
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int32, torch.int64):
+        given = ids.dtype if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise TypeError(f"ids must be a tensor of int32 or int64; got {given}")
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(factor, torch.Tensor):
+            raise arguments.no_tensor(name, factor)
+    [lora_A], _ = arguments.slices_of("lora_A", lora_A)
+    [lora_B], _ = arguments.slices_of("lora_B", lora_B)
+    arguments.check_plan(plan, "ids", ids, ids.shape)
+    arguments.check_adapters("lora_A", [lora_A], plan, "weight", weight, [weight.shape[0]], is_B=False)
+    arguments.check_adapters("lora_B", [lora_B], plan, "weight", weight, [weight.shape[1]], is_B=True)
+    arguments.check_one_rank(lora_A, lora_B, plan)
+    y = ops.multi_lora_embedding(ids.reshape(-1), weight, lora_A, lora_B, plan, impl)
+    return y.view(*ids.shape, weight.shape[1])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
 import lorakernels as lk
+from lorakernels import functional
 
 
 def call(**changed: Any) -> torch.Tensor:
@@ -36,13 +38,13 @@ WRONG_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": torch.randn(6).half()}, TypeError, "bias is torch.float16"),
     ({"bias": 1.0}, TypeError, "bias must be a tensor or None; got float"),
     ({"row_scale": torch.randn(5)}, ValueError, r"row_scale is \[5\]; expected \[6\]"),
-    ({"row_scale": torch.ones(6, dtype=torch.long)}, TypeError, "row_scale is torch.int64"),
-    ({"weight": torch.randn(6, 8).half()}, TypeError, "x is torch.float32 and weight is torch.float16"),
-    ({"x": torch.ones(3, 8, dtype=torch.int64)}, TypeError, "x is torch.int64"),
-    ({"lora_A": torch.ones(2, 8, dtype=torch.int32)}, TypeError, "lora_A is torch.int32"),
-    ({"lora_A": torch.randn(2, 8, device="meta")}, ValueError, "lora_A on meta.*expected one device"),
+    ({"row_scale": torch.ones(6, dtype=torch.long)}, TypeError, r"row_scale is \[6\] torch.int64"),
+    ({"weight": torch.randn(6, 8).half()}, TypeError, "weight is torch.float16; expected x's, torch.float32"),
+    ({"x": torch.ones(3, 8, dtype=torch.int64)}, TypeError, r"x is \[3, 8\] torch.int64; expected float64"),
+    ({"lora_A": torch.ones(2, 8, dtype=torch.int32)}, TypeError, r"lora_A is \[2, 8\] torch.int32"),
+    ({"lora_A": torch.randn(2, 8, device="meta")}, ValueError, "lora_A is on meta.*expected one device"),
     ({"lora_A": None}, TypeError, "lora_A must be a tensor; got NoneType"),
-    ({"x": [1.0]}, TypeError, "x and weight must be tensors; got list"),
+    ({"x": [1.0]}, TypeError, "x must be a tensor; got list"),
     ({"scaling": float("nan")}, ValueError, "scaling is nan"),
     ({"scaling": float("inf")}, ValueError, "scaling is inf"),
     ({"scaling": "1"}, TypeError, "scaling is '1'; expected a number"),
@@ -64,6 +66,125 @@ def name_of(value: object) -> str:
 def test_wrong_calls(changed: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(**changed)
+
+
+PLAN = lk.BatchPlan(3, 5, max_rank=2)
+PLAN.update([0, 2, -1, 0, 1], [2, 1, 2], [1.0, 0.5, 2.0])
+
+# The public functions, and the right arguments of each, for 5 tokens, N = 6, K = 8 and r = 2.
+RIGHT: dict[Callable[..., Any], dict[str, Any]] = {
+    lk.lora_linear: {
+        "x": torch.randn(5, 8),
+        "weight": torch.randn(6, 8),
+        "lora_A": torch.randn(2, 8),
+        "lora_B": torch.randn(6, 2),
+        "bias": torch.randn(6),
+        "row_scale": torch.rand(6),
+        "dropout_p": 0.1,
+        "scaling": 2.0,
+    },
+    lk.lora_linear_group: {
+        "x": torch.randn(5, 8),
+        "weights": [torch.randn(6, 8)],
+        "lora_As": [torch.randn(2, 8)],
+        "lora_Bs": [torch.randn(6, 2)],
+        "biases": [torch.randn(6)],
+        "dropout_p": 0.1,
+    },
+    functional.lora_weight_norm: {
+        "weight": torch.randn(6, 8),
+        "lora_A": torch.randn(2, 8),
+        "lora_B": torch.randn(6, 2),
+        "base_norm": torch.rand(6),
+        "scaling": 2.0,
+    },
+    lk.lora_shrink: {"x": torch.randn(5, 8), "lora_A": torch.randn(3, 2, 8), "plan": PLAN},
+    lk.lora_expand: {
+        "s": torch.randn(5, 2),
+        "lora_B": torch.randn(3, 6, 2),
+        "plan": PLAN,
+        "out": torch.zeros(5, 6),
+    },
+    lk.multi_lora_linear: {
+        "x": torch.randn(5, 8),
+        "weight": torch.randn(6, 8),
+        "lora_A": torch.randn(3, 2, 8),
+        "lora_B": torch.randn(3, 6, 2),
+        "plan": PLAN,
+        "bias": torch.randn(6),
+        "dropout_p": 0.1,
+    },
+    functional.multi_lora_embedding: {
+        "ids": torch.tensor([1, 0, 7, 7, 3]),
+        "weight": torch.randn(8, 6),
+        "lora_A": torch.randn(3, 2, 8),
+        "lora_B": torch.randn(3, 6, 2),
+        "plan": PLAN,
+    },
+    lk.explain: {"x": torch.randn(5, 8)},
+}
+FAULTS: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception]]] = {
+    "no tensor": (lambda tensor: "given", TypeError),
+    "integers": (lambda tensor: tensor.bool(), TypeError),
+    "another device": (lambda tensor: tensor.to("meta"), ValueError),
+    "another shape": (lambda tensor: torch.cat([tensor, tensor], -1), ValueError),
+}
+# What another argument is held against: that one is then called wrong.
+MEASURES = {(lk.lora_shrink, "x"), (lk.lora_expand, "lora_B"), (lk.lora_expand, "out")}
+MEASURES.add((functional.multi_lora_embedding, "weight"))
+
+
+def _faults() -> Iterator[tuple[Callable[..., Any], str, Any, type[Exception]]]:
+    for function, right in RIGHT.items():
+        for name, given in right.items():
+            tensor = given[0] if isinstance(given, list) else given
+            if isinstance(tensor, torch.Tensor) and function is not lk.explain:
+                for fault, (change, error) in FAULTS.items():
+                    if fault == "another shape" and (function, name) in MEASURES:
+                        continue
+                    wrong = change(tensor)
+                    yield pytest.param(  # type: ignore[misc]
+                        function, name, [wrong] if isinstance(given, list) else wrong, error,
+                        id=f"{function.__name__}-{name}-{fault}",
+                    )  # fmt: skip
+        for name, wrong, error in (
+            ("impl", "cuda", ValueError),
+            ("impl", 3, TypeError),
+            ("plan", "plan", TypeError),
+            ("dropout_p", "0.1", TypeError),
+            ("dropout_p", 1.0, ValueError),
+            ("scaling", "1", TypeError),
+            ("scaling", float("nan"), ValueError),
+        ):
+            if name in right or name == "impl":
+                yield pytest.param(function, name, wrong, error, id=f"{function.__name__}-{name}-{wrong}")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("function", RIGHT, ids=lambda function: function.__name__)
+def test_what_is_right_runs(function: Callable[..., Any]) -> None:
+    function(**RIGHT[function])
+
+
+@pytest.mark.parametrize(("function", "name", "wrong", "error"), list(_faults()))
+def test_a_fault_gets_one_error_in_every_function(
+    function: Callable[..., Any], name: str, wrong: Any, error: type[Exception]
+) -> None:
+    """A wrong type is a TypeError, anything else a ValueError, and the argument is named."""
+    singular = {"weights": "weight", "lora_As": "lora_A", "lora_Bs": "lora_B", "biases": "bias"}.get(name, name)
+    with pytest.raises(error, match=rf"\b{singular}\b") as raised:
+        function(**{**RIGHT[function], name: wrong})
+    assert isinstance(raised.value, ValueError) == (error is ValueError)
+
+
+def test_what_cannot_run_is_a_backend_error_in_every_function() -> None:
+    for function, right in RIGHT.items():
+        double = {
+            name: [t.double() for t in given] if isinstance(given, list) else given.double()
+            if isinstance(given, torch.Tensor) and name != "ids" else given
+            for name, given in right.items()
+        }  # fmt: skip
+        with pytest.raises(lk.BackendError, match=r"not torch\.float64"):
+            function(**double, impl="triton")
 
 
 WRONG_LAYERS: list[tuple[dict[str, Any], type[Exception], str]] = [

@@ -20,8 +20,8 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import unpack_mask
 from lorakernels.eager.multi_lora import route
+from lorakernels.functional import multi_lora_embedding
 from lorakernels.kernels.launch import record_launches
-from lorakernels.multi import multi_lora_embedding
 from lorakernels.plan import PlanError
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.device import COMPILED, NUMBERS, has_room
@@ -480,7 +480,7 @@ BAD = [
     (_bad(x=torch.zeros(22, 40)), PlanError, "22 tokens"),
     (_bad(x=torch.zeros(23, 39)), ValueError, "do not fit"),
     (_bad(x=torch.zeros(23, 40).half()), TypeError, "expected x's"),
-    (_bad(x=torch.zeros(23, 40).long()), TypeError, "expected .* of float64, float32"),
+    (_bad(x=torch.zeros(23, 40).long()), TypeError, "x is .* torch.int64; expected float64, float32"),
     (_bad(x=torch.zeros(23, 40).to(torch.float8_e4m3fn)), TypeError, "float16 or bfloat16"),
     (_bad(x=[1.0]), TypeError, "x must be a tensor"),
     (_bad(lora_A=torch.zeros(4, 8, 40)), PlanError, "S ≥ 5"),
@@ -536,7 +536,7 @@ def test_integers_are_refused() -> None:
         (_bad(ids=torch.zeros(23, dtype=torch.bool)), TypeError, "int32 or int64; got torch.bool"),
         (_bad(ids=torch.zeros(23, dtype=torch.int16)), TypeError, "int32 or int64; got torch.int16"),
         (_bad(weight=torch.zeros(40)), ValueError, r"expected \[V, N\]"),
-        (_bad(lora_A=[torch.zeros(5, 8, 40)] * 2), TypeError, "must be tensors; got list"),
+        (_bad(lora_A=[torch.zeros(5, 8, 40)] * 2), TypeError, "lora_A must be a tensor; got list"),
         (_bad(lora_A=torch.zeros(5, 9, 40)), ValueError, "one R for both"),
     ],
     ids=lambda value: str(value)[:40],

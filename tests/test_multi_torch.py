@@ -16,7 +16,7 @@ from lorakernels.dropout import LEVELS
 from lorakernels.eager import multi_grid
 from lorakernels.eager import multi_lora as eager
 from lorakernels.eager.multi_grid import Gathered, Grid
-from lorakernels.multi import multi_lora_embedding
+from lorakernels.functional import multi_lora_embedding
 from lorakernels.ops.multi_linear import _thresholds
 from lorakernels.testing.budget import error
 from lorakernels.testing.guards import canaries

@@ -16,7 +16,7 @@ from triton.runtime.errors import InterpreterError
 import lorakernels as lk
 from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
-from lorakernels.multi import multi_lora_embedding
+from lorakernels.functional import multi_lora_embedding
 from lorakernels.testing.cases import LinearCase, make_inputs
 from lorakernels.testing.interpreter import only_own_memory
 from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs

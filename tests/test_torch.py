@@ -408,7 +408,7 @@ def test_vmap_over_zero_tokens_and_with_one_mask() -> None:
 
 
 def test_integers_are_refused_under_autocast_too() -> None:
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"x is torch\.int64"):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=r"x is .*torch\.int64"):
         lk.lora_linear(torch.ones(3, 8).long(), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2))
 
 

@@ -31,20 +31,21 @@ class _Numbers(NamedTuple):
     scalings: Sequence[float]
     dropout_p: float
     impl: str
+    direct: bool  # whether the body runs as a function
 
 
 # A Function's inputs: x, the seed, the numbers, then every weight, every A, every B, every bias, every row scale.
 
 
 def _forward(
-    x: torch.Tensor, seed: torch.Tensor | None, numbers: _Numbers, flat: Sequence[Any], direct: bool = True
+    x: torch.Tensor, seed: torch.Tensor | None, numbers: _Numbers, flat: Sequence[Any]
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-    """y's, S and the mask; tensors all of them where nothing may run directly."""
-    n = len(numbers.scalings)
-    call = GROUP.pick((x, *flat[: 3 * n])) if direct else GROUP.dispatch  # whose body takes one as well
-    if n > 1 or call is GROUP.body:
-        return call(x, *by_kind(flat), seed, *numbers)
-    y, s, mask = LINEAR.dispatch(x, *flat, seed, *numbers.scalings, *numbers[1:])
+    """y's, S and the mask; tensors all of them where nothing runs directly."""
+    scalings, dropout_p, impl, direct = numbers
+    if direct or len(scalings) > 1:
+        call = GROUP.body if direct else GROUP.dispatch  # a body that takes one as well
+        return call(x, *by_kind(flat), seed, scalings, dropout_p, impl)
+    y, s, mask = LINEAR.dispatch(x, *flat, seed, *scalings, dropout_p, impl)
     return (y,), s, mask
 
 
@@ -53,7 +54,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, seed: torch.Tensor | None, numbers: _Numbers, *flat: torch.Tensor | None) -> Any:
-        ys, s, mask = _forward(x, seed, numbers, flat, direct=False)
+        ys, s, mask = _forward(x, seed, numbers, flat)
         return (*ys, s, mask)
 
     @staticmethod
@@ -117,7 +118,7 @@ def _backward(ctx: Any, dys: Maybe) -> tuple[Any, ...]:
         ) from error
     given: Any = dys
     scalings: Any
-    scalings, dropout_p, impl = ctx.numbers
+    scalings, dropout_p, impl, _ = ctx.numbers
     parts = [s] if n == 1 else s.split([A.shape[0] for A in flat[n : 2 * n]], dim=1)
     x_is_missing = x is None and any(flags[2 * n : 3 * n])
     if len(used) < n:
@@ -175,27 +176,30 @@ def _differentiable(
     return [dx, *itertools.chain.from_iterable(kinds)]
 
 
-def _linears(x: torch.Tensor, numbers: _Numbers, *flat: torch.Tensor | None) -> Sequence[torch.Tensor]:
+def _linears(
+    x: torch.Tensor, scalings: Sequence[float], dropout_p: float, impl: str, *flat: torch.Tensor | None
+) -> Sequence[torch.Tensor]:
     """The y's; no autograd.Function when nothing needs a gradient."""
     seed = None
-    if numbers.dropout_p > 0:
+    if dropout_p > 0:
         # On x's device, and read there: the host never waits. randint takes part in checkpointing's
         # stash of the generator, so a recomputed forward draws the same mask.
         if hasattr(x, "device_mesh"):
             seed = draw_seed(x)
         else:
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    direct = GROUP.pick((x, *flat[: 3 * len(scalings)])) is GROUP.body  # type: ignore[arg-type]
     # Under torch.func and in forward mode always: the operator alone drops the tangents, where the Function raises.
-    compiling = torch.compiler.is_compiling()
-    functorch = not compiling and torch._C._are_functorch_transforms_active()
-    functorch = functorch or torch.autograd.forward_ad._current_level >= 0
-    if functorch or (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)])):
-        if functorch or compiling:
-            return LoRALinearFunction.apply(x, seed, numbers, *flat)[:-2]
+    transformed = torch.autograd.forward_ad._current_level >= 0 or (not direct and functorch_is_active())
+    if transformed or (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)])):
+        if transformed or torch.compiler.is_compiling():
+            return LoRALinearFunction.apply(x, seed, _Numbers(scalings, dropout_p, impl, False), *flat)[:-2]
         # Resolved once: the backward's reading of the environment took 2 µs.
-        numbers = numbers._replace(impl=resolve_impl(numbers.impl, x.device, x.dtype))
+        numbers = _Numbers(scalings, dropout_p, resolve_impl(impl, x.device, x.dtype), direct)
         return _EagerFunction.apply(x, seed, numbers, *flat)
-    return _forward(x, seed, numbers, flat)[0]
+    if direct:
+        return GROUP.body(x, *by_kind(flat), seed, scalings, dropout_p, impl)[0]
+    return _forward(x, seed, _Numbers(scalings, dropout_p, impl, False), flat)[0]
 
 
 def lora_linear(
@@ -212,7 +216,7 @@ def lora_linear(
     """The layer on checked arguments."""
     if dropout_p == 0 and row_scale is None and scaling != 0 and is_small(x, weight, lora_A, lora_B, impl):
         return small_lora_linear(x, weight, lora_A, lora_B, bias, scaling)
-    return _linears(x, _Numbers([scaling], dropout_p, impl), weight, lora_A, lora_B, bias, row_scale)[0]
+    return _linears(x, [scaling], dropout_p, impl, weight, lora_A, lora_B, bias, row_scale)[0]
 
 
 def lora_linear_group(
@@ -231,4 +235,4 @@ def lora_linear_group(
     if small or hasattr(x, "device_mesh"):  # no layout of sharded tensors is registered for a group
         return [lora_linear(x, W, A, B, bias, None, c, dropout_p, impl) for W, A, B, bias, c in members]
     none = [None] * len(members)
-    return _linears(x, _Numbers(scalings, dropout_p, impl), *weights, *lora_As, *lora_Bs, *biases, *none)
+    return _linears(x, scalings, dropout_p, impl, *weights, *lora_As, *lora_Bs, *biases, *none)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorakernels.multi import multi_lora_embedding, multi_lora_linear
+from lorakernels.functional import multi_lora_embedding, multi_lora_linear
 from lorakernels.nn.modules import parameter_of
 from lorakernels.plan import BatchPlan
 from lorakernels.serving.errors import StaleBatchError

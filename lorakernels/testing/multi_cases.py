@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from lorakernels import formula
 from lorakernels.plan import BatchPlan
+from lorakernels.testing.cases import generating
 from lorakernels.testing.guards import guarded
 
 Results = dict[str, torch.Tensor]
@@ -75,6 +77,16 @@ MULTI_CASES = (
     MultiCase("dropout_pages", K=21, dropout_p=0.5, paged=True, batch="grouped"),
 )
 
+_QKV: dict[str, Any] = {"K": 4096, "Ns": (4096, 1024, 1024), "R": 16}
+# For compiled kernels, as LARGE_CASES of one linear: decode with an adapter a token and with shared ones, prefill.
+LARGE_MULTI_CASES = (
+    MultiCase("decode_64", T=64, ranks=(16,) * 64, batch="each_its_own", paged=True, **_QKV),
+    MultiCase("decode_64_stacks", T=64, ranks=(16,) * 64, batch="each_its_own", **_QKV),
+    MultiCase("decode_8", T=64, ranks=(16, 8, 4, 16, 16, 3, 16, 1), batch="in_turn", paged=True, **_QKV),
+    MultiCase("prefill", T=1100, ranks=(16, 8, 0, 16), batch="in_order", **_QKV),
+    MultiCase("train_dropout", T=600, ranks=(16, 8, 0, 16), K=1040, Ns=(2056,), R=16, dropout_p=0.1),
+)
+
 # Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
 _HUGE = 1 << 30
 
@@ -110,12 +122,13 @@ def make_multi_inputs(
     case: MultiCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> MultiInputs:
     """Random tensors, in memory that is NaN everywhere else; past its rank an adapter is NaN too."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, where = torch.Generator().manual_seed(seed), generating(device)
+    normal = torch.Generator(where).manual_seed(seed + 1)
     S, T, R, K = len(case.ranks), case.T, case.R, case.K
     unit = max(K, 1) ** -0.5
 
     def randn(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(device, of)
+        return (torch.randn(shape, generator=normal, device=where) * scale).to(device, of)
 
     slots = torch.randint(-1, S, (T,), generator=generator, dtype=torch.int32)
     if case.batch == "grouped":
@@ -196,10 +209,10 @@ def _laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
         stack[:, 0, : plain.shape[1], : plain.shape[2]] = plain
         return stack[:, :, : plain.shape[1], : plain.shape[2]]
     if layout == "huge_strides" and plain.dtype is torch.float16:
-        # Sparse in memory: the pages between the slots are reserved and never touched.
+        # Sparse in memory: the pages between the slots are reserved and never touched; on a GPU they are there.
         S, rows, cols = plain.shape
-        storage = torch.UntypedStorage(plain.element_size() * (_HUGE * (S - 1) + rows * cols))
-        spread = torch.empty(0, dtype=plain.dtype).set_(storage, 0, plain.shape, (_HUGE, cols, 1))
+        storage = torch.UntypedStorage(plain.element_size() * (_HUGE * (S - 1) + rows * cols), device=plain.device)
+        spread = torch.empty(0, dtype=plain.dtype, device=plain.device).set_(storage, 0, plain.shape, (_HUGE, cols, 1))
         return spread.copy_(plain)
     return guarded(plain)
 

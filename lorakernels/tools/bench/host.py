@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from lorakernels.functional import lora_linear
-from lorakernels.multi import multi_lora_linear
+from lorakernels.functional import lora_linear, multi_lora_linear
 from lorakernels.tools.bench.multi import make_multi_tensors
 from lorakernels.tools.bench.orders import SCALING
 from lorakernels.tools.bench.peers import make_tensors

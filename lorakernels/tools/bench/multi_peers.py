@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorakernels.backend import resolve_impl
-from lorakernels.multi import multi_lora_linear
+from lorakernels.functional import multi_lora_linear
 from lorakernels.tools.bench.multi import MultiTensors, own_bytes, padded_bytes, paged_bytes
 from lorakernels.tools.bench.orders import SCALING
 from lorakernels.tools.bench.peer import Peer, Step, auto_why_not, kernels_why_not
