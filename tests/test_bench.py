@@ -36,7 +36,7 @@ from lorakernels.tools.bench.operations import OPERATIONS, choose_peers
 from lorakernels.tools.bench.peer import Results, Step
 from lorakernels.tools.bench.peers import PEERS, make_tensors
 from lorakernels.tools.bench.registry import Case, MultiCase, case_of
-from lorakernels.tools.bench.verify import Exact, verify
+from lorakernels.tools.bench.verify import layer_checker
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -170,8 +170,8 @@ def test_a_wrong_mask_is_found() -> None:
     """Twice the probability, another mask in the backward, a forgotten scale."""
     case = TINY[3]
     tensors = make_tensors(case, CPU, 0)
-    exact, eager = Exact(case, tensors), PEERS["eager"]
-    assert verify(eager, case, tensors, exact)[1] is None
+    check, eager = layer_checker(case, tensors), PEERS["eager"]
+    assert check(eager)[1] is None
 
     def often(_: Case, t: peers.Tensors) -> Step:
         return eager.make(dataclasses.replace(case, dropout=0.2), t)
@@ -185,7 +185,7 @@ def test_a_wrong_mask_is_found() -> None:
         dataclasses.replace(eager, make=two_masks),
         dataclasses.replace(eager, keep_scale=lambda p: 1.0),
     ):
-        assert verify(wrong, case, tensors, exact)[1] is not None
+        assert check(wrong)[1] is not None
 
 
 def test_a_broken_peer_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakernels import __version__, cli, doctor
+from lorakernels import __version__, cli
 from lorakernels.backend import ENVIRONMENT, BackendError
+from lorakernels.tools import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = not torch.cuda.is_available()

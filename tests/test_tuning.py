@@ -21,7 +21,15 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.data_sheet import data_sheet
 from lorakernels.configs.device import UNKNOWN, Device, assume, device_of, example_of
 from lorakernels.configs.heuristic import FORMS, MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
-from lorakernels.configs.table import choose, choose_with_source, clear, forced_configs, load_table, misfit
+from lorakernels.configs.table import (
+    choose,
+    choose_with_source,
+    clear,
+    forced_configs,
+    load_table,
+    misfit,
+    record_choices,
+)
 from lorakernels.configs.table_file import Entry, Table, cache_folder, read_table, shipped_path, user_path, write_table
 from lorakernels.plan import TILE_HEIGHTS
 
@@ -175,6 +183,28 @@ def test_a_device_that_is_assumed_has_no_user(tmp_path: Path) -> None:
     with assume("sm_90"):
         assert shrink_choice(CPU).config == TUNED
     assert shrink_choice(CPU).source == "heuristic"
+
+
+def test_the_gpu_at_hand_has_its_user_for_meta_tensors_too() -> None:
+    written(user_path(H100), SHRINK)
+    with assume(H100, here=True):
+        assert shrink_choice(torch.device("meta")).config == TUNED
+        with assume("sm_90"):
+            assert shrink_choice(torch.device("meta")).source == "heuristic"
+    assert shrink_choice(torch.device("meta")).config != TUNED
+
+
+def test_what_is_asked_for_is_recorded() -> None:
+    sizes = ("shrink", 4096, 512, 512, 16, 2)
+    with assume("sm_90"), record_choices() as asked:
+        config = choose(*sizes, CPU)
+        with forced_configs({"shrink": TUNED}), record_choices() as inner:
+            choose(*sizes, CPU)
+        choose("multi_shrink", 64, 512, 512, 16, 2, CPU, batch=Batch(8))
+    choose(*sizes, CPU)
+    assert [(each.choice, each.operation) for each in inner] == [((TUNED, "forced"), "shrink")]
+    assert asked[0] == (*sizes, False, None, (config, "heuristic"))
+    assert [each.batch for each in asked] == [None, Batch(8)]
 
 
 @pytest.mark.parametrize(("M", "nearest"), [(1, 16), (60, 16), (70, 256), (2000, 256), (2100, 16384), (1 << 20, 16384)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,11 +21,12 @@ from lorakernels import __version__
 from lorakernels.backend import ENVIRONMENT, IMPLS, TRITON_DTYPES, explain_impl, interpreter_on
 from lorakernels.configs.table_file import CACHE
 from lorakernels.functional import lora_linear
+from lorakernels.tools.bench.environment import cpu_name, version_of
 
 VARIABLES = (ENVIRONMENT, CACHE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "rich", "tqdm")
 OPTIONAL = {"peft": "peft", "transformers": "serve", "scikit-learn": "demo", "matplotlib": "demo"}  # and its extra
-OLDEST = {"torch": (2, 6), "triton": (3, 3)}
+OLDEST = {"torch": (2, 11), "triton": (3, 6)}
 ON_LINUX = ("triton",)
 
 # Of the largest element of a result. Sound kernels stay near 1 rounding; unsound ones are off by thousands.
@@ -101,7 +101,8 @@ class Diagnosis:
 def examine() -> Diagnosis:
     """Look at this machine and run the self-check. Never raises for what is wrong with it."""
     versions = _versions()
-    devices = (_cpu(), *(_gpu(index) for index in range(torch.cuda.device_count())))
+    cpu = Device("cpu", cpu_name(), threads=torch.get_num_threads())
+    devices = (cpu, *(_gpu(index) for index in range(torch.cuda.device_count())))
     choices = tuple(_choice(device.name, dtype) for device in devices for dtype in TRITON_DTYPES)
     return Diagnosis(
         versions=versions,
@@ -153,28 +154,11 @@ def _error(device: str, dtype: torch.dtype) -> float:
 def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"lorakernels": __version__, "python": platform.python_version()}
     versions["platform"] = platform.platform()
-    versions |= {name: _version(name) for name in (*PACKAGES, *OPTIONAL)}
+    versions |= {name: version_of(name) for name in (*PACKAGES, *OPTIONAL)}
     versions["torch"] = torch.__version__
     versions["torch_cuda"] = torch.version.cuda
     versions["torch_rocm"] = torch.version.hip
     return versions
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu() -> Device:
-    model = platform.processor() or platform.machine()
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        model = match[1] if match else model
-    except OSError:  # not Linux
-        pass
-    return Device("cpu", model, threads=torch.get_num_threads())
 
 
 def _gpu(index: int) -> Device:

@@ -13,7 +13,7 @@ from lorakernels.tools.bench.registry import AnyCase, case_of
 from lorakernels.tools.bench.timing import EVENTS, clock
 
 Row = dict[str, Any]
-_CANNOT_COMPARE = "not in both"
+_VERDICTS = ("faster", "slower", "within the spread")
 
 
 class Key(NamedTuple):
@@ -26,34 +26,20 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """One row of both runs: the ratio to the frozen layer as (p20, p50, p80), None where there is none.
-
-    A `note` says why the two cannot be compared.
-    """
+    """One row of both runs: the ratio to the frozen layer as (p20, p50, p80), None where there is none."""
 
     key: Key
-    before: tuple[float, float, float] | None
-    after: tuple[float, float, float] | None
-    note: str = ""
-    clocks: tuple[str | None, str | None] = (None, None)
+    before: Sequence[float] | None
+    after: Sequence[float] | None
+    clocks: tuple[str | None, str | None]
+    verdict: str  # faster or slower, where the two spreads (p20 to p80) do not meet; or why that cannot be said
 
     @property
     def change(self) -> float | None:
         """After over before, less 1: negative is faster."""
-        if self.note or self.before is None or self.after is None:
+        if self.before is None or self.after is None or self.verdict not in _VERDICTS:
             return None
         return self.after[1] / self.before[1] - 1
-
-    @property
-    def verdict(self) -> str:
-        """Faster or slower, where the two spreads (p20 to p80) do not meet; else within the spread."""
-        if self.note or self.before is None or self.after is None:
-            return self.note or _CANNOT_COMPARE
-        if self.after[2] < self.before[0]:
-            return "faster"
-        if self.after[0] > self.before[2]:
-            return "slower"
-        return "within the spread"
 
 
 @dataclass(frozen=True)
@@ -70,22 +56,31 @@ def compare(before: Sequence[Row], after: Sequence[Row]) -> Comparison:
     """
     if not before or not after:
         raise ValueError("one of the runs has no rows; expected a file that lorakernels bench --out wrote")
-    old, new = ({_key(row): row for row in rows} for rows in (before, after))
+    old, new = ({Key(row["operation"], case_of(row), row["peer"]): row for row in rows} for rows in (before, after))
     changes = []
     for key in dict.fromkeys((*old, *new)):
-        first, second = old.get(key), new.get(key)
-        if key.peer == "frozen" or (_unable(first) and _unable(second)):
-            continue
-        notes = [
-            f"{when}: {row['status']}, {row['reason']}"
-            for when, row in (("before", first), ("after", second))
-            if row is not None and row["status"] != "ok"
-        ]
-        clocks = _clock(first), _clock(second)
-        if None not in clocks and clocks[0] != clocks[1]:
-            notes.append(f"timed by {clocks[0]} before, by {clocks[1]} after")
-        changes.append(Change(key, _ratio(first), _ratio(second), "; ".join(notes), clocks))
-    return Comparison(tuple(changes), (_device(before), _device(after)))
+        rows = old.get(key), new.get(key)
+        if key.peer != "frozen" and any(row is not None and row["status"] != "skipped" for row in rows):
+            changes.append(_change(key, *rows))
+    devices = tuple(str(rows[0]["environment"]["device"]) for rows in (before, after))
+    return Comparison(tuple(changes), (devices[0], devices[1]))
+
+
+def _change(key: Key, *rows: Row | None) -> Change:
+    first, second = (None if row is None else row.get("ratio") for row in rows)
+    old, new = (None if row is None or "timing" not in row else clock(row["timing"]) for row in rows)
+    notes = [
+        f"{when}: {row['status']}, {row['reason']}"
+        for when, row in zip(("before", "after"), rows, strict=True)
+        if row is not None and row["status"] != "ok"
+    ]
+    if None not in (old, new) and old != new:
+        notes.append(f"timed by {old} before, by {new} after")
+    if notes or first is None or second is None:
+        verdict = "; ".join(notes) or "not in both"
+    else:
+        verdict = "faster" if second[2] < first[0] else "slower" if second[0] > first[2] else "within the spread"
+    return Change(key, first, second, (old, new), verdict)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -101,33 +96,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if comparison.devices[0] != comparison.devices[1]:
         console.print(f"Two devices: {comparison.devices[0]} before, {comparison.devices[1]} after.")
     verdicts = [change.verdict for change in comparison.changes]
-    for verdict in ("faster", "slower", "within the spread"):
+    for verdict in _VERDICTS:
         console.print(f"{verdicts.count(verdict)} {verdict}")
 
 
-def _key(row: Row) -> Key:
-    return Key(row["operation"], case_of(row), row["peer"])
-
-
-def _unable(row: Row | None) -> bool:
-    return row is None or row["status"] == "skipped"
-
-
-def _ratio(row: Row | None) -> tuple[float, float, float] | None:
-    if row is None or "ratio" not in row:
-        return None
-    low, middle, high = row["ratio"]
-    return low, middle, high
-
-
-def _clock(row: Row | None) -> str | None:
-    return None if row is None or "timing" not in row else clock(row["timing"])
-
-
-def _device(rows: Sequence[Row]) -> str:
-    return str(rows[0]["environment"]["device"])
-
-
-def _text(ratio: tuple[float, float, float] | None, timed_by: str | None) -> str:
+def _text(ratio: Sequence[float] | None, timed_by: str | None) -> str:
     text = "-" if ratio is None else f"{ratio[1]:.3f} ({ratio[0]:.3f} … {ratio[2]:.3f})"
     return f"{text}, events" if timed_by == EVENTS else text

@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "peft", "unsloth", "lorafusion", "lorakernels")
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions and commit, for a row of JSON."""
     found: dict[str, Any] = {
-        "device": platform.processor() or platform.machine(),
+        "device": cpu_name(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "driver": None,
@@ -28,7 +28,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         # torch's own tells builds apart (2.13.0+cu130), which the package's metadata does not.
-        "versions": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "versions": {name: version_of(name) for name in PACKAGES} | {"torch": torch.__version__},
         "interpreter": interpreter_on(),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -36,24 +36,23 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
         found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-    else:
-        found["device"] = _cpu_name() or found["device"]
     return found
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _cpu_name() -> str | None:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    except OSError:  # not Linux
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def _commit() -> str | None:

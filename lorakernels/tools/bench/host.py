@@ -23,45 +23,22 @@ _LEAST_ROUNDS = 10
 
 def host_rows(device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """Seconds a call, and beyond torch's own linear: without gradients, and with a backward; of many adapters, too."""
-    return [*_layer_rows(device, rounds), _multi_row(device, rounds)]
-
-
-def _layer_rows(device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    t = make_tensors(_CASE, device, 0)
-
-    def ours() -> torch.Tensor:
-        return lora_linear(t.x, t.weight, t.lora_A, t.lora_B, scaling=SCALING)
-
-    def theirs() -> torch.Tensor:
-        return torch.nn.functional.linear(t.x, t.weight)
-
-    def inference(layer: Callable[[], torch.Tensor]) -> None:
-        with torch.no_grad():
-            layer()
+    t, many = make_tensors(_CASE, device, 0), make_multi_tensors(_MULTI_CASE, device, 0)
+    plan = many.plan(paged=True)
 
     def training(layer: Callable[[], torch.Tensor]) -> None:
         t.x.grad = t.lora_A.grad = t.lora_B.grad = None
         layer().backward(t.dy)
 
+    inference = torch.no_grad()(lambda layer: layer())
+    single = partial(lora_linear, t.x, t.weight, t.lora_A, t.lora_B, scaling=SCALING)
+    frozen, many_frozen = (partial(torch.nn.functional.linear, each.x, each.weight) for each in (t, many))
+    batch = partial(multi_lora_linear, many.x, many.weight, many.pages_A, many.pages_B, plan)
     return [
-        _row(name, _CASE, device, rounds, partial(mode, ours), partial(mode, theirs))
-        for name, mode in (("inference", inference), ("training", training))
+        _row("inference", _CASE, device, rounds, partial(inference, single), partial(inference, frozen)),
+        _row("training", _CASE, device, rounds, partial(training, single), partial(training, frozen)),
+        _row("many adapters", _MULTI_CASE, device, rounds, partial(inference, batch), partial(inference, many_frozen)),
     ]
-
-
-def _multi_row(device: torch.device, rounds: int) -> dict[str, Any]:
-    t = make_multi_tensors(_MULTI_CASE, device, 0)
-    plan = t.plan(paged=True)
-
-    def ours() -> None:
-        with torch.no_grad():
-            multi_lora_linear(t.x, t.weight, t.pages_A, t.pages_B, plan)
-
-    def theirs() -> None:
-        with torch.no_grad():
-            torch.nn.functional.linear(t.x, t.weight)
-
-    return _row("many adapters", _MULTI_CASE, device, rounds, ours, theirs)
 
 
 def _row(

@@ -17,7 +17,7 @@ from lorakernels.tools.bench.multi_peers import MULTI_PEERS, MultiPeer
 from lorakernels.tools.bench.peer import Peer, Step
 from lorakernels.tools.bench.peers import PEERS, Tensors, make_tensors
 from lorakernels.tools.bench.registry import AnyCase, Case, MultiCase
-from lorakernels.tools.bench.verify import Exact, verify
+from lorakernels.tools.bench.verify import layer_checker
 
 Row = dict[str, Any]
 AnyPeer = Peer[Any, Any]
@@ -38,11 +38,6 @@ class Operation:
 
 
 # ------------------------------------------------------------------------------- one adapter, a training step
-
-
-def _layer_checker(case: Case, tensors: Tensors) -> Callable[[AnyPeer], tuple[float, str | None]]:
-    exact = Exact(case, tensors)
-    return lambda peer: verify(peer, case, tensors, exact)
 
 
 def _layer_facts(case: Case, peer: AnyPeer, device: torch.device) -> Row:
@@ -131,7 +126,7 @@ def _peak(step: Step, device: torch.device) -> int | None:
 
 # ------------------------------------------------------------------------------- which there are
 
-_LAYER = Operation(Case.operation, PEERS, make_tensors, _layer_checker, _layer_facts, _layer_measured)
+_LAYER = Operation(Case.operation, PEERS, make_tensors, layer_checker, _layer_facts, _layer_measured)
 _MULTI = Operation(MultiCase.operation, MULTI_PEERS, make_multi_tensors, multi_checker, _multi_facts, _multi_measured)
 OPERATIONS = {Case: _LAYER, MultiCase: _MULTI}
 

@@ -158,37 +158,11 @@ def _memory(rows: Sequence[Row], path: Path) -> bool:
         return False
     largest = max((_layer_case(row) for row in measured), key=lambda case: (case.M * (case.N + case.K), case))
     own = [row for row in measured if case_of(row) == largest]
-    figure, axes = _figure()
-    labels = [row["label"] for row in own]
-    unit, scale = ("MiB", 1 << 20) if max(row["kept_bytes"] for row in own) >= 1 << 20 else ("KiB", 1 << 10)
-    places = range(len(own))
+    bars = {"kept for the backward (without weights and adapters)": [row["kept_bytes"] for row in own]}
     peaks = [row["peak_bytes"] for row in own]
-    thick = 0.38 if all(peaks) else 0.62
-    shift = thick / 2 if all(peaks) else 0.0
-    kept = axes.barh(
-        [place - shift for place in places],
-        [row["kept_bytes"] / scale for row in own],
-        height=thick,
-        color=BLUE,
-        label="kept for the backward (without weights and adapters)",
-    )
-    axes.bar_label(kept, fmt="%.4g", padding=4, color=INK, size=9)
     if all(peaks):
-        peak = axes.barh(
-            [place + shift for place in places],
-            [value / scale for value in peaks],
-            height=thick,
-            color=ORANGE,
-            label="peak of a step",
-        )
-        axes.bar_label(peak, fmt="%.4g", padding=4, color=INK, size=9)
-    axes.set_yticks(list(places), labels)
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    _finish(figure, axes, "Memory of a training step", str(largest), rows)
-    axes.set(xlabel=unit)
-    axes.grid(visible=False)
-    figure.savefig(path)
+        bars["peak of a step"] = peaks
+    _bars(rows, path, "Memory of a training step", str(largest), [row["label"] for row in own], bars)
     return True
 
 
@@ -199,24 +173,33 @@ def _adapter_memory(rows: Sequence[Row], path: Path) -> bool:
     held = list({(case.N, case.K, case.adapters, case.r, case.dtype): case for case in cases}.values())
     if not held:
         return False
-    figure, axes = _figure()
-    unit, scale = ("MiB", 1 << 20) if max(map(padded_bytes, held)) >= 1 << 20 else ("KiB", 1 << 10)
-    for shift, size, colour, label in (
-        (-0.19, paged_bytes, BLUE, "pages, with their table"),
-        (0.19, padded_bytes, ORANGE, "padded to the largest rank"),
-    ):
-        places = [place + shift for place in range(len(held))]
-        bars = axes.barh(places, [size(case) / scale for case in held], height=0.36, color=colour, label=label)
-        axes.bar_label(bars, fmt="%.4g", padding=4, color=INK, size=9)
+    sizes = {"pages, with their table": paged_bytes, "padded to the largest rank": padded_bytes}
+    bars = {label: [size(case) for case in held] for label, size in sizes.items()}
     labels = [f"{case.adapters} adapters, r = 8…{case.r},\n{case.K} → {case.N} {case.dtype}" for case in held]
-    axes.set_yticks(range(len(held)), labels)
+    _bars(rows, path, "Memory of adapters of mixed ranks, one layer", "by formula", labels, bars)
+    return True
+
+
+def _bars(
+    rows: Sequence[Row], path: Path, title: str, subtitle: str, labels: list[str], bars: dict[str, list[int]]
+) -> None:
+    """Bytes as bars, one or two a label."""
+    figure, axes = _figure()
+    most = max(max(numbers) for numbers in bars.values())
+    unit, scale = ("MiB", 1 << 20) if most >= 1 << 20 else ("KiB", 1 << 10)
+    thick = 0.62 if len(bars) == 1 else 0.38
+    for number, (label, numbers) in enumerate(bars.items()):
+        places = [place + (number - (len(bars) - 1) / 2) * thick for place in range(len(labels))]
+        colour = (BLUE, ORANGE)[number]
+        drawn = axes.barh(places, [value / scale for value in numbers], height=thick, color=colour, label=label)
+        axes.bar_label(drawn, fmt="%.4g", padding=4, color=INK, size=9)
+    axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    _finish(figure, axes, "Memory of adapters of mixed ranks, one layer", "by formula", rows)
+    _finish(figure, axes, title, subtitle, rows)
     axes.set(xlabel=unit)
     axes.grid(visible=False)
     figure.savefig(path)
-    return True
 
 
 def _figure() -> tuple[Any, Any]:

@@ -16,8 +16,25 @@ MULTI_TOKENS = (1, 16, 64, 256, 1024, 8192)
 _PREFILL = 1024
 
 
+class _Typed:
+    """What both kinds of case have: `dtype` names torch's."""
+
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def itemsize(self) -> int:
+        return self.torch_dtype.itemsize
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+
 @dataclass(frozen=True, order=True)
-class Case:
+class Case(_Typed):
     """One training step of one layer: x [M, K], weight [N, K], rank r."""
 
     operation: ClassVar[str] = "lora_linear"
@@ -30,27 +47,16 @@ class Case:
     dtype: str = "bfloat16"
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def itemsize(self) -> int:
-        return self.torch_dtype.itemsize
-
-    @property
     def aligned(self) -> bool:
         """Whether every row starts at a multiple of 16 bytes, as tensor descriptors ask."""
         return self.K * self.itemsize % 16 == 0 and self.N * self.itemsize % 16 == 0
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         return f"{self.M}x{self.N}x{self.K} r={self.r} p={self.dropout:g} {self.dtype}"
 
 
 @dataclass(frozen=True, order=True)
-class MultiCase:
+class MultiCase(_Typed):
     """The forward of one layer for a batch whose M tokens share `adapters` adapters, as many tokens each as can be.
 
     Every adapter has rank r; or, `mixed`, 8, 16, 32 … r in turn.
@@ -65,14 +71,6 @@ class MultiCase:
     r: int = 16
     mixed: bool = False
     dtype: str = "bfloat16"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def itemsize(self) -> int:
-        return self.torch_dtype.itemsize
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -95,9 +93,6 @@ class MultiCase:
         if self.together:
             return slots.sort().values
         return slots[torch.randperm(self.M, generator=torch.Generator().manual_seed(seed))]
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         rank = f"8…{self.r}" if self.mixed else str(self.r)

@@ -9,6 +9,7 @@ import torch
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.table import forced_configs
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import unpack_mask
 from lorakernels.kernels.adapters import factor_A, factor_B
 from lorakernels.kernels.few_tokens import few_tokens
 from lorakernels.kernels.linear_expand import linear_expand
@@ -19,6 +20,7 @@ from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.sum_planes import sum_planes
 from lorakernels.plan import BatchPlan, PlanTensors
+from lorakernels.testing.budget import budget, error
 from lorakernels.tools.tune.problem import Problem
 
 _SCALE = 0.5
@@ -171,7 +173,7 @@ def _run_multi(problem: Problem, inputs: MultiInputs) -> Outputs:
 def _multi_formula(problem: Problem, inputs: MultiInputs, drawn: torch.Tensor | None, dtype: torch.dtype) -> Outputs:
     x, A, B, s = (t.to(dtype) for t in inputs[:4])
     mask = inputs.mask if drawn is None else drawn
-    kept = x if mask is None else x * unpack(mask, problem.K).to(dtype)
+    kept = x if mask is None else x * unpack_mask(mask, problem.K).to(dtype)
     scale, of_slots = inverse_keep(inputs.threshold), []
     for slot in range(problem.slots):
         rows = inputs.token_slots == slot
@@ -179,7 +181,7 @@ def _multi_formula(problem: Problem, inputs: MultiInputs, drawn: torch.Tensor | 
             of_slots.append((kept[rows] @ A[slot].t() * scale, x[rows] @ B[slot] * scale))
         elif problem.operation == "multi_expand":
             low = s[rows] @ A[slot]
-            dropped = low if mask is None else low * unpack(mask, problem.K)[rows].to(dtype)
+            dropped = low if mask is None else low * unpack_mask(mask, problem.K)[rows].to(dtype)
             of_slots.append((x[rows] + s[rows] @ B[slot].t(), x[rows] + dropped))
         else:
             of_slots.append((s[rows].t() @ kept[rows], x[rows].t() @ s[rows]))
@@ -196,8 +198,8 @@ def formula(problem: Problem, inputs: Inputs | MultiInputs, drawn: torch.Tensor 
         return _multi_formula(problem, inputs, drawn, dtype)
     operation, keep = problem.operation, inverse_keep(inputs.threshold)
     x, z, weight, weight_t, A, A_t, B, B_t, s = (t.to(dtype) for t in inputs[:9])
-    kept_x = 1.0 if drawn is None else unpack(drawn, problem.K).to(dtype)
-    kept = 1.0 if inputs.mask is None or inputs.mask.numel() == 0 else unpack(inputs.mask, problem.N).to(dtype)
+    kept_x = 1.0 if drawn is None else unpack_mask(drawn, problem.K).to(dtype)
+    kept = 1.0 if inputs.mask is None or inputs.mask.numel() == 0 else unpack_mask(inputs.mask, problem.N).to(dtype)
     if operation == "shrink":
         return ((x * kept_x) @ A.t() * keep,)
     if operation == "linear_expand":
@@ -208,12 +210,6 @@ def formula(problem: Problem, inputs: Inputs | MultiInputs, drawn: torch.Tensor 
     return _SCALE * (z @ B), _SCALE * (z.t() @ s), keep * (s.t() @ (z * kept))
 
 
-def unpack(mask: torch.Tensor, columns: int) -> torch.Tensor:
-    """[M, columns] booleans of [M, ceil(columns / 8)] bytes, the lowest bit first."""
-    bits = mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8) & 1
-    return bits.flatten(1)[:, :columns].bool()
-
-
 class Check:
     """Whether outputs are right: within twice plain torch's error in the same dtype, and one rounding."""
 
@@ -222,19 +218,14 @@ class Check:
         self.drawn = next((t for t in reference if t.dtype == torch.uint8), None)
         self.exact = formula(problem, inputs, self.drawn, torch.float64)
         eager = formula(problem, inputs, self.drawn, problem.dtype)
-        rounding = torch.finfo(problem.dtype).eps / 2
-        self.allowed = [2 * _error(e, x) + rounding for e, x in zip(eager, self.exact, strict=True)]
+        self.allowed = [budget(e, x, problem.dtype) for e, x in zip(eager, self.exact, strict=True)]
 
     def fault(self, outputs: Outputs) -> str:
         """What is wrong; empty if nothing is."""
         for index, (exact, allowed) in enumerate(zip(self.exact, self.allowed, strict=True)):
-            reached = _error(outputs[index], exact)
+            reached = error(outputs[index], exact)
             if not reached <= allowed:
                 return f"wrong: output {index} has error {reached:.3g}, over {allowed:.3g}"
         if self.drawn is not None and not torch.equal(outputs[-1], self.drawn):
             return "wrong: dropout's mask differs"
         return ""
-
-
-def _error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(actual.double() - exact) / torch.linalg.vector_norm(exact))
