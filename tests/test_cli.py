@@ -239,8 +239,8 @@ def test_doctor_finds_wrong_results(
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda package: None if package in ("peft", "numpy") else real(package))
+    real = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda package: None if package in ("peft", "numpy") else real(package))
     monkeypatch.setitem(doctor.OLDEST, "triton", (999, 0))
     mends = [problem.mend for problem in doctor.examine().problems]
     assert "pip install numpy" in mends and 'pip install "lorakernels[peft]"' in mends
