@@ -11,6 +11,7 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.data_sheet import speed_of
 from lorakernels.configs.device import Device
 from lorakernels.configs.heuristic import cdiv
+from lorakernels.configs.table import takes_one_pass
 
 # Three assumptions, which no data sheet states: tiles that are read again come from L2 at twice the memory's bandwidth,
 # a launch that waits for the one before costs two microseconds, and a tenth of what could overlap does not.
@@ -59,7 +60,7 @@ def work(operation: str, M: int, N: int, K: int, r: int, itemsize: int, config: 
         tiles = programs * (c.BLOCK_M + c.BLOCK_N) * multiplied * itemsize
         return Work(programs, 2 * c.BLOCK_M * c.BLOCK_N * multiplied, memory, tiles, 2 if c.cublas else 1)
     if operation == "outer":  # dy's pass: z [M, N] is read for G [M, r] too, once where that costs less than planes
-        one_pass = c.BLOCK_N >= N or 8 * r < itemsize * c.BLOCK_N
+        one_pass = takes_one_pass(N, r, itemsize, c.BLOCK_N)
         programs = blocks_n * blocks_r * c.SPLIT
         rows = cdiv(blocks_m, c.SPLIT) * c.BLOCK_M
         products = 2 if one_pass else 1
