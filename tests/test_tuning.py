@@ -513,4 +513,5 @@ def test_explain_names_the_source(device: str) -> None:
     with assume("sm_90"):
         kernels = lk.explain(x, weight, A, impl="triton").kernels
     assert kernels[0].endswith("(shipped table nvidia-h100-80gb-hbm3, entry M=4096 N=512 K=512 r=16)")
-    assert kernels[1].endswith("(heuristic)")
+    assert kernels[1].startswith("sum_planes")  # of the entry's split
+    assert kernels[2].startswith("linear_expand") and kernels[2].endswith("(heuristic)")
