@@ -96,6 +96,32 @@ def test_headline_and_decode_are_taken() -> None:
     assert expand[0] == [132, 1, 1] and expand[1] == 256 and expand[2] > 200_000
 
 
+@pytest.mark.slow
+def test_sizes_of_one_are_taken() -> None:
+    """Triton makes constants of them: Triton 3.6 then lost strides within tuples, and did not compile rank 1."""
+    found = in_a_process(
+        """
+        from lorakernels.testing.multi_cases import MultiCase, make_multi_inputs
+        import lorakernels as lk
+
+        for tokens, N, K, r in ((37, 40, 48, 1), (400, 40, 48, 1), (400, 1, 1, 1), (400, 48, 1, 3), (400, 1, 48, 3)):
+            x, weight, row_scale = torch.randn(tokens, K), torch.randn(N, K), torch.ones(N, requires_grad=True)
+            A, B = torch.randn(r, K, requires_grad=True), torch.randn(N, r, requires_grad=True)
+            y = lk.lora_linear(x.requires_grad_(), weight, A, B, row_scale=row_scale, dropout_p=0.1, impl="triton")
+            y.backward(torch.randn(tokens, N))
+        for T, R, K, N, paged in ((9, 1, 1, 1, False), (80, 1, 48, 40, True), (80, 8, 1, 40, False)):
+            case = MultiCase("one", T=T, ranks=(R, R), R=R, K=K, Ns=(N,), paged=paged, needs=("x", "lora_A", "lora_B"))
+            inputs = make_multi_inputs(case, torch.float32)
+            leaves = [tensor.detach().requires_grad_() for tensor in (inputs.x, inputs.lora_A[0], inputs.lora_B[0])]
+            y = lk.multi_lora_linear(leaves[0], inputs.weight[0], *leaves[1:], inputs.plan, impl="triton")
+            y.backward(inputs.dys[0])
+        print(json.dumps([checked.num_launches, checked.refusals]))
+        """
+    )
+    launches, refusals = found
+    assert launches > 50 and refusals == []
+
+
 def test_what_a_driver_refuses_is_refused() -> None:
     found = in_a_process(
         """

@@ -48,7 +48,7 @@ def outer_kernel(
     N = z.cols
     z = sized(z, M, N)
     if out.ptr is not None:
-        t = sized(t, M, R)
+        t, out = sized(t, M, R), sized(out, N, R)
         acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     if sums_ptr is not None:
         sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
