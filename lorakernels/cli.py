@@ -223,6 +223,7 @@ def precompile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90 or sm_100 (%(default)s)")
     parser.add_argument("--python", metavar="TAG", help="CPython over there, such as cp312, or a path (as here)")
     parser.add_argument("--triton", metavar="VERSION", help="Triton over there, such as 3.6.0 (as here)")
+    parser.add_argument("--work", metavar="FOLDER", help="keep what is compiled there, and go on from it")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what launches the kernels (all)")
 
 
@@ -235,7 +236,8 @@ def precompile(arguments: argparse.Namespace) -> int:
 
     command = arguments.command[arguments.command[:1] == ["--"] :]
     try:
-        found = fill(Path(arguments.out), arguments.arch, arguments.python, arguments.triton, command)
+        work = Path(arguments.work).resolve() if arguments.work else None
+        found = fill(Path(arguments.out), arguments.arch, arguments.python, arguments.triton, command, work)
     except subprocess.CalledProcessError as error:
         raise ValueError(f"{' '.join(map(str, error.cmd))[:200]} ended with status {error.returncode}") from None
     return 0 if found else FAILED

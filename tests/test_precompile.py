@@ -43,10 +43,21 @@ def test_a_kernel_is_found_where_it_is_unpacked(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.slow
+def test_a_command_that_fails_keeps_what_it_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["precompile", "--out", str(tmp_path / "cache.tar.xz"), "--work", str(tmp_path / "work")]
+    assert cli.main([*arguments, sys.executable, "-c", ONE_KERNEL + "raise SystemExit(3)"]) == 1
+    printed = capsys.readouterr().out
+    assert "ended with status 3" in printed and "1 kernels for sm_90" in printed
+    assert cli.main([*arguments, sys.executable, "-c", ONE_KERNEL]) == 0
+    log = (tmp_path / "work" / "cache.log").read_text()
+    assert log == "hit sum_planes_kernel\n"  # from the first call
+
+
+@pytest.mark.slow
 def test_a_command_that_launches_nothing_is_a_failure(tmp_path: Path) -> None:
     out = str(tmp_path / "cache.tar.xz")
     assert cli.main(["precompile", "--out", out, sys.executable, "-c", "pass"]) == 1
-    assert cli.main(["precompile", "--out", out, sys.executable, "-c", "raise SystemExit(3)"]) == 2
+    assert cli.main(["precompile", "--out", out, sys.executable, "-c", "raise SystemExit(3)"]) == 1
 
 
 def test_what_is_made_for_another_machine_says_so(tmp_path: Path) -> None:

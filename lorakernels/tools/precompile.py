@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -31,21 +32,28 @@ driver.replay(shipped_launches())
 
 
 def precompile(
-    out: Path, arch: str = "sm_90", python: str | None = None, triton: str | None = None, command: Sequence[str] = ()
+    out: Path,
+    arch: str = "sm_90",
+    python: str | None = None,
+    triton: str | None = None,
+    command: Sequence[str] = (),
+    work: Path | None = None,
 ) -> bool:
     """Fill a compile cache with all that `command` launches on a driver that only checks, and pack it into `out`.
 
     It is for the CPython `python` (cp312, or the path of one; this one's by default) and for this version of Triton
-    (the installed one). Without a command it is what the shipped configs launch. The archive is then unpacked elsewhere
-    and the command run again: whether every kernel was found.
+    (the installed one). Without a command it is what the shipped configs launch. What a command compiled before it
+    failed is packed too. The archive is then unpacked elsewhere and the command run again: whether the command ended
+    well and every kernel was found. A later call with the same folder `work` goes on with what lies there.
 
     Raises:
         BackendError: there is no C compiler. ValueError: `python` is neither a tag nor a program.
-        CalledProcessError: the command failed, or there is no such wheel.
+        CalledProcessError: there is no such wheel.
     """
     command = list(command) or [sys.executable, "-c", _SHIPPED.format(arch=arch)]
     with tempfile.TemporaryDirectory(prefix="lorakernels-") as name:
-        scratch = Path(name)
+        scratch = work or Path(name)
+        scratch.mkdir(parents=True, exist_ok=True)
         environment, target = _environment(scratch, python, triton)
         _run(command, scratch / "cache", environment)
         key = subprocess.check_output(
@@ -55,15 +63,15 @@ def precompile(
         ).strip()
         kernels = _pack(scratch / "cache", out, {"arch": arch, "key": key, **target})
         print(f"{out}: {kernels} kernels for {arch}, {out.stat().st_size / (1 << 20):.1f} MiB, {_text(target)}")
-        unpack(out, scratch / "elsewhere")
-        found = _run(command, scratch / "elsewhere", environment)
+        unpack(out, Path(name) / "elsewhere")
+        found, ended = _run(command, Path(name) / "elsewhere", environment)
     misses = {what: number for what, number in found.items() if what.startswith("miss")}
     print(
         f"unpacked elsewhere: {sum(found.values()) - sum(misses.values())} found, {sum(misses.values())} compiled anew"
     )
     for what, number in misses.items():
         print(f"  {what}: {number}")
-    return not misses and bool(found)
+    return ended and not misses and bool(found)
 
 
 def unpack(archive: Path, folder: Path) -> str | None:
@@ -102,9 +110,10 @@ def _environment(scratch: Path, python: str | None, triton: str | None) -> tuple
         [str(Path(__file__).parents[2])],
         {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
     )
-    if triton != own_triton:
+    if triton != own_triton and not (scratch / "triton").exists():
         pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(scratch / "triton"))
         subprocess.run([*pip, f"triton=={triton}"], check=True)
+    if triton != own_triton:
         paths.insert(0, str(scratch / "triton"))
     environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if tag != own_tag:
@@ -141,25 +150,34 @@ def _libtriton(tag: str, triton: str, scratch: Path) -> str:
         return hashlib.sha256(zipped.read("triton/_C/libtriton.so")).hexdigest()
 
 
-def _run(command: Sequence[str], cache: Path, environment: dict[str, str]) -> Counter[str]:
-    """How often each kernel was found in this cache ("hit …") or compiled ("miss …") while the command ran."""
+def _run(command: Sequence[str], cache: Path, environment: dict[str, str]) -> tuple[Counter[str], bool]:
+    """How often each kernel was found in this cache ("hit …") or compiled ("miss …"), and whether it did well."""
     log = cache.with_suffix(".log")
+    log.unlink(missing_ok=True)
     cache.mkdir(exist_ok=True)
-    subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(cache), COMPILED: str(log)}, check=True)
-    return Counter(log.read_text(encoding="utf-8").splitlines()) if log.exists() else Counter()
+    status = subprocess.run(command, env=environment | {"TRITON_CACHE_DIR": str(cache), COMPILED: str(log)}).returncode
+    if status:
+        print(f"{' '.join(command)[:200]} ended with status {status}")
+    return Counter(log.read_text(encoding="utf-8").splitlines()) if log.exists() else Counter(), status == 0
 
 
 def _pack(cache: Path, out: Path, manifest: dict[str, str]) -> int:
     """How many kernels are in the archive: of each what is needed to launch it, with no path of this machine."""
-    (cache / _MANIFEST).write_text(json.dumps(manifest))
     kernels = 0
-    for group in cache.glob(f"*/{_GROUP}*"):
-        names = [name for name in json.loads(group.read_text())["child_paths"] if name.endswith(_NEEDED)]
-        group.write_text(json.dumps({"child_paths": dict.fromkeys(names, "")}))
-        kernels += 1
     out.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(out, "w:xz") as tar:
-        for path in sorted(cache.rglob("*")):
-            if path.is_file() and path.name.endswith(_NEEDED):
+
+        def add(name: str, content: str) -> None:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content.encode("ascii")))
+
+        add(_MANIFEST, json.dumps(manifest))
+        for path in sorted(path for path in cache.rglob("*") if path.is_file() and path.name.endswith(_NEEDED)):
+            if path.name.startswith(_GROUP):
+                names = [name for name in json.loads(path.read_text())["child_paths"] if name.endswith(_NEEDED)]
+                add(str(path.relative_to(cache)), json.dumps({"child_paths": dict.fromkeys(names, "")}))
+                kernels += 1
+            else:
                 tar.add(path, path.relative_to(cache))
     return kernels
