@@ -57,19 +57,20 @@ def main() -> int:
     steps = [step for step in PARTS[run.part] if not arguments.only or step[0] in arguments.only.split(",")]
     if not steps:
         parser.error(f"--only {arguments.only}: the steps of {run.part} are {', '.join(s[0] for s in PARTS[run.part])}")
-    # Each has its share of the whole: with more time than the 310 seconds they are made for, all have more.
+    # Each has its share of the whole: with more time than the 310 seconds they are made for, all have more. What a step
+    # leaves of its time is the next ones'.
     unit = max(1.0, arguments.limit / sum(seconds for _, seconds, _ in PARTS[run.part]))
-    deadline = time.monotonic() + arguments.limit
-    states = [carry_out(run, name, seconds * unit, deadline, act, checked) for name, seconds, act in steps]
+    begin, share, states = time.monotonic(), 0.0, []
+    for name, seconds, act in steps:
+        share += seconds * unit
+        left = begin + min(share, arguments.limit) - time.monotonic()
+        states.append(carry_out(run, name, left, act, checked))
     return int(any(state not in ("ok", "") and not state.startswith(SKIPPED) for state in states))
 
 
-def carry_out(
-    run: Run, name: str, seconds: float, deadline: float, act: Callable[[Run, float], None], checked: Any
-) -> str:
+def carry_out(run: Run, name: str, seconds: float, act: Callable[[Run, float], None], checked: Any) -> str:
     """One step: how it ended, which is also a line of the results."""
     start = time.monotonic()
-    seconds = min(seconds, deadline - start)
     print(f"\n== {name} (at most {seconds:.0f} s)", flush=True)
     state, before = "ok", len(checked.refusals) if checked else 0
 

@@ -91,7 +91,7 @@ def test_how_a_step_ends(act: Any, state: str, tmp_path: Path, monkeypatch: pyte
     run = gpu_steps.Run("A", "cpu", tmp_path)
     before = time.monotonic()
     try:
-        ended = gpu.carry_out(run, "step", 4, before + 100, act, None)
+        ended = gpu.carry_out(run, "step", 4, act, None)
     finally:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
     assert ended.startswith(state) and states(tmp_path)["step"] == ended
@@ -102,7 +102,7 @@ def test_how_a_step_ends(act: Any, state: str, tmp_path: Path, monkeypatch: pyte
 def test_no_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     run = gpu_steps.Run("B", "cpu", tmp_path)
-    ended = gpu.carry_out(run, "sweep", 100, time.monotonic() + 1, lambda run, seconds: 1 / 0, None)
+    ended = gpu.carry_out(run, "sweep", 1, lambda run, seconds: 1 / 0, None)
     assert ended == "no time left"
 
 
