@@ -37,6 +37,9 @@ def test_a_kernel_is_found_where_it_is_unpacked(tmp_path: Path, capsys: pytest.C
         manifest = json.load(tar.extractfile("lorakernels.json"))  # type: ignore[arg-type]
     assert manifest["python"] == sys.implementation.cache_tag
     assert precompile.unpack(out, tmp_path / "here") is None
+    before = {path: path.stat().st_ino for path in (tmp_path / "here").rglob("*.so")}
+    assert precompile.unpack(out, tmp_path / "here") is None  # over what may be loaded from there
+    assert before and all(path.stat().st_ino != inode for path, inode in before.items())
     (group,) = (tmp_path / "here").glob("*/__grp__*")
     paths = json.loads(group.read_text())["child_paths"].values()
     assert paths and all(Path(path).exists() for path in paths)

@@ -80,15 +80,24 @@ def unpack(archive: Path, folder: Path) -> str | None:
     Raises:
         ValueError: the file is no archive of `lorakernels precompile`.
     """
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-        target = json.loads((folder / _MANIFEST).read_text())
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(f"{archive} is no archive of lorakernels precompile: {error}") from None
-    for group in folder.glob(f"*/{_GROUP}*"):  # they hold absolute paths
-        names = json.loads(group.read_text())["child_paths"]
-        group.write_text(json.dumps({"child_paths": {name: str(group.parent / name) for name in names}}))
+    folder.mkdir(parents=True, exist_ok=True)
+    # First beside, then each file whole into its place: a module of Triton's that a process has loaded from there must
+    # not change under it.
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        scratch = Path(name)
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter="data")
+            target = json.loads((scratch / _MANIFEST).read_text())
+        except (tarfile.TarError, OSError, ValueError) as error:
+            raise ValueError(f"{archive} is no archive of lorakernels precompile: {error}") from None
+        for path in [path for path in scratch.rglob("*") if path.is_file()]:
+            place = folder / path.relative_to(scratch)
+            if path.name.startswith(_GROUP):  # they hold absolute paths
+                names = json.loads(path.read_text())["child_paths"]
+                path.write_text(json.dumps({"child_paths": {each: str(place.parent / each) for each in names}}))
+            place.parent.mkdir(exist_ok=True)
+            path.replace(place)
     own = {"python": sys.implementation.cache_tag, "triton": metadata.version("triton")}
     if key_of_cache() == target["key"] and target["python"] == own["python"]:
         return None
