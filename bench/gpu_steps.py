@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LINEAR, GROUP, MULTI = (f"tests/test_{name}.py" for name in ("lora_linear", "lora_linear_group", "multi_lora"))
+LINEAR, GROUP, MULTI, NORM, ON_GPU = (
+    f"tests/kernels/test_{name}.py"
+    for name in ("lora_linear", "lora_linear_group", "multi_lora", "weight_norm", "on_gpu")
+)
 
 
 class Late(KeyboardInterrupt):
@@ -115,7 +118,7 @@ def large(run: Run, seconds: float) -> None:
 
     os.environ["LORAKERNELS_RESULTS"] = str(run.rows_path)
     small = {"cpu": "odd_sizes and triton-few and float32"}.get(run.mode, "large")
-    files = (LINEAR, GROUP, MULTI, "tests/test_on_gpu.py")
+    files = (LINEAR, GROUP, MULTI, ON_GPU)
     # pytest-timeout would take the alarm that ends this step.
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0"]
     arguments = [*options, *files, "-k", f"({small}) or on_gpu"]
@@ -150,9 +153,7 @@ def more_tests(run: Run, seconds: float) -> None:
     if run.mode == "cpu":
         return run.pytest(LINEAR, "-n0", "-k", "rank_17 and triton-few and float32", seconds=seconds)
     workers = max(1, min(14, (os.cpu_count() or 1) - 2) if run.mode == "gpu" else os.cpu_count() or 1)
-    files = (
-        (LINEAR, "tests/test_weight_norm.py") if run.mode == "stub" else (LINEAR, GROUP, "tests/test_weight_norm.py")
-    )
+    files = (LINEAR, NORM) if run.mode == "stub" else (LINEAR, GROUP, NORM)
     chosen = f"against_float64 and tiny and ({_ODD})"
     if run.mode == "gpu":
         chosen += " or test_weight_norm or bitwise or nan"

@@ -331,3 +331,10 @@ def test_checker_reads_relative_imports_of_a_package() -> None:
 @pytest.mark.parametrize(("module", "source"), ALLOWED)
 def test_checker_allows(module: str, source: str) -> None:
     assert violations(source, module) == []
+
+
+def test_the_tests_mirror_the_package() -> None:
+    """A folder of tests is named as the folder of the package that they hold to its word."""
+    tests = PACKAGE.parent / "tests"
+    folders = {path.parent.name for path in tests.glob("*/test_*.py")}
+    assert folders <= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}

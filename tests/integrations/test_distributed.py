@@ -294,7 +294,7 @@ def test_tensor_parallelism_costs_nothing_until_it_is_used() -> None:
     subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, check=True, timeout=240)
 
 
-EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "torchrun_ddp.py"
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "torchrun_ddp.py"
 
 
 # What a process of torch's gloo says when it aborts at its exit, all work done: 1 of 19 runs with plain layers too.

@@ -32,7 +32,7 @@ NVIDIA = ["sm_80", "sm_90", "sm_100"]
 def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the toys print. Another process, because this one may run Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parents[1]), environment.get("PYTHONPATH", "")])
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, str(TESTS / "compile_report_toys.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -16,7 +16,7 @@ import pytest
 from lorakernels.backend import BackendError
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PREPARE = """
     import collections, ctypes, json, sys
     import torch

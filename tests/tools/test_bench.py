@@ -38,7 +38,7 @@ from lorakernels.tools.bench.peers import PEERS, make_tensors
 from lorakernels.tools.bench.registry import Case, MultiCase, case_of
 from lorakernels.tools.bench.verify import layer_checker
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = (
     Case(9, 24, 40, 4, 0.0, "float32"),
     Case(33, 24, 40, 4, 0.0, "float32"),
