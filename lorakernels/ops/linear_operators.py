@@ -6,7 +6,6 @@ of its own: DTensor shards no results that come as a list.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -16,8 +15,7 @@ import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold
-from lorakernels.eager.product import cast, scaled_linear, sum_rows
-from lorakernels.member import Member
+from lorakernels.member import Member, cast, sum_rows
 from lorakernels.ops.flops import (
     lora_linear_backward_flops,
     lora_linear_flops,
@@ -30,6 +28,7 @@ from lorakernels.ops.operator import (
     as_output,
     implementation,
 )
+from lorakernels.weight import scaled_linear, sum_products
 
 Tensors = Sequence[torch.Tensor]
 Maybe = Sequence[torch.Tensor | None]
@@ -130,7 +129,7 @@ def _gradients(
             parts = [dA] if n == 1 else dA.split([A.shape[0] for A in lora_As])
             dAs = [cast(part, A.dtype) if need else None for part, A, need in zip(parts, lora_As, need_dA, strict=True)]
     else:
-        dx = functools.reduce(torch.add, map(torch.mm, rows, weights)) if need_dx else None
+        dx = sum_products(rows, [weight.t() for weight in weights]) if need_dx else None
         dAs, dBs = _zeros(lora_As, need_dA), _zeros(lora_Bs, need_dB)
         dbiases = [sum_rows(dy).to(dy.dtype) if need else None for dy, need in zip(rows, need_dbias, strict=True)]
     for i, dbias in apart.items():
