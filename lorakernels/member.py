@@ -20,11 +20,11 @@ class Member(NamedTuple):
     scaling: float = 1.0
 
 
-def columns(matrix: torch.Tensor, members: Sequence[Member]) -> Sequence[torch.Tensor]:
-    """[M, r] of each member, views of [M, Σ r]."""
+def columns(matrix: torch.Tensor, members: Sequence[Member], dim: int = 1) -> Sequence[torch.Tensor]:
+    """[M, r] of each member, views of [M, Σ r]; or its rows."""
     if len(members) == 1:
         return (matrix,)
-    return matrix.split([member.lora_A.shape[0] for member in members], dim=1)
+    return matrix.split([member.lora_A.shape[0] for member in members], dim)
 
 
 def grad_dtype(members: Sequence[Member]) -> torch.dtype:
