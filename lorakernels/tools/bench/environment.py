@@ -18,11 +18,12 @@ PACKAGES = ("torch", "triton", "peft", "unsloth", "lorafusion", "lorakernels")
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions and commit, for a row of JSON."""
-    found: dict[str, Any] = {
-        "device": cpu_name(),
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "driver": None,
+        "driver": _output("nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0") if on_gpu else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
@@ -33,10 +34,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-    return found
 
 
 def version_of(name: str) -> str | None:
@@ -57,18 +54,14 @@ def cpu_name() -> str:
 
 def _commit() -> str | None:
     """Of the checkout that the package is in, marked when files were changed; None outside one."""
-    root = str(Path(__file__).resolve().parents[3])
-    if not (Path(root) / ".git").exists():
-        return None
-    commit = _output("git", "-C", root, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return commit + ("+changes" if _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no") else "")
+    root = Path(__file__).resolve().parents[3]
+    command = "git describe --always --abbrev=40 --exclude=* --dirty=+changes"
+    return _output(command, root) if (root / ".git").exists() else None
 
 
-def _output(*command: str) -> str | None:
+def _output(command: str, folder: Path | None = None) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command.split(), cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout.strip() or None
