@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorakernels.tools.bench.registry import Case, case_of
-from lorakernels.tools.bench.timing import EVENTS, clock
+from lorakernels.tools.bench.timing import EVENTS, clock, spread
 
 Row = dict[str, Any]
 _VERDICTS = ("faster", "slower", "within the spread")
@@ -54,12 +54,9 @@ def _verdict(before: Row | None, after: Row | None) -> str:
     rows = {"before": before, "after": after}
     notes = [f"{when}: {row['status']}, {row['reason']}" for when, row in rows.items() if row and row["status"] != "ok"]
     if before and after and "timing" in before and "timing" in after:
-        for verb, old, new in (
-            ("timed by", clock(before["timing"]), clock(after["timing"])),
-            ("measured on", before["environment"]["device"], after["environment"]["device"]),
-        ):
-            if old != new:
-                notes.append(f"{verb} {old} before, {verb.split()[1]} {new} after")
+        old, new = (f"{clock(row['timing'])} on {row['environment']['device']}" for row in (before, after))
+        if old != new:
+            notes.append(f"timed by {old} before, by {new} after")
     if notes or not (before and after and "ratio" in before and "ratio" in after):
         return "; ".join(notes) or "not in both"
     (low, _, high), (new_low, _, new_high) = before["ratio"], after["ratio"]
@@ -82,5 +79,4 @@ def print_comparison(changes: Sequence[Change], console: Console) -> None:
 def _ratio(row: Row | None) -> str:
     if row is None or "ratio" not in row:
         return "-"
-    low, middle, high = row["ratio"]
-    return f"{middle:.3f} ({low:.3f} … {high:.3f})" + (", events" if clock(row["timing"]) == EVENTS else "")
+    return spread(row["ratio"]) + (", events" if clock(row["timing"]) == EVENTS else "")

@@ -18,10 +18,9 @@ from lorakernels.backend import triton_installed
 
 # These move nothing of their size, or only write.
 _FREE = ("_unsafe_view", "lift_fresh", "detach", "detach_", "scalar_tensor", "resolve_conj", "resolve_neg")
-# These read or write the rows that they name, and no others: how often what is gathered or added is moved, and, for
-# those that write, where it is among the arguments.
-_GATHERS = ("index", "index_select")
-_SCATTERS = {"index_add_": (3, 3), "index_put_": (2, 2)}
+# These read or write the rows that they name, and no others: how often what is gathered or added is moved, and where it
+# is among the arguments (None: the result).
+_OF_ROWS = {"index": (2, None), "index_select": (2, None), "index_add_": (3, 3), "index_put_": (2, 2)}
 
 
 @dataclass(frozen=True)
@@ -56,14 +55,9 @@ class _Operations(TorchDispatchMode):
             return result
         if name == "addmm" and kwargs.get("beta") == 0:
             args = args[1:]  # the first is not read
-        if name in _GATHERS:
-            operands = _operands(result, 2)
-        elif name in _SCATTERS:
-            times, at = _SCATTERS[name]
-            operands = _operands(args[at], times)
-        else:
-            operands = _operands((args, result), 1)
-        self.counted.append(Counted(name, tuple(operands)))
+        times, at = _OF_ROWS.get(name, (1, None))
+        moved = (args, result) if times == 1 else result if at is None else args[at]
+        self.counted.append(Counted(name, tuple(_operands(moved, times))))
         return result
 
 

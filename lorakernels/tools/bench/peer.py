@@ -19,8 +19,7 @@ from lorakernels.testing.budget import budget, error
 from lorakernels.tools.bench.registry import Case
 
 SCALING = 2.0  # of every layer that is measured
-# A mask of n elements may keep so many standard deviations more or fewer than n · (1 - p).
-_SIGMAS = 6.0
+_SIGMAS = 6.0  # a mask of n elements may keep so many standard deviations more or fewer than n · (1 - p)
 Results = dict[str, torch.Tensor]  # y, and the gradients by name
 Step = Callable[[], Results]
 Layer = Callable[[], torch.Tensor]
@@ -113,7 +112,7 @@ class Peer:
     adapted: bool = True
     cublas: bool | None = None  # of the kernels' base product: True, False, or as the table says
     counted: bool = True  # a compiler or a package starts its own kernels, which nobody here counts
-    gpu_by_default: bool = False
+    on_cpu: bool = True  # whether it is measured there without being named
 
     def make(self, tensors: Tensors) -> Step:
         """A training step, forward and backward, on these tensors; a forward where x needs no gradient."""
@@ -183,18 +182,15 @@ def by_formula(t: Tensors, dtype: torch.dtype, adapted: bool = True, keep: torch
     """y, and the gradients of a training step, in `dtype`, one adapter after the other; `keep` is dropout's [M, K]."""
     x, weight, dy = (each.to(dtype) for each in (t.x, t.weight, t.dy))
     adapters = [(A.to(dtype), B.to(dtype)) for A, B in t.adapters]
-    trained = t.case.adapters is None
-    if not adapted:
-        return {"y": x @ weight.t()} | ({"x": dy @ weight} if trained else {})
-    if not trained:
-        y = x.new_empty(t.case.M, t.case.N)
-        for rows, (A, B) in zip(t.rows, adapters, strict=True):
-            y[rows] = formula.lora_linear(x[rows], weight, A, B, scaling=SCALING)
+    y = x @ weight.t()
+    for rows, (A, B) in zip(t.rows, adapters, strict=True) if adapted else ():
+        y[rows] = formula.lora_linear(x[rows], weight, A, B, scaling=SCALING, keep=keep)
+    if t.case.adapters is not None:
         return {"y": y}
-    A, B = adapters[0]
-    dx, _, dA, dB, *_ = formula.lora_linear_backward(dy, x, weight, A, B, SCALING, keep)
+    if not adapted:
+        return {"y": y, "x": dy @ weight}
+    dx, _, dA, dB, *_ = formula.lora_linear_backward(dy, x, weight, *adapters[0], SCALING, keep)
     assert dx is not None and dA is not None and dB is not None
-    y = formula.lora_linear(x, weight, A, B, scaling=SCALING, keep=keep)
     return {"y": y, "x": dx, "lora_A": dA, "lora_B": dB}
 
 

@@ -24,12 +24,6 @@ from lorakernels.functional import lora_linear, multi_lora_linear
 from lorakernels.tools.bench.peer import SCALING, Layer, Peer, Tensors
 from lorakernels.tools.bench.registry import Case
 
-# A gather makes a copy of an adapter for every token; no more than this.
-_MOST_GATHERED = 8 << 30
-
-
-# ------------------------------------------------------------------------------------------- ours
-
 
 def _ours(impl: str, t: Tensors, paged: bool = True) -> Layer:
     if t.case.adapters is None:
@@ -52,18 +46,11 @@ def _ours_why_not(impl: str, case: Case, device: torch.device, general: bool = F
     return None
 
 
-# ------------------------------------------------------------------------------------------- one adapter, in torch
-
-
 def _plain(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: float) -> Tensor:
     # Named: on a CPU functional.dropout is three operations where a GPU makes one.
     adapted = torch.native_dropout(x, dropout, True)[0] if dropout else x
     low_rank = (adapted @ lora_A.mT) @ lora_B.mT
     return linear(x, weight) + SCALING * low_rank
-
-
-def _eager(t: Tensors) -> Layer:
-    return partial(_plain, t.x, t.weight, *t.adapters[0], t.case.dropout)
 
 
 @lru_cache(maxsize=1)
@@ -72,11 +59,9 @@ def _compiled_for(case: Case) -> Callable[..., Tensor]:
     return torch.compile(_plain, dynamic=False)
 
 
-def _compiled(t: Tensors) -> Layer:
-    return partial(_compiled_for(t.case), t.x, t.weight, *t.adapters[0], t.case.dropout)
-
-
-# ------------------------------------------------------------------------------------------- many adapters, in torch
+def _formula(t: Tensors, compiled: bool = False) -> Layer:
+    function = _compiled_for(t.case) if compiled else _plain
+    return partial(function, t.x, t.weight, *t.adapters[0], t.case.dropout)
 
 
 def _loop(t: Tensors) -> Layer:
@@ -108,12 +93,9 @@ def _bmm(t: Tensors) -> Layer:
 
 def _bmm_why_not(case: Case, device: torch.device) -> str | None:
     copied = case.M * case.r * (case.K + case.N) * case.itemsize
-    if copied > _MOST_GATHERED:
+    if copied > 8 << 30:
         return f"it would copy {copied / (1 << 30):.0f} GiB of adapters, one for every token"
     return None
-
-
-# ------------------------------------------------------------------------------------------- other packages
 
 
 def _needs(package: str, case: Case, device: torch.device, cuda: bool = False, dropout: bool = True) -> str | None:
@@ -161,13 +143,9 @@ def _unsloth(t: Tensors) -> Layer:
 
 def _lorafusion(t: Tensors) -> Layer:
     function = importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
-
-    def layer() -> Tensor:
-        # It draws from its own seed; ours makes a run repeatable.
-        seed = int(torch.initial_seed() % 1_000_000)
-        return function(t.x[None], t.weight, *t.adapters[0], SCALING, seed=seed, dropout_p=t.case.dropout)[0]
-
-    return layer
+    # It draws from its own seed; ours makes a run repeatable.
+    own = partial(function, t.x[None], t.weight, *t.adapters[0], SCALING, dropout_p=t.case.dropout)
+    return lambda: own(seed=int(torch.initial_seed() % 1_000_000))[0]
 
 
 def _vllm(t: Tensors) -> Layer:
@@ -205,8 +183,6 @@ def _vllm_triton(ops: ModuleType, t: Tensors) -> Layer:
     return layer
 
 
-# ------------------------------------------------------------------------------------------- the table
-
 _auto, _triton = (partial(_ours_why_not, impl) for impl in ("auto", "triton"))
 _general = partial(_ours_why_not, "triton", general=True)
 _ROWS = (
@@ -217,9 +193,9 @@ _ROWS = (
     Peer("ours-fused", "ours, fused", partial(_ours, "triton"), _general, many=False, cublas=False),
     Peer("ours-split", "ours, split", partial(_ours, "triton"), _general, many=False, cublas=True),
     Peer("ours-stacks", "ours, padded stacks", partial(_ours, "auto", paged=False), _auto, True, Case.padded_bytes),
-    Peer("eager", "the formula in eager torch", _eager, many=False),
+    Peer("eager", "the formula in eager torch", _formula, many=False),
     # Building takes longer than measuring on a CPU.
-    Peer("compile", "the formula, torch.compile", _compiled, many=False, counted=False, gpu_by_default=True),
+    Peer("compile", "the formula, compiled", partial(_formula, compiled=True), many=False, counted=False, on_cpu=False),
     Peer("peft", "PEFT", _peft, partial(_needs, "peft")),
     Peer("unsloth", "Unsloth", _unsloth, partial(_needs, "unsloth", cuda=True, dropout=False), False, counted=False),
     Peer("lorafusion", "LoRAFusion", _lorafusion, partial(_needs, "lorafusion", cuda=True), False, counted=False),
@@ -238,12 +214,11 @@ def choose_peers(names: str | None, many: bool, device: torch.device) -> list[Pe
         ValueError: there is no such peer.
     """
     if names is None:
-        chosen = [peer for peer in PEERS.values() if device.type == "cuda" or not peer.gpu_by_default]
+        chosen = [name for name, peer in PEERS.items() if peer.on_cpu or device.type == "cuda"]
     else:
-        chosen = [PEERS["frozen"]]
-        for name in names.split(","):
-            full = name if name in PEERS else f"ours-{name}"
-            if full not in PEERS:
-                raise ValueError(f"there is no implementation {name!r}; there are: {', '.join(PEERS)}")
-            chosen.append(PEERS[full])
-    return [peer for peer in dict.fromkeys(chosen) if peer.many in (None, many)]
+        chosen = ["frozen", *(name if name in PEERS else f"ours-{name}" for name in names.split(","))]
+    for name in chosen:
+        if name not in PEERS:
+            name = name.removeprefix("ours-")
+            raise ValueError(f"there is no implementation {name!r}; there are: {', '.join(PEERS)}")
+    return [PEERS[name] for name in dict.fromkeys(chosen) if PEERS[name].many in (None, many)]

@@ -75,7 +75,8 @@ def _ratio(rows: list[Row], path: Path, over: str, label: str) -> bool:
         return False
     step = "forward and backward" if held.adapters is None else "a batch of many adapters"
     named = ", ".join(f"{name} = {value}" for name, value in held.as_dict().items() if name != over)
-    with _picture(path, rows, f"Time over the frozen layer's, {step}", named, label, "× frozen layer") as axes:
+    titles = (f"Time over the frozen layer's, {step}", named)
+    with _picture(path, rows, titles, label, "× frozen layer") as axes:
         for (colour, marker, fill, name), own in _by_peer(chosen):
             own = sorted(own, key=lambda row: row[over])
             at, (low, middle, high) = [row[over] for row in own], zip(*(row["ratio"] for row in own), strict=True)
@@ -97,7 +98,7 @@ def _roofline(rows: list[Row], path: Path) -> bool:
     chosen, sheet = [row for row in rows if row["bytes"]], data_sheet(rows[0]["environment"]["device"])
     subtitle = "bytes as counted" + ("" if sheet else "; the device's limits are not known")
     labels = ("operations a byte", "operations a second")
-    with _picture(path, rows, "Roofline of a training step", subtitle, *labels) as axes:
+    with _picture(path, rows, ("Roofline of a training step", subtitle), *labels) as axes:
         for (colour, marker, fill, name), own in _by_peer(chosen):
             at, reached = zip(*((r["flops"] / r["bytes"], r["flops"] / r["seconds"][1]) for r in own), strict=True)
             axes.scatter(at, reached, s=34, alpha=0.8, label=name, fc=fill, ec=colour, linewidths=1.2, marker=marker)
@@ -118,7 +119,7 @@ def _memory(rows: list[Row], path: Path) -> bool:
     bars = {"kept for the backward (without weights and adapters)": [row["kept_bytes"] for row in own]}
     if all(row["peak_bytes"] for row in own):
         bars["peak of a step"] = [row["peak_bytes"] for row in own]
-    return _bars(rows, path, "Memory of a training step", str(largest), [row["label"] for row in own], bars)
+    return _bars(rows, path, ("Memory of a training step", str(largest)), [row["label"] for row in own], bars)
 
 
 def _adapter_memory(rows: list[Row], path: Path) -> bool:
@@ -128,18 +129,16 @@ def _adapter_memory(rows: list[Row], path: Path) -> bool:
     sizes = {"pages, with their table": Case.paged_bytes, "padded to the largest rank": Case.padded_bytes}
     bars = {label: [size(case) for case in cases] for label, size in sizes.items()}
     labels = [f"{case.adapters} adapters, r = 8…{case.r},\n{case.K} → {case.N} {case.dtype}" for case in cases]
-    return _bars(rows, path, "Memory of adapters of mixed ranks, one layer", "by formula", labels, bars)
+    return _bars(rows, path, ("Memory of adapters of mixed ranks, one layer", "by formula"), labels, bars)
 
 
-def _bars(
-    rows: list[Row], path: Path, title: str, subtitle: str, labels: list[str], bars: dict[str, list[int]]
-) -> bool:
+def _bars(rows: list[Row], path: Path, titles: tuple[str, str], labels: list[str], bars: dict[str, list[int]]) -> bool:
     """Bytes as bars, one or two a label; False where there are none."""
     if not labels:
         return False
     unit, scale = ("MiB", 1 << 20) if max(map(max, bars.values())) >= 1 << 20 else ("KiB", 1 << 10)
     thick = 0.62 if len(bars) == 1 else 0.38
-    with _picture(path, rows, title, subtitle, unit, "") as axes:
+    with _picture(path, rows, titles, unit, "") as axes:
         for number, (label, numbers) in enumerate(bars.items()):
             places = [place + (number - (len(bars) - 1) / 2) * thick for place in range(len(labels))]
             sizes, colour = [value / scale for value in numbers], ("#0072b2", "#d55e00")[number]
@@ -153,16 +152,16 @@ def _bars(
 
 
 @contextmanager
-def _picture(path: Path, rows: list[Row], title: str, subtitle: str, x: str, y: str) -> Iterator[Any]:
+def _picture(path: Path, rows: list[Row], titles: tuple[str, str], x: str, y: str) -> Iterator[Any]:
     """Axes to draw on; at the end they get a legend and where it was measured, and are saved."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: the caller's backend and figures stay as they are
 
     where, versions = rows[0]["environment"]["device"], rows[0]["environment"]["versions"]
-    subtitle += f".  {where}, torch {versions['torch']}, triton {versions['triton']}"
+    subtitle = f"{titles[1]}.  {where}, torch {versions['torch']}, triton {versions['triton']}"
     with matplotlib.rc_context(_LOOK):
         figure = Figure(figsize=(9.5, 5.4), dpi=130, facecolor="white", layout="constrained")
-        axes = figure.add_subplot(xlabel=x, ylabel=y, title=f"{title}\n")
+        axes = figure.add_subplot(xlabel=x, ylabel=y, title=f"{titles[0]}\n")
         yield axes
         axes.text(0, 1.02, subtitle, transform=axes.transAxes, color=QUIET, size=9)
         if axes.get_legend_handles_labels()[0]:

@@ -13,7 +13,6 @@ from lorakernels.configs.data_sheet import DataSheet
 
 TOKENS = (1, 16, 64, 256, 1024, 2048, 4096, 8192, 16384)
 HEADLINE = (8192, 4096, 4096)
-_PAGE_NUMBER_BYTES = 4  # of int32, in a table of pages
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,6 @@ class Case:
     dtype: str = "bfloat16"
     adapters: int | None = None
     mixed: bool = False
-
-    @property
-    def operation(self) -> str:
-        return "lora_linear" if self.adapters is None else "multi_lora_linear"
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -96,8 +91,8 @@ class Case:
         return sum(self.ranks) * (self.K + self.N) * self.itemsize
 
     def paged_bytes(self) -> int:
-        """Of adapters that are held as pages, a page a row of rank, and of their table, with a row for the base."""
-        return self.adapter_bytes() + (len(self.ranks) + 1) * self.r * _PAGE_NUMBER_BYTES
+        """Of adapters that are held as pages, a page a row of rank, and of their int32 table, which has a row more."""
+        return self.adapter_bytes() + (len(self.ranks) + 1) * self.r * 4
 
     def padded_bytes(self) -> int:
         """Of adapters that are held as stacks, every one as large as the largest."""
@@ -156,11 +151,7 @@ def _sets() -> dict[str, tuple[Case, ...]]:
             *(Case(64, N, K, r, adapters=64) for r in (8, 16, 32, 64, 128)),
             *(Case(tokens, N, K, 128, adapters=64, mixed=True) for tokens in (64, 1024)),
         ],
-        "multi-hidden": [
-            Case(64, hidden, hidden, 128 if mixed else 16, adapters=64, mixed=mixed)
-            for hidden in (2048, 4096, 8192)
-            for mixed in (False, True)
-        ],
+        "multi-hidden": [Case(64, n, n, r, adapters=64, mixed=r > 16) for n in (2048, 4096, 8192) for r in (16, 128)],
     }
     many["multi"] = [case for cases in many.values() for case in cases]
     small = {
@@ -196,9 +187,3 @@ def cases_of(name: str) -> tuple[Case, ...]:
             raise ValueError(f"there is no set {part!r}; sets: {', '.join(SETS)}")
         cases |= dict.fromkeys(SETS[part])
     return tuple(cases)
-
-
-def tuning_shapes(name: str = "all") -> list[tuple[int, int, int, int, str, float]]:
-    """(M, N, K, r, dtype, dropout) of every training step in a set, for the tuner."""
-    layers = (case for case in cases_of(name) if case.adapters is None)
-    return [(case.M, case.N, case.K, case.r, case.dtype, case.dropout) for case in layers]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 
 from lorakernels.configs.data_sheet import data_sheet
-from lorakernels.configs.device import assume, device_of
+from lorakernels.configs.device import device_of
 from lorakernels.configs.table import record_choices
+from lorakernels.tools.bench import timing
 from lorakernels.tools.bench.counting import count
 from lorakernels.tools.bench.environment import describe
 from lorakernels.tools.bench.peer import Peer, Step, Tensors, checker, make_tensors
 from lorakernels.tools.bench.peers import PEERS, choose_peers
 from lorakernels.tools.bench.registry import Case, case_of
-from lorakernels.tools.bench.timing import EVENTS, Timer, clock, interleaved, interleaved_seconds, p20_50_80, timer
 
 SCHEMA = 1
 _MOST_BUFFERS = 16
@@ -69,12 +68,11 @@ def run(
         if out is not None:
             write_rows(rows, out)
 
-    with assume(device_of(device), here=True) if device.type == "cuda" else contextlib.nullcontext():
-        for case in cases:
-            late = limit_s is not None and time.monotonic() - start > limit_s
-            skip = f"the time limit of {limit_s:g} s was reached" if late else None
-            keep(_case_rows(case, one if case.adapters is None else many, device, rounds, skip))
-        keep(_host_rows(device, rounds))
+    for case in cases:
+        late = limit_s is not None and time.monotonic() - start > limit_s
+        skip = f"the time limit of {limit_s:g} s was reached" if late else None
+        keep(_case_rows(case, one if case.adapters is None else many, device, rounds, skip))
+    keep(_host_rows(device, rounds))
     return rows
 
 
@@ -88,12 +86,12 @@ def _case_rows(case: Case, peers: Sequence[Peer], device: torch.device, rounds: 
     except torch.OutOfMemoryError as error:
         timers = {}
         for peer in runnable:
-            heads[peer.name] |= {"status": "skipped", "reason": f"no room for the tensors: {one_line(error)}"}
+            heads[peer.name]["reason"] = f"no room for the tensors: {timing.one_line(error)}"
     _time(heads, timers, rounds)
     return list(heads.values())
 
 
-def _checked(case: Case, peers: Sequence[Peer], device: torch.device, heads: dict[str, Row]) -> dict[str, Timer]:
+def _checked(case: Case, peers: Sequence[Peer], device: torch.device, heads: dict[str, Row]) -> dict[str, timing.Timer]:
     """Timers of the peers whose results are right; what each one's step costs, or what is wrong, is in its row."""
     sets, timers = _tensor_sets(case, device), {}
     check = checker(sets[0])
@@ -107,17 +105,18 @@ def _checked(case: Case, peers: Sequence[Peer], device: torch.device, heads: dic
                 for step in steps:  # what is made once for a batch or a tensor is no part of a step
                     step()
                 row |= _figures(peer, steps[0], sets[0])
-                timers[peer.name] = timer(device, steps)
+                timers[peer.name] = timing.timer(device, steps)
         except Exception as error:  # a peer that breaks must not take the others along
-            row |= {"status": "error", "reason": one_line(error)}
+            row |= {"status": "error", "reason": timing.one_line(error)}
     return timers
 
 
 def _head(case: Case, peer: Peer, device: torch.device) -> Row:
-    row = {"operation": case.operation, "peer": peer.name, "label": peer.label, **case.as_dict(), "status": "skipped"}
+    row = {"operation": "lora_linear", "peer": peer.name, "label": peer.label, **case.as_dict(), "status": "skipped"}
     row["flops"] = case.frozen_flops + (case.low_rank_flops if peer.adapted else 0)
     row["floor"] = case.floor(data_sheet(device_of(device).name)) if peer.adapted else 1.0
     if case.adapters is not None:
+        row["operation"] = "multi_lora_linear"
         row["memory_floor"] = case.memory_floor if peer.adapted else 1.0
         row["adapter_bytes"] = peer.adapter_bytes(case)
     return row
@@ -125,12 +124,10 @@ def _head(case: Case, peer: Peer, device: torch.device) -> Row:
 
 def _tensor_sets(case: Case, device: torch.device) -> list[Tensors]:
     """As many sets of tensors as the last-level cache cannot hold twice over, and at least two."""
-    first = make_tensors(case, device, 0)
+    first, cache = make_tensors(case, device, 0), _CPU_CACHE
     if device.type == "cuda":
         sheet = data_sheet(device_of(device).name)
         cache = sheet.l2_bytes if sheet else torch.cuda.get_device_properties(device).L2_cache_size
-    else:
-        cache = _CPU_CACHE
     sets = min(max(2, 1 + -(-2 * cache // first.numbytes)), _MOST_BUFFERS)
     return [first, *(make_tensors(case, device, seed) for seed in range(1, sets))]
 
@@ -166,27 +163,27 @@ def _figures(peer: Peer, step: Step, t: Tensors) -> Row:
     return row
 
 
-def _time(heads: dict[str, Row], timers: dict[str, Timer], rounds: int) -> None:
+def _time(heads: dict[str, Row], timers: dict[str, timing.Timer], rounds: int) -> None:
     """Seconds and ratios of the rows. A graph leaves out the host's time, and events need not, so what is timed by
     events is held against the frozen layer by events; where that cannot be, there is no ratio."""
-    measured, frozen = list(timers.values()), timers.get("frozen")
-    bases = {} if frozen is None else {clock(frozen.how): measured.index(frozen)}
-    if frozen is not None and EVENTS not in bases and EVENTS in (clock(own.how) for own in measured):
-        bases[EVENTS] = len(measured)
-        measured.append(frozen.by_events())
+    measured = list(timers.values())
+    clocks = [timing.clock(own.how) for own in measured]
+    bases = {clocks[0]: 0} if "frozen" in timers else {}  # which comes first
+    if bases and timing.EVENTS in clocks and timing.EVENTS not in bases:
+        bases[timing.EVENTS] = len(measured)
+        measured.append(timing.GpuEvents(measured[0].steps, capture=False))
     try:
-        times = interleaved(measured, rounds)
+        times = timing.interleaved(measured, rounds)
     except Exception as error:
         for name in timers:
-            heads[name] |= {"status": "error", "reason": f"while timing: {one_line(error)}"}
+            heads[name] |= {"status": "error", "reason": f"while timing: {timing.one_line(error)}"}
         return
-    for (name, own), seconds in zip(timers.items(), times, strict=False):
+    for (name, own), at, seconds in zip(timers.items(), clocks, times, strict=False):
         row = heads[name]
-        row |= {"timing": own.how, "rounds": rounds, "seconds": p20_50_80(seconds)}
-        row["tflops"] = row["flops"] / row["seconds"][1] / 1e12
-        if clock(own.how) in bases:
-            base = times[bases[clock(own.how)]]
-            row |= {"ratio": p20_50_80(seconds / base), "frozen_seconds": p20_50_80(base)}
+        row |= {"timing": own.how, "rounds": rounds, "seconds": timing.p20_50_80(seconds)}
+        if at in bases:
+            base = times[bases[at]]
+            row |= {"ratio": timing.p20_50_80(seconds / base), "frozen_seconds": timing.p20_50_80(base)}
             for floor in row.keys() & {"floor", "memory_floor"}:
                 row[f"share_of_{floor}"] = row[floor] / row["ratio"][1]
 
@@ -206,10 +203,10 @@ def _host_rows(device: torch.device, rounds: int) -> list[Row]:
         for tensor in (t.x, *t.adapters[0]) if name == "inference" else ():
             tensor.requires_grad_(False)
         steps = [partial(often, PEERS[peer].make(t)) for peer in ("ours-auto", "frozen")]
-        own, linear = interleaved_seconds(steps, max(rounds, _HOST_ROUNDS)) / _HOST_CALLS
+        own, linear = timing.interleaved_seconds(steps, max(rounds, _HOST_ROUNDS)) / _HOST_CALLS
         row = {"operation": f"host, {name}", "peer": "ours-auto", "label": "ours", **case.as_dict()}
-        row |= {"status": "ok", "reason": None, "timing": "perf_counter", "seconds": p20_50_80(own)}
-        rows.append(row | {"ratio": p20_50_80(own / linear), "beyond_linear_s": p20_50_80(own - linear)})
+        row |= {"status": "ok", "reason": None, "timing": "perf_counter", "seconds": timing.p20_50_80(own)}
+        rows.append(row | {"ratio": timing.p20_50_80(own / linear), "beyond_linear_s": timing.p20_50_80(own - linear)})
     return rows
 
 
@@ -220,21 +217,16 @@ def line_of(row: Row) -> str:
     if row["status"] != "ok":
         return f"{head} {row['status']}: {row['reason']}"
     text = f"{head} {row['seconds'][1] * 1e6:12.1f} µs"
-    if clock(row["timing"]) == EVENTS:
+    if timing.clock(row["timing"]) == timing.EVENTS:
         text += " (events)"
     if "beyond_linear_s" in row:
         return f"{text}   {row['beyond_linear_s'][1] * 1e6:6.1f} µs beyond torch's own linear"
     if "ratio" not in row:
         return f"{text}   no ratio: the frozen layer has no time by the same clock"
-    low, middle, high = row["ratio"]
-    text += f"   {middle:6.3f} of frozen ({low:.3f} … {high:.3f})"
+    text += f"   {timing.spread(row['ratio'])} of frozen"
     if "share_of_memory_floor" in row and row["peer"] != "frozen":
         text += f"   memory floor {row['memory_floor']:.3f}, {row['share_of_memory_floor']:.0%} of it"
     return text
-
-
-def one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def write_rows(rows: Sequence[Row], path: str | Path) -> Path:

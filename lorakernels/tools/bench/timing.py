@@ -28,10 +28,6 @@ class WallClock:
         """Of the latest start."""
         return self._seconds
 
-    def by_events(self) -> WallClock:
-        """The same steps, of which nothing is left out."""
-        return self
-
 
 class GpuEvents:
     """On a GPU: a turn goes over every buffer, as one CUDA graph where the step can be captured."""
@@ -48,8 +44,7 @@ class GpuEvents:
         except Exception as error:
             torch.cuda.set_stream(stream)  # torch.cuda.graph does not leave its own where the capture's end raises
             torch.cuda.synchronize()
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.how = f"{EVENTS} (no CUDA graph: {reason[:120]})"
+            self.how = f"{EVENTS} (no CUDA graph: {one_line(error, 120)})"
 
     def _all(self) -> None:
         for step in self.steps:
@@ -89,12 +84,12 @@ class GpuEvents:
         self._after.synchronize()
         return self._before.elapsed_time(self._after) / 1e3 / len(self.steps)
 
-    def by_events(self) -> GpuEvents:
-        """The same steps without their CUDA graph."""
-        return GpuEvents(self.steps, capture=False)
-
 
 Timer = WallClock | GpuEvents
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
 
 
 def clock(how: str) -> str:
@@ -127,6 +122,6 @@ def p20_50_80(values: np.ndarray) -> list[float]:
     return [float(value) for value in np.percentile(values, [20, 50, 80])]
 
 
-def percentiles(ratios: np.ndarray) -> str:
-    low, middle, high = p20_50_80(ratios)
+def spread(percentiles: Sequence[float]) -> str:
+    low, middle, high = percentiles
     return f"{middle:.3f} ({low:.3f} … {high:.3f})"
