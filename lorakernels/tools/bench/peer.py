@@ -38,14 +38,13 @@ class Tensors:
 
     @property
     def numbytes(self) -> int:
-        tensors = (self.x, self.weight, self.dy, *(factor for pair in self.adapters for factor in pair))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(t.nbytes for pair in ((self.x, self.weight, self.dy), *self.adapters) for t in pair)
 
     @cached_property
     def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[sum of ranks, K] and [sum of ranks, N]."""
         A, B = zip(*self.adapters, strict=True)
-        return torch.cat(A).detach(), torch.cat([each.t() for each in B]).detach()
+        return torch.cat(A), torch.cat([each.t() for each in B])
 
     @cached_property
     def stacks(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +52,7 @@ class Tensors:
         S, r = len(self.adapters), self.case.r
         A, B = self.x.new_zeros(S, r, self.case.K), self.x.new_zeros(S, self.case.N, r)
         for slot, (own_A, own_B) in enumerate(self.adapters):
-            A[slot, : own_A.shape[0]], B[slot, :, : own_B.shape[1]] = own_A.detach(), own_B.detach()
+            A[slot, : own_A.shape[0]], B[slot, :, : own_B.shape[1]] = own_A, own_B
         return A, B
 
     @cached_property
