@@ -27,6 +27,7 @@ from lorakernels.tools.bench.compare import compare, print_comparison
 from lorakernels.tools.bench.peer import SCALING, Layer, Peer, Results, Step, Tensors, checker, make_tensors
 from lorakernels.tools.bench.peers import PEERS, choose_peers
 from lorakernels.tools.bench.registry import Case, case_of
+from lorakernels.tools.tune import tuner
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
@@ -91,6 +92,13 @@ def test_models_have_their_layers() -> None:
         # The seven of a block, times the number of blocks: what the models are named after, less the embeddings.
         block = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner
         assert block * blocks == pytest.approx(parameters, rel=0.01)
+
+
+def test_the_tuner_takes_the_training_steps_of_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(tuner, "print_shortlists", lambda shapes, *_, **__: found.extend(shapes))
+    assert cli.main(["tune", "--dry-run", "--arch", "sm_90", "--set", "headline,small-multi"]) == 0
+    assert found == [(8192, 4096, 4096, 16, torch.bfloat16, p) for p in (0.0, 0.1)]
 
 
 # ------------------------------------------------------------------------------------------- a run
