@@ -52,6 +52,7 @@ def few_tokens_kernel(
     y_scale,
     W_FORM: tl.constexpr,
     PER: tl.constexpr,
+    GROUP: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,7 +75,7 @@ def few_tokens_kernel(
     for k in range(pid_k * BLOCK_K, K, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
         x_tile = load_tile(x, offs_m, offs_k)
-        w_tile = load_weight(w, offs_k, offs_n, k, pid_n * BLOCK_N, x_tile.dtype, K, N, W_FORM, PER)
+        w_tile = load_weight(w, offs_k, offs_n, k, pid_n * BLOCK_N, x_tile.dtype, K, N, W_FORM, PER, GROUP)
         y = tl.dot(x_tile, w_tile, y, input_precision=INPUT_PRECISION)
         if seed_ptr is not None:
             x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_n == 0)

@@ -41,7 +41,6 @@ class PackedMatrix(NamedTuple):
     absmax: Any
     offset: Any
     block_rows: Any
-    block: Any
 
 
 def fits_kernel(weight: Any) -> bool:
@@ -58,17 +57,20 @@ def packed_of(weight: PackedWeight | Transposed) -> PackedWeight:
 
 
 def form_of(weight: Any, dtype: torch.dtype, block_cols: int) -> dict[str, int]:
-    """How a kernel reads a weight, by tiles of so many columns: its constexprs W_FORM, and the columns a scale, PER."""
+    """How a kernel reads a weight by tiles of so many columns, as constexprs.
+
+    W_FORM; GROUP columns have one scale, and PER of them lie in a tile.
+    """
     if isinstance(weight, torch.Tensor):
-        return {"W_FORM": DENSE, "PER": 1}
+        return {"W_FORM": DENSE, "PER": 1, "GROUP": 1}
     packed = packed_of(weight)
     kind, block, turned = packed.form.kind, packed.form.block, TURNED if isinstance(weight, Transposed) else 0
     per = min(block_cols, block & -block)  # a power of two
     if packed.form.bits == 8:
-        return {"W_FORM": BYTES + turned, "PER": per}
+        return {"W_FORM": BYTES + turned, "PER": per, "GROUP": block}
     nvidia = device_of(packed.device).arch.startswith("sm_") and not interpreter_on()
     permutes = nvidia and kind == "nf4" and dtype is torch.bfloat16 and per >= 8
-    return {"W_FORM": (PERMUTED if permutes else NIBBLES) + turned, "PER": per}
+    return {"W_FORM": (PERMUTED if permutes else NIBBLES) + turned, "PER": per, "GROUP": block}
 
 
 def weight_matrix(weight: Any) -> Matrix | PackedMatrix:
@@ -79,14 +81,15 @@ def weight_matrix(weight: Any) -> Matrix | PackedMatrix:
     form = packed.form
     return PackedMatrix(
         packed.data, form.N, form.K, table_of(form.kind, packed.device) if form.bits == 4 else None, packed.scale,
-        packed.zero, packed.table, packed.absmax, packed.offset, max(1, form.block_rows), form.block,
+        packed.zero, packed.table, packed.absmax, packed.offset, max(1, form.block_rows),
     )  # fmt: skip
 
 
 @triton.jit
-def _scales(w, values, nested, offs_rows, offs_cols):
+def _scales(w, values, nested, offs_rows, offs_cols, GROUP: tl.constexpr):
     """Of each row and column: scales, or zeros, in float32."""
-    blocks = (offs_rows // w.block_rows).to(tl.int64)[:, None] * (w.cols // w.block) + (offs_cols // w.block)[None, :]
+    # In 32 bits: of blocks there are a 32nd or less of the numbers.
+    blocks = (offs_rows // w.block_rows)[:, None] * (w.cols // GROUP) + (offs_cols // GROUP)[None, :]
     inside = (offs_rows < w.rows)[:, None] & (offs_cols < w.cols)[None, :]
     scale = tl.load(values + blocks, mask=inside, other=0)
     if nested:
@@ -96,34 +99,36 @@ def _scales(w, values, nested, offs_rows, offs_cols):
 
 
 @triton.jit
-def _blockwise(w, numbers, offs_rows, first_col, BLOCK: tl.constexpr, PER: tl.constexpr):
+def _blockwise(w, numbers, offs_rows, first_col, BLOCK: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr):
     """(number - zero) · scale of a tile whose columns have one scale for each PER of them."""
     firsts = first_col + tl.arange(0, BLOCK // PER) * PER
-    scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts)
+    scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts, GROUP)
     blocks = tl.reshape(numbers, (numbers.shape[0], BLOCK // PER, PER))
     if w.zero is not None:
-        blocks -= _scales(w, w.zero, False, offs_rows, firsts)[:, :, None]
+        blocks -= _scales(w, w.zero, False, offs_rows, firsts, GROUP)[:, :, None]
     return tl.reshape(blocks * scale[:, :, None], numbers.shape)
 
 
 @triton.jit
-def load_weight(w, offs_k, offs_n, k, n, dtype, K, N, W_FORM: tl.constexpr, PER: tl.constexpr):
+def load_weight(w, offs_k, offs_n, k, n, dtype, K, N, W_FORM: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr):
     """The tile [K, N] of a weight's transpose [K, N] from row k and column n on; dense or packed."""
     if W_FORM == 0:
         tile = load_tile(sized(w, K, N), offs_k, offs_n)
     elif W_FORM < 4:
-        tile = tl.trans(load_packed(w, offs_n, k, dtype, offs_k.shape[0], W_FORM, PER))
+        tile = tl.trans(load_packed(w, offs_n, k, dtype, offs_k.shape[0], W_FORM, PER, GROUP))
     else:
-        tile = load_packed(w, offs_k, n, dtype, offs_n.shape[0], W_FORM - 4, PER)
+        tile = load_packed(w, offs_k, n, dtype, offs_n.shape[0], W_FORM - 4, PER, GROUP)
     return tile
 
 
 @triton.jit
-def load_packed(w, offs_rows, first_col, dtype, BLOCK: tl.constexpr, W_FORM: tl.constexpr, PER: tl.constexpr):
+def load_packed(
+    w, offs_rows, first_col, dtype, BLOCK: tl.constexpr, W_FORM: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr
+):
     """The tile [rows, BLOCK] of a packed weight in `dtype`, zero outside. `first_col` is a multiple of BLOCK."""
     if W_FORM == 3:
         firsts = first_col + tl.arange(0, BLOCK // PER) * PER
-        scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts).to(tl.bfloat16)
+        scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts, GROUP).to(tl.bfloat16)
         numbers = _permuted(w, offs_rows, first_col, BLOCK)
         blocks = tl.reshape(numbers, (offs_rows.shape[0], BLOCK // PER, PER)) * scale[:, :, None]
         tile = tl.reshape(blocks, (offs_rows.shape[0], BLOCK))
@@ -136,7 +141,7 @@ def load_packed(w, offs_rows, first_col, dtype, BLOCK: tl.constexpr, W_FORM: tl.
             pair = _load_packed(w.ptr, offs_rows, offs, w.rows, w.cols // 2).to(tl.int32)
             numbers = tl.join(tl.load(w.codes + (pair >> 4)), tl.load(w.codes + (pair & 15)))
             numbers = tl.reshape(numbers, (offs_rows.shape[0], BLOCK))
-        tile = _blockwise(w, numbers, offs_rows, first_col, BLOCK, PER).to(dtype)
+        tile = _blockwise(w, numbers, offs_rows, first_col, BLOCK, PER, GROUP).to(dtype)
     return tile
 
 
@@ -169,6 +174,7 @@ def unpack_kernel(
     first_col,
     W_FORM: tl.constexpr,
     PER: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -176,7 +182,7 @@ def unpack_kernel(
     col = tl.program_id(1) * BLOCK_K
     dtype = out.ptr.dtype.element_ty
     rows = tl.where(offs_m < num_rows, row + offs_m, w.rows)
-    tile = load_packed(w, rows, first_col + col, dtype, BLOCK_K, W_FORM, PER)
+    tile = load_packed(w, rows, first_col + col, dtype, BLOCK_K, W_FORM, PER, GROUP)
     store_tile(plane(out.ptr, 0, num_rows, out.cols), tile, offs_m, col + tl.arange(0, BLOCK_K))
 
 
