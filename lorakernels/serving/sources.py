@@ -20,7 +20,7 @@ from lorakernels.files.peft import WEIGHTS_FILE, parse, read_peft
 from lorakernels.files.reading import AdapterFileError
 from lorakernels.files.update import CONFIG_FILE
 from lorakernels.serving.errors import CapacityError
-from lorakernels.serving.pages import PageClass, Site
+from lorakernels.serving.pools import Pool, Site
 from lorakernels.serving.served import BASES, served_by
 
 # experts, expert_0, local_experts; not shared_expert, which is sent every token.
@@ -124,8 +124,8 @@ class Part:
     scaling: float
 
 
-Parts = dict[PageClass, Part]
-Rows = dict[PageClass, torch.Tensor]
+Parts = dict[Pool, Part]
+Rows = dict[Pool, torch.Tensor]
 
 
 def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], max_rank: int) -> Parts:
@@ -140,7 +140,7 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
         if getattr(config, field) not in (off, [], ()):
             mend = "load_adapter runs such an adapter alone, on another copy of the model"
             raise AdapterFileError(f"{field}={getattr(config, field)!r} is not served; expected {off!r}: {mend}")
-    largest: dict[PageClass, tuple[int, float]] = {}
+    largest: dict[Pool, tuple[int, float]] = {}
     taken: dict[Site, str] = {}
     for path, update in contents.layers.items():
         reason = _why_not_served(path, model, sites.get(path))
@@ -155,9 +155,9 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
             raise CapacityError(f"module {path!r} has rank {rank}; the store takes at most max_rank={max_rank}")
         if abs(scaling) > _FLOAT32_MAX:
             raise AdapterFileError(f"module {path!r} has scaling {scaling}; expected one that float32 can hold")
-        most, scale = largest.get(site.pages, (0, 0.0))
-        largest[site.pages] = max(most, rank), max(scale, scaling, key=abs)
-    return {pages: Part(rank, _of_plan(scaling, pages.dtype)) for pages, (rank, scaling) in largest.items()}
+        most, scale = largest.get(site.pool, (0, 0.0))
+        largest[site.pool] = max(most, rank), max(scale, scaling, key=abs)
+    return {pool: Part(rank, _of_plan(scaling, pool.dtype)) for pool, (rank, scaling) in largest.items()}
 
 
 def _of_plan(scaling: float, dtype: torch.dtype) -> float:
@@ -201,13 +201,13 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
     A class has one scaling, its largest; where modules differ (alpha_pattern, rank_pattern) the ratio goes into B's
     rows. What does not fit the model's dtype is refused.
     """
-    rows = {pages: pages.host_rows(part.rank) for pages, part in parts.items()}
+    rows = {pool: pool.host_rows(part.rank) for pool, part in parts.items()}
     for path, update in contents.layers.items():
         site, (A, B) = sites[path], update.factors
-        of_class = parts[site.pages].scaling
+        of_class = parts[site.pool].scaling
         if update.scaling != of_class:
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * (update.scaling / of_class)
-        own = rows[site.pages][: update.r]
+        own = rows[site.pool][: update.r]
         spans = own[:, site.begin_A :][:, : site.K], own[:, site.begin_B :][:, : site.N]
         for span, factor in zip(spans, (A, B.T), strict=True):
             span.copy_(factor)

@@ -32,10 +32,10 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 import lorakernels as lk
 from lorakernels.config import scaling_of
 from lorakernels.files.config_file import fields_of
+from lorakernels.serving.books import Books, Version
 from lorakernels.serving.errors import CapacityError, StaleBatchError
-from lorakernels.serving.pages import PageClass, Writer
+from lorakernels.serving.pools import Pool, Writer
 from lorakernels.serving.served import ServedEmbedding, ServedLinear
-from lorakernels.serving.tiers import HostTier, Version
 
 VOCABULARY, WIDTH, INNER = 13, 8, 12
 ALL = ("q_proj", "up", "down", "embed")
@@ -166,8 +166,8 @@ def make_store(net: nn.Module, adapters: Mapping[str, Adapter | Path], **options
 def books(store: lk.AdapterStore) -> tuple[Any, ...]:
     """All that a failed call must leave as it was."""
     stats, current = store.stats(), store._books.current
-    free = [sorted(pages.free) for pages in store._classes]
-    pools = [None if pages.pool is None else pages.pool.clone() for pages in store._classes]
+    free = [sorted(pool.free) for pool in store._pools]
+    pools = [None if pool.memory is None else pool.memory.clone() for pool in store._pools]
     kept = (
         stats.adapters,
         stats.on_device,
@@ -177,7 +177,7 @@ def books(store: lk.AdapterStore) -> tuple[Any, ...]:
         stats.used_bytes,
         stats.host_bytes,
     )
-    return dict(current), kept, free, [None if pool is None else pool.tolist() for pool in pools]
+    return dict(current), kept, free, [None if memory is None else memory.tolist() for memory in pools]
 
 
 # ------------------------------------------------------------------------------------------- the right answer
@@ -209,8 +209,8 @@ def test_an_adapter_touches_no_other_row(impl: str, poison: float, monkeypatch: 
     torch.testing.assert_close(
         clean.double(), alone(net, [adapters.get(row or "") for row in rows], ids), atol=1e-4, rtol=0
     )
-    for pages, own in store._books.current["bob"].pages.items():
-        pages.pool[list(own)] = poison
+    for pool, pages in store._books.current["bob"].pages.items():
+        pool.memory[list(pages)] = poison
     with store.batch(rows):
         poisoned = net(ids)
     assert torch.equal(poisoned[[0, 2]], clean[[0, 2]]) and not torch.equal(poisoned[1], clean[1])
@@ -516,7 +516,7 @@ def test_a_thousand_adapters_through_a_store_of_sixty_four(net: Net, base: Net, 
     assert stats.adapters == 1000 and stats.on_device <= 64 and stats.in_use == stats.pinned == 0
     assert stats.hits + stats.misses == 1000 and stats.evictions > 900
     assert 0 < stats.host_bytes <= 1 << 20 and stats.reads > 1500, "main memory is too small for all"
-    assert stats.used_bytes == sum(version.nbytes for version in store._books.device.versions)
+    assert stats.used_bytes == sum(version.nbytes for version in store._books.on_device)
     assert stats.padded_bytes > 2 * stats.used_bytes
     assert stats.load_seconds > 0 and 1000 < stats.loads <= 1000 + stats.misses
 
@@ -529,7 +529,7 @@ def test_pages_neither_leak_nor_fragment(net: Net) -> None:
     }
     store = make_store(net, adapters, max_adapters=6, num_pages=20)
     device_bytes, leases = store.stats().device_bytes, []
-    assert device_bytes == sum(20 * pages.page_bytes for pages in store._classes if pages.pool is not None)
+    assert device_bytes == sum(20 * pool.page_bytes for pool in store._pools if pool.memory is not None)
     for i in range(10_000):
         try:
             leases.append(store.acquire(draw.choice(store.names)))
@@ -543,14 +543,14 @@ def test_pages_neither_leak_nor_fragment(net: Net) -> None:
                 store.evict(name)
             store.load(name, adapters[name])
         if i % 50 == 0:
-            stats, versions = store.stats(), store._books.device.versions
+            stats, versions = store.stats(), store._books.on_device
             assert stats.used_bytes == sum(version.nbytes for version in versions)
             assert stats.device_bytes == device_bytes and stats.on_device <= 6
             assert stats.in_use == len({(lease.name, lease.version) for lease in leases})
             assert all(
-                sorted([*pages.free, *(page for version in versions for page in version.pages.get(pages, ()))])
+                sorted([*pool.free, *(page for version in versions for page in version.pages.get(pool, ()))])
                 == list(range(20))
-                for pages in store._classes
+                for pool in store._pools
             )
     for lease in leases:
         lease.release()
@@ -559,7 +559,7 @@ def test_pages_neither_leak_nor_fragment(net: Net) -> None:
         store.evict(name)
     stats = store.stats()
     assert (stats.used_bytes, stats.host_bytes, stats.on_device, stats.in_host) == (0, 0, 0, 0)
-    assert all(not pages.pool.any() for pages in store._classes if pages.pool is not None), "pages are zeroed"
+    assert all(not pool.memory.any() for pool in store._pools if pool.memory is not None), "pages are zeroed"
 
 
 def test_what_is_in_use_is_not_replaced(net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore) -> None:
@@ -637,21 +637,21 @@ def test_a_pin_is_of_what_is_on_the_device_whatever_comes_between(
 
     monkeypatch.setattr(lk.AdapterStore, "acquire", replaced)
     store.pin("alice")
-    assert not times and [(v.name, v.pinned) for v in store._books.device.versions] == [("alice", True)]
+    assert not times and [(v.name, v.pinned) for v in store._books.on_device] == [("alice", True)]
     assert store._books.current["alice"].pinned and store.stats().pinned == 1 and not store.stats().in_use
 
 
 def test_a_new_version_takes_the_place_of_the_old_one(net: Net, three: dict[str, Adapter]) -> None:
     store = make_store(net, three, max_adapters=3)
     store.replace("carol", three["bob"])  # the most recently used
-    assert [version.name for version in store._books.device.versions] == ["alice", "bob", "carol"]
+    assert [version.name for version in store._books.on_device] == ["alice", "bob", "carol"]
 
 
 def test_pages_run_out_before_slots(net: Net) -> None:
     adapters = {"small": make_adapter(net, 9, r=1, targets=("down",))}
     adapters |= {f"user-{i}": make_adapter(net, i, r=8, targets=("up",)) for i in range(3)}
     store = make_store(net, adapters, max_adapters=8, num_pages=17)
-    on_device = [version.name for version in store._books.device.versions]
+    on_device = [version.name for version in store._books.on_device]
     assert on_device == ["small", "user-1", "user-2"], "what has no page of that class need not go"
     store.pin("user-1"), store.pin("user-2")
     with pytest.raises(CapacityError, match=r"7 of 17 pages for 'up'.*pinned: user-1, user-2"):
@@ -664,7 +664,7 @@ def test_the_least_recently_used_leaves(net: Net, three: dict[str, Adapter]) -> 
         pass
     for i, left in enumerate([["bob", "alice", "new-0"], ["alice", "new-0", "new-1"]]):
         store.load(f"new-{i}", three["bob"])
-        assert [version.name for version in store._books.device.versions] == left
+        assert [version.name for version in store._books.on_device] == left
     assert store.stats().evictions == 2
 
 
@@ -796,13 +796,13 @@ def test_a_batch_waits_for_no_prefetch_that_has_not_begun(
     stats = store.stats()
     assert (stats.hits - before.hits, stats.misses - before.misses, stats.reads - before.reads) == (2, 1, 2)
     assert (stats.on_device, stats.in_use) == (2, 0)
-    assert stats.used_bytes == sum(version.nbytes for version in store._books.device.versions)
+    assert stats.used_bytes == sum(version.nbytes for version in store._books.on_device)
 
 
 FAILURES: list[tuple[str, type, str]] = [
-    ("copy", PageClass, "write"),
-    ("memory", PageClass, "make_pool"),
-    ("pinned memory", PageClass, "host_rows"),
+    ("copy", Pool, "write"),
+    ("memory", Pool, "make"),
+    ("pinned memory", Pool, "host_rows"),
 ]
 
 
@@ -847,14 +847,14 @@ def test_what_left_for_a_load_that_fails_comes_back(
 ) -> None:
     store, ids, writes = make_store(net, {"alice": three["alice"]}, max_adapters=1), make_ids(1), iter([True, False])
     store.pin("alice")
-    before, real = books(store), PageClass.write
+    before, real = books(store), Pool.write
 
-    def failing(self: PageClass, *args: Any) -> None:
+    def failing(self: Pool, *args: Any) -> None:
         real(self, *args)
         if not next(writes, True):
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(PageClass, "write", failing)
+    monkeypatch.setattr(Pool, "write", failing)
     with pytest.raises(torch.OutOfMemoryError):
         store.replace("alice", three["bob"])
     assert books(store) == before and store.stats().evictions == 0
@@ -900,7 +900,7 @@ def test_an_interrupted_load_changes_nothing(
     net: Net, base: Net, three: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, ids = make_store(net, {"one": three["alice"]}), make_ids(1)
-    before, interrupt = books(store), Interrupt(monkeypatch, HostTier, "keep")
+    before, interrupt = books(store), Interrupt(monkeypatch, Books, "_keep")
     for name in ("new", "one"):
         interrupt.left = 1
         with pytest.raises(KeyboardInterrupt):
@@ -922,7 +922,7 @@ def test_pages_that_cannot_be_zeroed_are_free(
         monkeypatch.undo()
         stats = store.stats()
         assert (stats.used_bytes, stats.on_device) == (0, 0)
-        assert all(sorted(pages.free) == list(range(pages.num_pages)) for pages in store._classes)
+        assert all(sorted(pool.free) == list(range(pool.num_pages)) for pool in store._pools)
         store.load("alice", three["alice"])
 
 
@@ -1065,7 +1065,7 @@ def test_whole_files_that_a_mixed_batch_cannot_compute(net: Net, store: lk.Adapt
 
 def test_ranks_and_dtypes_that_do_not_fit(net: Net, store: lk.AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
     before = books(store)
-    monkeypatch.setattr(PageClass, "host_rows", lambda *_: pytest.fail("something was allocated"))
+    monkeypatch.setattr(Pool, "host_rows", lambda *_: pytest.fail("something was allocated"))
     with pytest.raises(CapacityError, match=r"rank 9.*max_rank=8"):
         store.load("new", make_adapter(net, 1, r=9))
     monkeypatch.undo()
@@ -1145,7 +1145,7 @@ def test_bad_batches(net: Net, store: lk.AdapterStore, rows: Any, lengths: Any, 
 
 
 def test_no_graph_is_captured_of_a_batch(net: Net, store: lk.AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, writer = make_ids(1), store._classes[0].writer
+    ids, writer = make_ids(1), store._pools[0].writer
     with store.batch(["alice"]):
         monkeypatch.setattr(writer, "stream", "as on a GPU")
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -1310,7 +1310,7 @@ def test_pools_go_with_their_store(net: Net, three: dict[str, Adapter]) -> None:
     store = make_store(net, three)
     with store.batch(["alice", None]):
         net(make_ids(2))
-    pools = [weakref.ref(pages.pool) for pages in store._classes if pages.pool is not None]
+    pools = [weakref.ref(pool.memory) for pool in store._pools if pool.memory is not None]
     views = [weakref.ref(site.lora_A) for site in store._sites.values() if site.lora_A is not None]
     gc.collect()
     gc.disable()
