@@ -28,23 +28,22 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         raise ValueError('target_modules is None; expected names, suffixes, a regular expression or "all-linear"')
     modules = dict(plain_modules(model))
     if config.target_modules == ALL_LINEAR:
-        head = _output_layer(model)
+        get: Any = getattr(model, "get_output_embeddings", None)
+        head = get() if callable(get) else None  # of a transformers model, which PEFT leaves alone too
         named = {name for name, module in modules.items() if _is_linear(module) and module is not head}
     else:
         named = {name for name in modules if matches(name, config.target_modules)}
     whole = find_modules_to_save(model, config.modules_to_save)
-    found = {
-        name: modules[name]
-        for name in modules
-        if name in named and not _excluded(name, config) and owner_of(name, whole) is None
-    }
+    excluded = config.exclude_modules or ()
+    found = {name: modules[name] for name in modules if name in named and owner_of(name, whole) is None}
+    found = {name: module for name, module in found.items() if not matches(name, excluded)}
     if not found:
         left_out = [field for field in ("exclude_modules", "modules_to_save") if getattr(config, field)]
         rest = " and ".join(f"{field}={getattr(config, field)!r}" for field in left_out)
-        excluded = f", of which {rest} leaves none" if named else ""
+        without = f", of which {rest} leaves none" if named else ""
         raise ValueError(
             f"target_modules={config.target_modules!r} matches {len(named)} modules of {type(model).__name__}"
-            f"{excluded}; {_near_names(config.target_modules, modules)}"
+            f"{without}; {_near_names(config.target_modules, modules)}"
         )
     return found
 
@@ -94,10 +93,6 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
 
 
-def _excluded(name: str, config: LoRAConfig) -> bool:
-    return bool(config.exclude_modules) and matches(name, config.exclude_modules)  # type: ignore[arg-type]
-
-
 def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Every module under each of its names, adapted layers and saved modules as one: what is inside is no target."""
     for name, module in model._modules.items():
@@ -109,13 +104,7 @@ def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or (isinstance(module, LoRALayer) and type(module.base_layer) is nn.Linear)
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    """The head of a transformers model, which "all-linear" leaves alone as PEFT does."""
-    get: Any = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+    return type(module.base_layer if isinstance(module, LoRALayer) else module) is nn.Linear
 
 
 def _near_names(patterns: str | Iterable[str], modules: Mapping[str, nn.Module]) -> str:

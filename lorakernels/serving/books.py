@@ -97,12 +97,12 @@ class Books:
     """The versions, and where they are, the least recently used to leave first; and counts.
 
     On the device lie `max_adapters` at most, and as many rank rows of each class as its pool has. Main memory keeps
-    packed rows of at most `host_bytes`: what leaves it is read again, by `read` without the lock, and what came without
-    a folder never leaves it.
+    packed rows of at most `host_bytes`: what leaves it is read again, without the lock, and what came without a folder
+    never leaves it.
     """
 
-    def __init__(self, max_adapters: int, host_bytes: int, read: Callable[[Source], Rows]) -> None:
-        self.max_adapters, self.host_bytes, self._read = max_adapters, host_bytes, read
+    def __init__(self, max_adapters: int, host_bytes: int, read: Callable[..., tuple[Any, Parts, Rows]]) -> None:
+        self.max_adapters, self.host_bytes, self.read = max_adapters, host_bytes, read
         self.lock = threading.RLock()
         self.current: dict[str, Version] = {}
         # What has a name or is in use, the least recently used first.
@@ -173,12 +173,6 @@ class Books:
         del self.current[name]
         self._retire(version)
 
-    def forget_all(self) -> None:
-        """What is on the device is the caller's to free."""
-        self.closed = True
-        self.current.clear()
-        self.versions.clear()
-
     def fetch(self, name: str) -> None:
         """Bring an adapter to the device and hold nothing: a hint takes no room that a batch wants meanwhile."""
         with self.lock:
@@ -243,7 +237,7 @@ class Books:
             unread = [version for version in versions if not version.pages and version not in rows]
         for version in unread:
             assert version.source is not None, "what has no source stays in main memory"
-            rows[version] = self._read(version.source)
+            *_, rows[version] = self.read(version.source)
         if not rows:
             return
         with self.lock:

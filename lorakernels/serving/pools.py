@@ -36,11 +36,9 @@ class Site:
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model is nobody's to serve: it gets no site, and runs as the base."""
-
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # nor does a pickled one
+        """A copied or pickled model is nobody's to serve: it gets no site, and runs as the base."""
+        return type(None), ()
 
 
 class Writer:

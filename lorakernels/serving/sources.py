@@ -33,6 +33,18 @@ Tensors = Mapping[str, torch.Tensor]
 Given = str | os.PathLike[str] | tuple[LoRAConfig, Tensors]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What an adapter is in the modules of one class."""
+
+    rank: int
+    scaling: float
+
+
+Parts = dict[Pool, Part]
+Rows = dict[Pool, torch.Tensor]
+
+
 def check_name(name: Any) -> None:
     """Raise ValueError unless a name could be a folder's: text, not empty, no separators, not "." or ".."."""
     bad = not isinstance(name, str) or not name.strip() or name in (".", "..") or any(c in "/\\" for c in name)
@@ -79,20 +91,26 @@ def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | N
     return Source(path, root, _stamps(path))
 
 
-def read_source(model: nn.Module, source: Source) -> Contents:
-    """What the files hold, checked against `model`; the same at every reading, or AdapterFileError."""
-    _check_inside(source.folder, source.root)
-    contents = bind(model, read_peft(source.folder), BASES)
-    if _stamps(source.folder) != source.stamps:
-        mend = "replace(name, folder) takes the new ones"
-        raise AdapterFileError(f"the files in {source.folder} have changed since the adapter was loaded; {mend}")
-    return contents
+def read(
+    model: nn.Module, sites: Mapping[str, Site], max_rank: int, source: Source | tuple[LoRAConfig, Tensors]
+) -> tuple[Contents, Parts, Rows]:
+    """What a source holds, or what came as tensors, checked against `model`; the same packed into rank rows.
 
-
-def read_tensors(model: nn.Module, config: LoRAConfig, tensors: Tensors) -> Contents:
-    """An adapter that is in memory, by the keys of PEFT's files, checked as they are."""
-    given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    return bind(model, parse(fields_of(config), given, "the adapter"), BASES)
+    Raises AdapterFileError, also where the files are others than when they were first read, and CapacityError for a
+    rank over `max_rank`.
+    """
+    if isinstance(source, Source):
+        _check_inside(source.folder, source.root)
+        contents = bind(model, read_peft(source.folder), BASES)
+        if _stamps(source.folder) != source.stamps:
+            mend = "replace(name, folder) takes the new ones"
+            raise AdapterFileError(f"the files in {source.folder} have changed since the adapter was loaded; {mend}")
+    else:
+        config, tensors = source
+        given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        contents = bind(model, parse(fields_of(config), given, "the adapter"), BASES)
+    parts = _find_parts(contents, model, sites, max_rank)
+    return contents, parts, _pack(contents, parts, sites)
 
 
 def _check_inside(folder: Path, root: Path | None) -> None:
@@ -113,22 +131,7 @@ def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(stamps)
 
 
-# ------------------------------------------------------------------------------------------- packing
-
-
-@dataclass(frozen=True)
-class Part:
-    """What an adapter is in the modules of one class."""
-
-    rank: int
-    scaling: float
-
-
-Parts = dict[Pool, Part]
-Rows = dict[Pool, torch.Tensor]
-
-
-def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], max_rank: int) -> Parts:
+def _find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], max_rank: int) -> Parts:
     """What is to be stored; allocates nothing.
 
     Raises AdapterFileError, naming it, for what a mixed batch cannot compute, and CapacityError for a rank over
@@ -195,7 +198,7 @@ def _why_not_served(path: str, model: nn.Module, site: Site | None) -> str:
     return ""
 
 
-def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
+def _pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
     """Rank rows [rank, W] by class, zero where the adapter has nothing.
 
     A class has one scaling, its largest; where modules differ (alpha_pattern, rank_pattern) the ratio goes into B's
@@ -215,9 +218,3 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
         if not all(math.isfinite(span.abs().amax().item()) for span in spans):
             raise AdapterFileError(f"the adapter of {path!r} has numbers that the model's {own.dtype} cannot hold")
     return rows
-
-
-def read_again(model: nn.Module, sites: Mapping[str, Site], max_rank: int, source: Source) -> Rows:
-    """The rows of what has left main memory."""
-    contents = read_source(model, source)
-    return pack(contents, find_parts(contents, model, sites, max_rank), sites)

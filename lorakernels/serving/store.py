@@ -18,21 +18,12 @@ import torch
 from torch import nn
 
 from lorakernels.config import check_rank
+from lorakernels.serving import sources
 from lorakernels.serving.books import Books, Lease, Version
 from lorakernels.serving.pools import Site, Writer, find_sites
 from lorakernels.serving.served import BASES, Batch, restore, running, serve
-from lorakernels.serving.sources import (
-    Given,
-    check_given,
-    check_name,
-    find_parts,
-    find_source,
-    pack,
-    read_again,
-    read_source,
-    read_tensors,
-)
-from lorakernels.serving.stats import StoreStats, collect
+from lorakernels.serving.sources import Given
+from lorakernels.serving.stats import StoreStats
 
 # Ranks are 8 or 16 mostly, so that room for this many rows an adapter holds max_adapters of them.
 _PAGES_AN_ADAPTER = 16
@@ -91,8 +82,7 @@ class AdapterStore:
         self._pools = list(dict.fromkeys(site.pool for site in self._sites.values()))
         self._writers = {pool.writer for pool in self._pools}
         # Nothing it holds holds the store, so that one which nobody has any more goes at once.
-        read = partial(read_again, self.model, self._sites, max_rank)
-        self._books = Books(max_adapters, host_bytes, read)
+        self._books = Books(max_adapters, host_bytes, partial(sources.read, self.model, self._sites, max_rank))
         sites = weakref.WeakSet(self._sites.values())  # a model may hold its store
         weakref.finalize(self, _let_go, sites, self._writers).atexit = False
         self._numbers = itertools.count()
@@ -186,7 +176,27 @@ class AdapterStore:
 
     def stats(self) -> StoreStats:
         """Counts, bytes and times until now."""
-        return collect(self._books, self._pools, self.max_rank)
+        books = self._books
+        with books.lock:
+            on_device, in_host = books.on_device, books.in_host
+            made = [pool for pool in self._pools if pool.memory is not None]
+            return StoreStats(
+                adapters=len(books.current),
+                on_device=len(on_device),
+                in_host=len(in_host),
+                pinned=sum(version.pinned and not version.retired for version in on_device),
+                in_use=len(books.in_use),
+                hits=books.hits,
+                misses=books.misses,
+                reads=books.reads,
+                evictions=books.evictions,
+                loads=books.loads,
+                load_seconds=books.load_seconds,
+                device_bytes=sum(pool.num_pages * pool.page_bytes for pool in made),
+                used_bytes=sum((pool.num_pages - len(pool.free)) * pool.page_bytes for pool in made),
+                padded_bytes=sum(self.max_rank * pool.page_bytes for version in on_device for pool in version.parts),
+                host_bytes=sum(version.nbytes for version in in_host),
+            )
 
     # -------------------------------------------------------------------------------------- use
 
@@ -260,32 +270,30 @@ class AdapterStore:
                     torch.cuda.synchronize(writer.device)  # kernels may be reading what is freed now
             for pool in self._pools:
                 pool.drop()
-            self._books.forget_all()
+            self._books.closed = True
+            self._books.current.clear()
+            self._books.versions.clear()
 
     def _put(self, name: str, given: Given | None, *, must_exist: bool) -> None:
-        check_name(name)
-        check_given(given)
+        sources.check_name(name)
+        sources.check_given(given)
         books = self._books
         with books.lock:
             books.check_open()
             if must_exist:
                 books.find(name)
         start = time.perf_counter()
-        if isinstance(given, tuple):
-            source, contents = None, read_tensors(self.model, *given)
-        else:
-            source = find_source(name, given, self.root)
-            contents = read_source(self.model, source)
-        parts = find_parts(contents, self.model, self._sites, self.max_rank)
-        rows = pack(contents, parts, self._sites)
+        source = given if isinstance(given, tuple) else sources.find_source(name, given, self.root)
+        contents, parts, rows = books.read(source)
         with books.lock:
             books.check_open()
             if must_exist:
                 books.find(name)
-            books.add(Version(name, next(self._numbers), source, parts), rows)
+            kept = None if isinstance(source, tuple) else source
+            books.add(Version(name, next(self._numbers), kept, parts), rows)
             for path in contents.layers:
                 serve(self._sites[path])
-            books.count_load(start, reads=source is not None)
+            books.count_load(start, reads=kept is not None)
 
     def _await_prefetches(self, names: Sequence[str]) -> None:
         with self._books.lock:

@@ -15,6 +15,7 @@ from torch import nn
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
+from accelerated import EXACT, IN, Two, assert_equal, config, randomised
 from peft import LoraConfig, get_peft_model
 
 import lorakernels as lk
@@ -22,25 +23,9 @@ from lorakernels.integrations import peft_mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning:transformers")
 
-IN, MIDDLE, OUT = 24, 20, 16
-EXACT = 1e-10
 RANKS = (4, 7, 1, 4, 16, 4, 2, 5)
 BASE = "__base__"
 MIXED = ["a0", "a1", BASE, "a2", "a3", "a4", "a0", "a5", "a6", "a7", "a3", "a3"]
-
-
-class Two(nn.Module):
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.up = nn.Linear(IN, MIDDLE, bias=bias)
-        self.down = nn.Linear(MIDDLE, OUT, bias=bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(x)))
-
-
-def config(**fields: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["up", "down"], **fields})
 
 
 def models(*configs: LoraConfig, dtype: torch.dtype = torch.float64, bias: bool = True) -> tuple[Any, Any]:
@@ -53,14 +38,6 @@ def models(*configs: LoraConfig, dtype: torch.dtype = torch.float64, bias: bool 
     fast = copy.deepcopy(plain)
     lk.accelerate(fast)
     return plain, fast
-
-
-def randomised(model: Any, std: float = 0.3) -> Any:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=std)
-    return model
 
 
 def values_and_gradients(model: Any, x: torch.Tensor, names: list[str]) -> dict[str, torch.Tensor]:
@@ -77,14 +54,6 @@ def values_and_gradients(model: Any, x: torch.Tensor, names: list[str]) -> dict[
         name: torch.zeros_like(parameters[name]) if g is None else g
         for name, g in zip(parameters, gradients[1:], strict=True)
     }
-
-
-def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        assert ours[name].dtype == expected.dtype, name
-        error = float((ours[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-300))
-        assert error <= EXACT, f"{name}: {error}"
 
 
 @pytest.fixture

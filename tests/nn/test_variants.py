@@ -289,7 +289,7 @@ def test_several_adapters_add_up(kind: str, dropout: float, use_dora: bool) -> N
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_dropout_reaches_lora_A_alone_and_is_unbiased(kind: str) -> None:
     layer = ours(Case(kind, use_dora=True), torch.float32)
-    layer.configure("default", 6, 0.5, False)
+    layer.adapters["default"].lora_dropout = 0.5
     x = KINDS[kind].input(torch.float32).detach()
     with torch.no_grad():
         runs = torch.stack([layer(x) for _ in range(900)]).double()
