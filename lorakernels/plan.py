@@ -59,7 +59,7 @@ class PlanTensors(NamedTuple):
 
     buffer: torch.Tensor  # int32, see PlanLayout
     scales: torch.Tensor  # [num_slots + 1] float32
-    pages: torch.Tensor | None  # [num_slots + 1, max_rank] int32; the last row, the base's, is 0
+    page_table: torch.Tensor | None  # [num_slots + 1, max_rank] int32; the last row, the base's, is 0
     num_slots: int
     max_tokens: int
 
@@ -108,13 +108,13 @@ class BatchPlan:
         self.layout = plan_layout(num_slots, max_tokens)
         tiles = num_tiles(max_tokens, num_slots, TILE_HEIGHTS[0])
         most = max(num_slots + 2, max_tokens, max_rank, tiles)
-        self._pages = None
+        self._page_table = None
         with torch.inference_mode(False):  # inference tensors could not be updated outside that mode
             self._buffer = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
             self.device = self._buffer.device
             self._scales = torch.zeros(num_slots + 1, dtype=torch.float32, device=self.device)
             if num_pages is not None:
-                self._pages = torch.zeros(num_slots + 1, max_rank, dtype=torch.int32, device=self.device)
+                self._page_table = torch.zeros(num_slots + 1, max_rank, dtype=torch.int32, device=self.device)
             self._iota = torch.arange(most, device=self.device)
             # What was masked where the host does not look: unknown tokens, refused slots.
             self._masked = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -123,7 +123,7 @@ class BatchPlan:
         self.version = 0
         self._is_in_graph = False  # a replay of which updates the plan, and its version stays
         self._snapshots: dict[Any, PlanTensors] = {}  # of this version, by the CUDA stream that makes and reads them
-        self.tensors = PlanTensors(self._buffer, self._scales, self._pages, num_slots, max_tokens)
+        self.tensors = PlanTensors(self._buffer, self._scales, self._page_table, num_slots, max_tokens)
         """The plan as it is now and will be after every update: the same memory."""
         self.on_host: Any = None
         """What an operator has read of this version on the host; None after an update."""
@@ -197,8 +197,8 @@ class BatchPlan:
         off = refused | (scalings == 0)
         base = unknown | (slots < 0)
         self._route(slots.masked_fill(base, self.num_slots), ranks.masked_fill(off, 0), scalings.masked_fill(off, 0))
-        if page_table is not None and self._pages is not None:
-            self._pages[:-1].copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
+        if page_table is not None and self._page_table is not None:
+            self._page_table[:-1].copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
         self._masked += torch.stack([unknown.sum(), refused.sum()])
         self.num_tokens = slots.shape[0]
         self.version += 1
@@ -282,8 +282,8 @@ class BatchPlan:
         raise PlanError(f"slot {slot} has a page outside 0 … {(self.num_pages or 0) - 1}, the pool's pages")
 
     def _copied(self) -> PlanTensors:
-        pages = None if self._pages is None else self._pages.clone()
-        return PlanTensors(self._buffer.clone(), self._scales.clone(), pages, self.num_slots, self.max_tokens)
+        page_table = None if self._page_table is None else self._page_table.clone()
+        return PlanTensors(self._buffer.clone(), self._scales.clone(), page_table, self.num_slots, self.max_tokens)
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

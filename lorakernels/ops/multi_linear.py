@@ -61,7 +61,7 @@ def _forward_fake(
     on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
     ys, s, mask = [x.new_empty((T, weight.shape[0])) for weight in weights], None, None
     if keep_s:
-        s = x.new_empty((len(ys), T, width_of(lora_As, plan.pages)), dtype=torch.float32 if on_triton else x.dtype)
+        s = x.new_empty((len(ys), T, width_of(lora_As, plan.page_table)), dtype=torch.float32 if on_triton else x.dtype)
     if thresholds is not None:
         mask = x.new_empty((T, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
     return ys, s, mask
@@ -220,7 +220,7 @@ def bound_update(
     if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not eager_multi_lora:
         return None
     where: eager_multi_lora.Route = on_host(plan, "auto", x, True)["where"]
-    grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.pages is None else lora_B.shape[0]))
+    grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.page_table is None else lora_B.shape[0]))
     return None if grid is None else grid.bound_add(lora_A, lora_B, x.dtype)
 
 

@@ -1,12 +1,14 @@
-"""Which calls took the fused path, and an x."""
+"""Which calls took the fused path, which the multi-adapter product, and an x."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from lorakernels.integrations import peft_mixed
 from lorakernels.nn import adapted
 
 
@@ -32,3 +34,17 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 @pytest.fixture
 def x() -> torch.Tensor:
     return torch.randn(3, 7, 24, dtype=torch.float64)  # for `accelerated.Two`
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of every multi-adapter product, and its plan."""
+    calls: list[tuple[Any, ...]] = []
+    real: Callable[..., Any] = peft_mixed._product
+
+    def spy(pack: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> Any:
+        calls.append((pack, x, weight, bias, pack.plan(x[0, ..., 0].numel())))
+        return real(pack, x, weight, bias)
+
+    monkeypatch.setattr(peft_mixed, "_product", spy)
+    return calls

@@ -73,7 +73,7 @@ def test_tensors_of_many_adapters(case: MultiCase) -> None:
     stacks = tensors.stacks
     assert sum(stack.numel() * stack.element_size() for stack in stacks) == multi.padded_bytes(case)
     pages = (tensors.pages_A, tensors.pages_B)
-    table = tensors.plan(paged=True).tensors.pages
+    table = tensors.plan(paged=True).tensors.page_table
     assert table is not None
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*pages, table))
     assert held == multi.paged_bytes(case) and multi.own_bytes(case) <= multi.paged_bytes(case)

@@ -115,8 +115,8 @@ def own_multi(
         from lorakernels.kernels import multi_lora
 
         x, weight, lora_A, lora_B = (tensor.to("meta") for tensor in (x, weight, lora_A, lora_B))
-        pages = None if plan.pages is None else plan.pages.to("meta")
-        plan = plan._replace(buffer=plan.buffer.to("meta"), scales=plan.scales.to("meta"), pages=pages)
+        table = None if plan.page_table is None else plan.page_table.to("meta")
+        plan = plan._replace(buffer=plan.buffer.to("meta"), scales=plan.scales.to("meta"), page_table=table)
         with count() as counted:
             multi_lora.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
     return counted
