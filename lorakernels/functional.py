@@ -11,7 +11,6 @@ from lorakernels import arguments, ops
 from lorakernels.arguments import shape_of
 from lorakernels.backend import resolve_impl
 from lorakernels.plan import BatchPlan
-from lorakernels.weight import linear
 
 Slices = Sequence[torch.Tensor]
 
@@ -136,7 +135,7 @@ def lora_linear_group(
         ys = dict(zip(together, outputs, strict=True))
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if i not in adapted:
-            ys[i] = linear(x, weight, bias)
+            ys[i] = ops.frozen_linear(x, weight, bias)
         elif i not in ys:
             A, B, scaling = adapted[i]
             ys[i] = ops.lora_linear(x, weight, A, B, bias, None, scaling, 0.0, impl)

@@ -28,7 +28,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("arguments",),
     ("ops",),
     ("kernels", "eager"),
-    ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "member", "weight", "when_imported"),
+    ("weight",),
+    ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "member", "when_imported"),
 )
 GROUND = frozenset(LADDER[-1])
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands

@@ -15,7 +15,6 @@ from lorakernels.functional import lora_linear
 from lorakernels.nn.dora import change_of_base, scale_product
 from lorakernels.nn.siblings import from_group
 from lorakernels.nn.terms import Term
-from lorakernels.weight import linear
 
 
 def adapted_linear(
@@ -47,7 +46,7 @@ def adapted_linear(
             added = 0 if bias is None else bias.to(y.dtype)
             y = (y - added) * base_scale.to(y.dtype) + added
     elif base_scale is not None:
-        y = scale_product(base_scale, lambda x: linear(x, weight), x)
+        y = scale_product(base_scale, lambda x: ops.frozen_linear(x, weight, None), x)
         y = y if bias is None else y + bias.to(y.dtype)
     elif not any(term.p for term in terms):
         # Several adapters are one of their ranks' sum: still one pass over x.

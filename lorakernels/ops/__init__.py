@@ -1,6 +1,7 @@
 """The operators as torch sees them."""
 
 from lorakernels.ops.flops import register_flop_formulas
+from lorakernels.ops.linear import frozen_linear as frozen_linear
 from lorakernels.ops.linear import is_small as is_small
 from lorakernels.ops.linear import lora_linear as lora_linear
 from lorakernels.ops.linear import lora_linear_group as lora_linear_group

@@ -27,6 +27,7 @@ from lorakernels.ops.linear_operators import (
     compute,
     gradients,
     members_of,
+    taken_apart,
 )
 from lorakernels.ops.operator import (
     as_matrix,
@@ -38,6 +39,7 @@ from lorakernels.ops.operator import (
     runs_directly,
 )
 from lorakernels.ops.sharding import draw_seed
+from lorakernels.quant.packed import PackedWeight
 from lorakernels.weight import linear
 
 # On a CPU, below this many multiplications M N K, what Python does around torch's own operators costs more than what
@@ -51,20 +53,24 @@ class _Numbers(NamedTuple):
     dropout_p: float
     impl: str
     direct: bool  # whether the body runs as a function
+    forms: Sequence[str] = ()  # of packed weights, as `weights_of` takes them
 
 
-# A Function's inputs: x, the seed, the numbers, then every weight, every A, every B, every bias, every row scale.
+# A Function's inputs: x, the seed, the numbers, then every weight, every A, every B, every bias, every row scale, and
+# the parts of packed weights.
 
 
 def _forward(
     x: torch.Tensor, seed: torch.Tensor | None, numbers: _Numbers, flat: Sequence[Any]
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
     """y's, S and the mask; tensors all of them where nothing runs directly."""
-    scalings, dropout_p, impl, direct = numbers
+    scalings, dropout_p, impl, direct, forms = numbers
     if direct:
-        return compute(x, members_of(flat, scalings), seed, drop_threshold(dropout_p), impl)
-    if len(scalings) > 1:
-        return GROUP.dispatch(x, *by_kind(flat, len(scalings)), seed, scalings, dropout_p, impl)
+        return compute(x, members_of(flat, scalings, forms), seed, drop_threshold(dropout_p), impl)
+    n = len(scalings)
+    if n > 1 or forms:
+        weights, *kinds = by_kind(flat[: 5 * n], n)
+        return GROUP.dispatch(x, weights, flat[5 * n :], forms, *kinds, seed, scalings, dropout_p, impl)
     y, s, mask = LINEAR.dispatch(x, *flat, seed, *scalings, dropout_p, impl)
     return (y,), s, mask
 
@@ -115,7 +121,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], s: torch.Tensor | None, mask: torch
     n, flags = len(ctx.numbers.scalings), ctx.needs_input_grad[3:]
     ctx.set_materialize_grads(False)
     # dB needs S alone, until it is differentiated again: torch.func always asks for that.
-    need_x = any(flags[: 2 * n]) or any(flags[4 * n :]) or (any(flags[2 * n : 3 * n]) and functorch_is_active())
+    need_x = any(flags[: 2 * n]) or any(flags[4 * n : 5 * n]) or (any(flags[2 * n : 3 * n]) and functorch_is_active())
     ctx.save_for_backward(x if need_x else None, s, mask, *flat[: 3 * n], *[None] * n, *flat[4 * n :])
 
 
@@ -125,7 +131,7 @@ def _backward(ctx: Any, dys: Maybe) -> tuple[Any, ...]:
     n = len(dys)
     used = [i for i, dy in enumerate(dys) if dy is not None]
     if not used:
-        return (None,) * (3 + 5 * n)
+        return (None,) * len(ctx.needs_input_grad)
     try:
         x, s, mask, *flat = ctx.saved_tensors
     except RuntimeError as error:
@@ -135,11 +141,11 @@ def _backward(ctx: Any, dys: Maybe) -> tuple[Any, ...]:
             "layers of one x that are computed together have one backward, and it has run: keep it for another with "
             "retain_graph=True, or compute each layer by itself (group=False in inject and accelerate)"
         ) from error
-    scalings, dropout_p, impl, _ = ctx.numbers
+    scalings, dropout_p, impl, _, forms = ctx.numbers
     given: Any = dys
-    members: Any = members_of(flat, scalings)
+    members: Any = members_of(flat, scalings, forms)
     parts: Any = columns(s, members)
-    needs = [flags[i::n] for i in range(n)]
+    needs = [flags[i : 5 * n : n] for i in range(n)]
     if len(used) < n:
         given, members, parts = ([each[i] for i in used] for each in (dys, members, parts))
         needs = [needs[i] for i in used]
@@ -148,9 +154,9 @@ def _backward(ctx: Any, dys: Maybe) -> tuple[Any, ...]:
         dx, found = _watched(given, x, members, parts, mask, dropout_p, need_dx, needs, impl, batched)
     else:
         dx, found = _computed(given, x, members, parts, mask, dropout_p, need_dx, needs, impl)
-    gradients: list[Any] = [None] * (5 * n)
+    gradients: list[Any] = [None] * len(flags)
     for i, own in zip(used, found, strict=True):
-        gradients[i::n] = own
+        gradients[i : 5 * n : n] = own
     return (dx, None, None, *gradients)
 
 
@@ -168,15 +174,17 @@ def _computed(
     """dx, and of each member what `needs` asks for."""
     if runs_directly(*dys):
         return gradients(dys, x, members, s, mask, drop_threshold(dropout_p), need_dx, needs, impl)
-    weights, As, Bs, _, row_scales, scalings = zip(*members, strict=True)
+    tensors, As, Bs, _, row_scales, scalings = zip(*members, strict=True)
     flags = [need_dx, *itertools.chain.from_iterable(zip(*needs, strict=True))]
     rest = (mask, list(scalings), dropout_p, flags, impl)
     found: Sequence[Any]
-    if len(dys) == 1:
+    weights, packed, forms = taken_apart(tensors)
+    if len(dys) == 1 and not forms:
         dx, *own = LINEAR_BACKWARD.dispatch(*dys, x, *weights, *As, *Bs, *row_scales, *s, mask, *scalings, *rest[2:])
         found = [own]
     else:
-        dx, *kinds = GROUP_BACKWARD.dispatch(dys, x, *map(list, (weights, As, Bs, row_scales, s)), *rest)
+        kinds = map(list, (As, Bs, row_scales, s))
+        dx, *kinds = GROUP_BACKWARD.dispatch(dys, x, weights, packed, forms, *kinds, *rest)
         found = list(zip(*kinds, strict=True))
     # Of what nobody asked for the dispatcher gives an empty tensor.
     return dx if need_dx else None, list(map(_needed, found, needs))
@@ -222,6 +230,11 @@ def _differentiable(
 ) -> tuple[torch.Tensor, list[Sequence[torch.Tensor | None]]]:
     """The gradients as plain torch: for gradients of gradients and torch.func, whatever `impl` is."""
     keep, K = None, members[0].weight.shape[1]
+    if not all(isinstance(member.weight, torch.Tensor) for member in members):
+        raise RuntimeError(
+            "gradients of gradients, and torch.func, need the whole base weight, and a packed one is never made whole; "
+            "use a base layer that is not quantised"
+        )
     if mask is not None and mask.numel():
         keep = unpack_mask(mask, K).to(dys[0].dtype) * inverse_keep(drop_threshold(dropout_p))
     x2 = None if x is None else as_matrix(x)
@@ -235,10 +248,19 @@ def _differentiable(
 
 
 def _linears(
-    x: torch.Tensor, scalings: Sequence[float], dropout_p: float, impl: str, *flat: torch.Tensor | None
+    x: torch.Tensor,
+    scalings: Sequence[float],
+    dropout_p: float,
+    impl: str,
+    weights: Sequence[Any],
+    *others: torch.Tensor | None,
 ) -> Sequence[torch.Tensor]:
     """The y's; no autograd.Function when nothing needs a gradient."""
-    seed = None
+    seed, flat = None, (*weights, *others)
+    forms: Sequence[str] = ()
+    if PackedWeight in map(type, weights):
+        tensors, parts, forms = taken_apart(weights)
+        flat = (*tensors, *others, *parts)
     if dropout_p > 0:
         # On x's device, and read there: the host never waits. randint takes part in checkpointing's
         # stash of the generator, so a recomputed forward draws the same mask.
@@ -251,16 +273,16 @@ def _linears(
     transformed = torch.autograd.forward_ad._current_level >= 0 or (not direct and functorch_is_active())
     if transformed or (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)])):
         if transformed or (not direct and torch.compiler.is_compiling()):
-            return LoRALinearFunction.apply(x, seed, _Numbers(scalings, dropout_p, impl, False), *flat)[:-2]
+            return LoRALinearFunction.apply(x, seed, _Numbers(scalings, dropout_p, impl, False, forms), *flat)[:-2]
         # Resolved once: the backward's reading of the environment took 2 µs.
-        numbers = _Numbers(scalings, dropout_p, resolve_impl(impl, x.device, x.dtype), direct)
+        numbers = _Numbers(scalings, dropout_p, resolve_impl(impl, x.device, x.dtype), direct, forms)
         return _EagerFunction.apply(x, seed, numbers, *flat)
-    return _forward(x, seed, _Numbers(scalings, dropout_p, impl, direct), flat)[0]
+    return _forward(x, seed, _Numbers(scalings, dropout_p, impl, direct, forms), flat)[0]
 
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
@@ -272,12 +294,21 @@ def lora_linear(
     """The layer on checked arguments."""
     if dropout_p == 0 and row_scale is None and scaling != 0 and is_small(x, weight, lora_A, lora_B, impl):
         return small_lora_linear(x, weight, lora_A, lora_B, bias, scaling)
-    return _linears(x, [scaling], dropout_p, impl, weight, lora_A, lora_B, bias, row_scale)[0]
+    return _linears(x, [scaling], dropout_p, impl, (weight,), lora_A, lora_B, bias, row_scale)[0]
+
+
+def frozen_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + bias [..., N], with x's gradient: a layer that no adapter changes now."""
+    if isinstance(weight, torch.Tensor):
+        return torch.nn.functional.linear(x, weight, bias)
+    N, K = weight.shape
+    # An adapter of scaling 0, whose factors nobody reads.
+    return _linears(x, [0.0], 0.0, "auto", (weight,), x.new_zeros((1, K)), x.new_zeros((N, 1)), bias, None)[0]
 
 
 def lora_linear_group(
     x: torch.Tensor,
-    weights: Tensors,
+    weights: Sequence[Any],
     lora_As: Tensors,
     lora_Bs: Tensors,
     biases: Maybe,
@@ -291,10 +322,10 @@ def lora_linear_group(
     if small or hasattr(x, "device_mesh"):  # no layout of sharded tensors is registered for a group
         return [lora_linear(x, W, A, B, bias, None, c, dropout_p, impl) for W, A, B, bias, c in members]
     none = [None] * len(members)
-    return _linears(x, scalings, dropout_p, impl, *weights, *lora_As, *lora_Bs, *biases, *none)
+    return _linears(x, scalings, dropout_p, impl, weights, *lora_As, *lora_Bs, *biases, *none)
 
 
-def is_small(x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, impl: str) -> bool:
+def is_small(x: torch.Tensor, weight: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, impl: str) -> bool:
     """Whether torch's own operators compute the layer faster than the Function, and nobody would see a difference."""
     return (
         not torch.compiler.is_compiling()

@@ -6,6 +6,7 @@ of its own: DTensor shards no results that come as a list.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +29,7 @@ from lorakernels.ops.operator import (
     as_output,
     implementation,
 )
+from lorakernels.quant.packed import Form, PackedWeight
 from lorakernels.weight import scaled_linear, sum_products
 
 Tensors = Sequence[torch.Tensor]
@@ -133,11 +135,37 @@ def _gradients_fake(
     ]
 
 
-def members_of(flat: Sequence[Any], scalings: Sequence[float]) -> list[Member]:
-    """Of every weight, then every A, every B, every bias, every row scale."""
-    if len(scalings) == 1:
+def members_of(flat: Sequence[Any], scalings: Sequence[float], forms: Sequence[str] = ()) -> list[Member]:
+    """Of every weight, then every A, every B, every bias, every row scale, then the parts of packed weights."""
+    if not forms and len(scalings) == 1:
         return [Member(*flat, *scalings)]
-    return list(map(Member, *by_kind(flat, len(scalings)), scalings))
+    n = len(scalings)
+    weights, *kinds = by_kind(flat[: 5 * n], n)
+    return list(map(Member, weights_of(weights, flat[5 * n :], forms), *kinds, scalings))
+
+
+def weights_of(weights: Sequence[Any], parts: Sequence[Any], forms: Sequence[str]) -> Sequence[Any]:
+    """Weights as values, of what the schemas have: a text in `forms` for each, which is empty for a tensor."""
+    if not forms:
+        return weights
+    rest = iter(parts)
+    return [
+        PackedWeight(Form.read(form), weight, *itertools.islice(rest, len(PackedWeight._fields) - 2))
+        if form
+        else weight
+        for weight, form in zip(weights, forms, strict=True)
+    ]
+
+
+def taken_apart(weights: Sequence[Any]) -> tuple[list[Any], list[Any], list[str]]:
+    """Weights as the schemas have them: tensors, then the parts and the forms of those that are packed."""
+    parts: list[Any] = []
+    for weight in weights:
+        if isinstance(weight, PackedWeight):
+            parts += weight.parts
+    forms = [str(weight.form) if isinstance(weight, PackedWeight) else "" for weight in weights]
+    tensors = [weight.data if isinstance(weight, PackedWeight) else weight for weight in weights]
+    return tensors, parts, forms if parts else []
 
 
 def by_kind(flat: Sequence[Any], n: int) -> list[list[Any]]:
@@ -153,10 +181,10 @@ def _zeros(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _group(
-    compute: Any, x: Any, weights: Any, lora_As: Any, lora_Bs: Any, biases: Any, row_scales: Any, seed: Any,
-    scalings: Any, dropout_p: float, impl: str,
+    compute: Any, x: Any, weights: Any, parts: Any, forms: Any, lora_As: Any, lora_Bs: Any, biases: Any,
+    row_scales: Any, seed: Any, scalings: Any, dropout_p: float, impl: str,
 ) -> tuple[Any, ...]:  # fmt: skip
-    members = list(map(Member, weights, lora_As, lora_Bs, biases, row_scales, scalings))
+    members = list(map(Member, weights_of(weights, parts, forms), lora_As, lora_Bs, biases, row_scales, scalings))
     return compute(x, members, seed, drop_threshold(dropout_p), impl)
 
 
@@ -170,13 +198,13 @@ def _one(
 
 
 def _group_backward(
-    gradients: Any, dys: Any, x: Any, weights: Any, lora_As: Any, lora_Bs: Any, row_scales: Any, s: Any, mask: Any,
-    scalings: Any, dropout_p: float, needs: Any, impl: str,
+    gradients: Any, dys: Any, x: Any, weights: Any, parts: Any, forms: Any, lora_As: Any, lora_Bs: Any,
+    row_scales: Any, s: Any, mask: Any, scalings: Any, dropout_p: float, needs: Any, impl: str,
 ) -> tuple[Any, ...]:  # fmt: skip
     """An operator's results share no memory, as the dA's do."""
     need_dx, *flags = needs
     n = len(dys)
-    members = list(map(Member, weights, lora_As, lora_Bs, [None] * n, row_scales, scalings))
+    members = list(map(Member, weights_of(weights, parts, forms), lora_As, lora_Bs, [None] * n, row_scales, scalings))
     each = [flags[i::n] for i in range(n)]
     dx, found = gradients(dys, x, members, s, mask, drop_threshold(dropout_p), need_dx, each, impl)
     dWs, dAs, *rest = map(list, zip(*found, strict=True))
@@ -194,15 +222,16 @@ def _one_backward(
 
 
 def autocast_arguments(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
     """What autocast to `dtype` makes of a linear's arguments, as torch's; float64 is left alone, as torch leaves it.
 
-    The kernels cast A and B anyway.
+    The kernels cast A and B anyway, and unpack a weight into x's dtype.
     """
     if torch.float64 in (x.dtype, weight.dtype) or not x.is_floating_point():
         return x, weight, bias
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight = weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
+    return x.to(dtype), weight, None if bias is None else bias.to(dtype)
 
 
 def _cast(dtype: torch.dtype, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, *rest: Any) -> tuple[Any, ...]:
@@ -211,10 +240,20 @@ def _cast(dtype: torch.dtype, x: Any, weight: Any, lora_A: Any, lora_B: Any, bia
 
 
 def _cast_group(
-    dtype: torch.dtype, x: Any, weights: Any, lora_As: Any, lora_Bs: Any, biases: Any, *rest: Any
+    dtype: torch.dtype,
+    x: Any,
+    weights: Any,
+    parts: Any,
+    forms: Any,
+    lora_As: Any,
+    lora_Bs: Any,
+    biases: Any,
+    *rest: Any,
 ) -> tuple[Any, ...]:
-    cast = [autocast_arguments(x, W, bias, dtype) for W, bias in zip(weights, biases, strict=True)]
-    return cast[0][0], [W for _, W, _ in cast], lora_As, lora_Bs, [bias for *_, bias in cast], *rest
+    values = weights_of(weights, parts, forms)
+    cast = [autocast_arguments(x, W, bias, dtype) for W, bias in zip(values, biases, strict=True)]
+    weights, biases = taken_apart([W for _, W, _ in cast])[0], [bias for *_, bias in cast]
+    return cast[0][0], weights, parts, forms, lora_As, lora_Bs, biases, *rest
 
 
 def by_example(
@@ -255,16 +294,18 @@ LINEAR_BACKWARD = Operator(
     flops=lora_linear_backward_flops,
 )
 GROUP = Operator(
-    "lora_linear_group(Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor?[] biases, "
-    "Tensor?[] row_scales, Tensor? seed, float[] scalings, float dropout_p, str impl) -> (Tensor[], Tensor, Tensor)",
+    "lora_linear_group(Tensor x, Tensor[] weights, Tensor?[] parts, str[] forms, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "Tensor?[] biases, Tensor?[] row_scales, Tensor? seed, float[] scalings, float dropout_p, str impl) "
+    "-> (Tensor[], Tensor, Tensor)",
     partial(_group, compute),
     partial(_group, _compute_fake),
     flops=lora_linear_group_flops,
     cast=_cast_group,
 )
 GROUP_BACKWARD = Operator(
-    "lora_linear_group_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
-    "Tensor?[] row_scales, Tensor[] s, Tensor? mask, float[] scalings, float dropout_p, bool[] needs, str impl) "
+    "lora_linear_group_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor?[] parts, str[] forms, "
+    "Tensor[] lora_As, Tensor[] lora_Bs, Tensor?[] row_scales, Tensor?[] s, Tensor? mask, float[] scalings, "
+    "float dropout_p, bool[] needs, str impl) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
     partial(_group_backward, gradients),
     partial(_group_backward, _gradients_fake),
