@@ -216,8 +216,9 @@ class BatchPlan:
 
     def _route(self, slots: torch.Tensor, slot_ranks: torch.Tensor, slot_scalings: torch.Tensor) -> None:
         layout, iota, S, T = self.layout, self._iota, self.num_slots, slots.shape[0]
-        ranks = self._write(layout.ranks, slot_ranks, S + 1)
+        self._write(layout.ranks, slot_ranks)
         self._scales[:S].copy_(slot_scalings)
+        ranks = self._buffer[layout.ranks : layout.ranks + S + 1]
         slots = slots.masked_fill(ranks.index_select(0, slots) == 0, S)
         # Sorting numbers that hold slot and token at once is stable and gives both back.
         in_order = torch.sort(slots.long() * self.max_tokens + iota[:T]).values
@@ -234,10 +235,8 @@ class BatchPlan:
             end = torch.minimum(first + height, starts[slot + 1])
             self._write(begin, torch.stack([slot, torch.minimum(first, end), end], 1).view(-1))
 
-    def _write(self, begin: int, values: torch.Tensor, length: int = 0) -> torch.Tensor:
-        """Put values into the buffer, and return what is there from `begin` on: `length` elements."""
+    def _write(self, begin: int, values: torch.Tensor) -> None:
         self._buffer[begin : begin + len(values)].copy_(values)
-        return self._buffer[begin : begin + length]
 
     def _tensor(self, name: str, values: torch.Tensor | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         if not isinstance(values, torch.Tensor):
