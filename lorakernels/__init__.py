@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorakernels.adapters.inject import inject as inject
     from lorakernels.adapters.load_save import load_adapter as load_adapter
     from lorakernels.adapters.load_save import save_adapter as save_adapter
+    from lorakernels.adapters.quantize import quantize as quantize
     from lorakernels.adapters.switch import delete_adapter as delete_adapter
     from lorakernels.adapters.switch import merge as merge
     from lorakernels.adapters.switch import set_adapter as set_adapter
@@ -59,6 +60,7 @@ _HOMES = {
     "inject": "lorakernels.adapters.inject",
     "trainable_parameters": "lorakernels.adapters.held",
     "merge": "lorakernels.adapters.switch",
+    "quantize": "lorakernels.adapters.quantize",
     "unmerge": "lorakernels.adapters.switch",
     "set_adapter": "lorakernels.adapters.switch",
     "set_scale": "lorakernels.adapters.switch",

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from lorakernels.adapters.inject import kind_of
+from lorakernels.adapters.inject import base_and_kind
 from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import find_modules_to_save, plain_modules
 from lorakernels.config import LoRAConfig, of_one_layer
@@ -139,4 +139,4 @@ def _layer(
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
     with as_file_error("the file does not fit"):
-        return kind_of(f"module {path!r}", layer, bases)
+        return base_and_kind(f"module {path!r}", layer, bases)

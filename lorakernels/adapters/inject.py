@@ -16,11 +16,12 @@ from lorakernels.adapters.targets import find_modules_to_save, find_targets, war
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
-from lorakernels.nn.adapt import LAYERS, adapt
+from lorakernels.nn.adapt import LAYERS, adapt, layer_for
 from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+from lorakernels.quant.layers import why_refused
 
 
 def inject(
@@ -73,12 +74,12 @@ def inject(
     configs = {name: of_one_layer(config, ranks[name], alphas[name]) for name in targets}
     held.refuse_merged(model)
     for name, module in targets.items():
-        base, kind = kind_of(f"target {name!r}", module)
+        base, kind = base_and_kind(f"target {name!r}", module)
         try:
             kind.check_adapter(base, configs[name])
         except (ValueError, TypeError) as error:
             raise type(error)(f"target {name!r}: {error}") from error
-    linears = {module for module in targets.values() if isinstance(module, (nn.Linear, LoRALinear))}
+    linears = {m for m in targets.values() if isinstance(m, LoRALinear) or layer_for(m) is LoRALinear}
     siblings_of = siblings.find(model, lambda module: module in linears or isinstance(module, LoRALinear), groups)
     held.refuse_changed_base(model)
     if changes_base(config.init_lora_weights):
@@ -111,7 +112,7 @@ def check_new_name(adapter_name: str, earlier: Iterable[str]) -> None:
         raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(earlier)}")
 
 
-def kind_of(
+def base_and_kind(
     what: str, module: nn.Module, bases: Mapping[type, type] = MappingProxyType({})
 ) -> tuple[nn.Module, type[LoRALayer]]:
     """A layer without its adapters, and the class that adapts it; raises TypeError of `what` where there is none.
@@ -119,15 +120,14 @@ def kind_of(
     `bases` says of a layer's class which plain one stands for it, where a store has switched the model's.
     """
     base = module.base_layer if isinstance(module, LoRALayer) else module
-    kind = LAYERS.get(bases.get(type(base), type(base)))
+    kind = LAYERS.get(bases.get(type(base), type(base))) or layer_for(base)
     if kind is not None:
         return base, kind
     if base.__dict__.get("_lora_site") is not None:
         raise TypeError(f"{what} is served by an AdapterStore; close() that first, or use another copy of the model")
-    raise TypeError(
-        f"{what} is a {type(base).__module__}.{type(base).__qualname__}; expected exactly one of "
-        f"{', '.join(f'torch.nn.{base.__name__}' for base in LAYERS)}: leave it out (exclude_modules)"
-    )
+    expected = f"expected exactly one of {', '.join(f'torch.nn.{base.__name__}' for base in LAYERS)}"
+    why = why_refused(base) or f"{expected}: leave it out (exclude_modules)"
+    raise TypeError(f"{what} is a {type(base).__module__}.{type(base).__qualname__}; {why}")
 
 
 @contextmanager
