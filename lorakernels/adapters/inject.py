@@ -16,7 +16,7 @@ from lorakernels.adapters.targets import find_modules_to_save, find_targets, war
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
-from lorakernels.nn.adapt import LAYERS, adapt, layer_for
+from lorakernels.nn.adapt import LAYERS, layer_for
 from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
@@ -152,7 +152,9 @@ def adding(
     try:
         for module, config in configs.items():
             if not isinstance(module, LoRALayer):
-                made[module] = adapt(module, adapter_name, config)
+                kind = layer_for(module)
+                assert kind is not None, "whoever calls has asked base_and_kind"
+                made[module] = kind.from_base(module, adapter_name, config)
             elif module in had:
                 module.adapters[adapter_name] = Adapter.of(config)
             else:
