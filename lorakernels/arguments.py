@@ -195,12 +195,13 @@ def listed(name: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def slices_of(name: str, given: Any) -> tuple[list[torch.Tensor], bool]:
+def slices_of(name: str, given: Any) -> tuple[list[Any], bool]:
     """Tensors of one argument as a list, and whether it was a tensor; [S, 1, …] as [S, …]."""
-    single = isinstance(given, torch.Tensor)
+    kinds = (torch.Tensor, PackedWeight) if name == "weight" else torch.Tensor
+    single = isinstance(given, kinds)
     tensors = [given] if single else listed(name, given)
     for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, kinds):
             raise TypeError(f"{name} must be a tensor or a list of them; got a list with {type(tensor).__name__}")
     if not tensors:
         raise ValueError(f"{name} is an empty list; expected at least one tensor")

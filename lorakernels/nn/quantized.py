@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakernels import ops
 from lorakernels.quant import int4, nf4, wide
-from lorakernels.quant.packed import Form, PackedWeight
+from lorakernels.quant.packed import PackedWeight
 
 FORMATS = ("nf4", "fp4", "int4", "int8", "fp8")
 
@@ -23,9 +23,9 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, packed: PackedWeight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.form: Form = packed.form
+        self.text, form = packed.text, packed.form
         self.out_features, self.in_features = packed.shape
-        rows = packed.data if packed.form.bits == 8 or packed.form.K % 2 else packed.data.view(packed.form.N, -1)
+        rows = packed.data if form.bits == 8 or form.K % 2 else packed.data.view(form.N, -1)
         for name, tensor in {"weight": rows, "scale": packed.scale, "zero": packed.zero, "bias": bias}.items():
             self.register_parameter(
                 name, None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
@@ -34,7 +34,7 @@ class QuantizedLinear(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         own: Any = self._parameters
-        return PackedWeight(self.form, own["weight"].detach(), own["scale"].detach(), own["zero"])
+        return PackedWeight(self.text, own["weight"].detach(), own["scale"].detach(), own["zero"])
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features], in x's dtype."""
@@ -42,7 +42,7 @@ class QuantizedLinear(nn.Module):
         return ops.frozen_linear(input, self.packed, None if bias is None else bias.to(input.dtype))
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.form}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.text}"
 
 
 def pack(weight: torch.Tensor, kind: str, block: int = 64) -> PackedWeight:
