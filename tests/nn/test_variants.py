@@ -27,6 +27,10 @@ def adapt(base_layer: nn.Module, *args: Any, **fields: Any) -> Any:
     return LAYERS[type(base_layer)].from_base(base_layer, *args, **fields)
 
 
+def inject_into(layer: nn.Module) -> nn.Module:
+    return lk.inject(nn.Sequential(layer), lk.LoRAConfig(target_modules=["0"]))
+
+
 @dataclass(frozen=True)
 class Kind:
     """A base layer, an input of it, and the layer that PEFT puts around it."""
@@ -648,7 +652,12 @@ REFUSED = [
     (lambda: adapt(nn.Conv2d(4, 4, 3, groups=4), r=2), ValueError, "a multiple; got r=2"),
     (lambda: adapt(nn.Conv2d(4, 4, 3, groups=2), r=2, use_dora=True), ValueError, "groups=1; got groups=2"),
     (lambda: adapt(nn.Conv2d(4, 4, 3, groups=2), r=2, init_lora_weights="olora"), ValueError, "groups=1; got"),
-    (lambda: adapt(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)), TypeError, "no adapted layer"),
+    (lambda: inject_into(nn.ConvTranspose1d(4, 4, 3)), TypeError, "ConvTranspose1d; expected exactly one of"),
+    (
+        lambda: inject_into(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)),
+        TypeError,
+        "Linear; expected exactly",
+    ),
     (lambda: adapt(nn.Linear(4, 4), "get"), ValueError, "is an attribute of torch.nn.ParameterDict"),
 ]
 
