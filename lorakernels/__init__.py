@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakernels.adapters.combine import add_weighted_adapter as add_weighted_adapter
+    from lorakernels.adapters.held import trainable_parameters as trainable_parameters
     from lorakernels.adapters.hotswap import hotswap_adapter as hotswap_adapter
     from lorakernels.adapters.hotswap import prepare_for_hotswap as prepare_for_hotswap
     from lorakernels.adapters.inject import inject as inject
-    from lorakernels.adapters.inject import trainable_parameters as trainable_parameters
     from lorakernels.adapters.load_save import load_adapter as load_adapter
     from lorakernels.adapters.load_save import save_adapter as save_adapter
-    from lorakernels.adapters.merge import merge as merge
-    from lorakernels.adapters.merge import unmerge as unmerge
     from lorakernels.adapters.quantize import quantize as quantize
     from lorakernels.adapters.switch import delete_adapter as delete_adapter
+    from lorakernels.adapters.switch import merge as merge
     from lorakernels.adapters.switch import set_adapter as set_adapter
     from lorakernels.adapters.switch import set_scale as set_scale
+    from lorakernels.adapters.switch import unmerge as unmerge
     from lorakernels.backend import BackendError as BackendError
     from lorakernels.config import LoRAConfig as LoRAConfig
     from lorakernels.explanation import explain as explain
@@ -58,10 +58,10 @@ _HOMES = {
     "LoRAConv3d": "lorakernels.nn.conv",
     "LoRAConfig": "lorakernels.config",
     "inject": "lorakernels.adapters.inject",
-    "trainable_parameters": "lorakernels.adapters.inject",
-    "merge": "lorakernels.adapters.merge",
+    "trainable_parameters": "lorakernels.adapters.held",
+    "merge": "lorakernels.adapters.switch",
     "quantize": "lorakernels.adapters.quantize",
-    "unmerge": "lorakernels.adapters.merge",
+    "unmerge": "lorakernels.adapters.switch",
     "set_adapter": "lorakernels.adapters.switch",
     "set_scale": "lorakernels.adapters.switch",
     "delete_adapter": "lorakernels.adapters.switch",

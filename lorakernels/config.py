@@ -60,20 +60,28 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         names = self.modules_to_save or ()
-        if not isinstance(names, (list, tuple, set, frozenset)) or not all(
-            isinstance(name, str) and name for name in names
-        ):
+        if not _are_texts(names) or not all(names):
             raise TypeError(f"modules_to_save is {names!r}; expected a list of names")
         check_modules(self.target_modules, "target_modules")
         check_modules(self.exclude_modules, "exclude_modules")
         check_rank(self.r)
         check_alpha(self.lora_alpha)
-        check_dropout(self.lora_dropout)
+        _check_number(self.lora_dropout, "lora_dropout", "a number in [0, 1)")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; expected a number in [0, 1)")
         if self.bias not in BIASES:
             raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(map(repr, BIASES))}")
-        check_flag(self.use_rslora, "use_rslora")
         check_init(self.init_lora_weights)
-        check_variant(self.use_dora, self.lora_bias, self.init_lora_weights)
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            flag = getattr(self, name)
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} is {flag!r} ({type(flag).__name__}); expected True or False")
+        # PEFT's rules: with DoRA its norm would take the bias for a part of the weight.
+        if self.lora_bias and self.use_dora:
+            raise ValueError("lora_bias=True and use_dora=True exclude each other; expected one of them")
+        if self.lora_bias and self.init_lora_weights not in (True, False, "kaiming"):
+            init = self.init_lora_weights
+            raise ValueError(f"lora_bias=True with init_lora_weights={init!r}; expected True, 'kaiming' or False")
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name)
             if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -120,13 +128,15 @@ def of_one_layer(config: LoRAConfig, r: int, lora_alpha: float, **changes: Any) 
     return replace(config, r=r, lora_alpha=lora_alpha, **changes)
 
 
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, (list, tuple, set, frozenset)) and all(isinstance(value, str) for value in values)
+
+
 def check_modules(modules: Any, name: str) -> None:
     """None, one regular expression, or a list, tuple or set of names."""
     if isinstance(modules, str):
         check_pattern(modules, name)
-    elif modules is not None and not (
-        isinstance(modules, (list, tuple, set, frozenset)) and all(isinstance(one, str) for one in modules)
-    ):
+    elif modules is not None and not _are_texts(modules):
         raise TypeError(f"{name} is {modules!r}; expected a regular expression, or a list, tuple or set of names")
 
 
@@ -145,9 +155,13 @@ def check_rank(r: Any, name: str = "r") -> None:
         raise ValueError(f"{name} is {r}; expected an int of at least 1")
 
 
+def _check_number(value: Any, name: str, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+
+
 def check_alpha(alpha: Any, name: str = "lora_alpha") -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"{name} is {alpha!r} ({type(alpha).__name__}); expected a finite number")
+    _check_number(alpha, name, "a finite number")
     try:
         finite = math.isfinite(alpha)
     except OverflowError as error:
@@ -156,33 +170,11 @@ def check_alpha(alpha: Any, name: str = "lora_alpha") -> None:
         raise ValueError(f"{name} is {alpha}; expected a finite number")
 
 
-def check_dropout(p: Any, name: str = "lora_dropout") -> None:
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name} is {p!r} ({type(p).__name__}); expected a number in [0, 1)")
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{name} is {p}; expected a number in [0, 1)")
-
-
-def check_flag(flag: Any, name: str) -> None:
-    if not isinstance(flag, bool):
-        raise TypeError(f"{name} is {flag!r} ({type(flag).__name__}); expected True or False")
-
-
 def check_init(init: Any) -> None:
     steps = isinstance(init, str) and _PISSA_STEPS.fullmatch(init)
     if not steps and not (isinstance(init, (bool, str)) and init in INITS):
         names = ", ".join(map(repr, INITS))
         raise ValueError(f"init_lora_weights is {init!r}; expected one of {names}, 'pissa_niter_<n>'")
-
-
-def check_variant(use_dora: Any, lora_bias: Any, init: Any) -> None:
-    """PEFT's rules: with DoRA its norm would take the bias for a part of the weight."""
-    check_flag(use_dora, "use_dora")
-    check_flag(lora_bias, "lora_bias")
-    if lora_bias and use_dora:
-        raise ValueError("lora_bias=True and use_dora=True exclude each other; expected one of them")
-    if lora_bias and init not in (True, False, "kaiming"):
-        raise ValueError(f"lora_bias=True with init_lora_weights={init!r}; expected True, 'kaiming' or False")
 
 
 def scaling_of(lora_alpha: float, r: int, use_rslora: bool) -> float:

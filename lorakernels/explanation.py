@@ -94,10 +94,10 @@ def _multi_launches(x: torch.Tensor, weights: Tensors, As: Tensors, plan: BatchP
     from lorakernels.kernels import multi_lora as kernels
 
     tensors = plan.tensors
-    pages = None if tensors.pages is None else tensors.pages.to("meta")
-    tensors = tensors._replace(buffer=tensors.buffer.to("meta"), scales=tensors.scales.to("meta"), pages=pages)
+    table = None if tensors.page_table is None else tensors.page_table.to("meta")
+    tensors = tensors._replace(buffer=tensors.buffer.to("meta"), scales=tensors.scales.to("meta"), page_table=table)
     Bs = [
-        A.new_empty((len(A), len(W)) if pages is not None else (len(A), len(W), A.shape[-2]))
+        A.new_empty((len(A), len(W)) if table is not None else (len(A), len(W), A.shape[-2]))
         for W, A in zip(weights, As, strict=True)
     ]
     seed = x.new_empty(1, dtype=torch.int64) if dropout else None

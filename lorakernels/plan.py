@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -59,7 +59,7 @@ class PlanTensors(NamedTuple):
 
     buffer: torch.Tensor  # int32, see PlanLayout
     scales: torch.Tensor  # [num_slots + 1] float32
-    pages: torch.Tensor | None  # [num_slots + 1, max_rank] int32; the last row, the base's, is 0
+    page_table: torch.Tensor | None  # [num_slots + 1, max_rank] int32; the last row, the base's, is 0
     num_slots: int
     max_tokens: int
 
@@ -108,13 +108,13 @@ class BatchPlan:
         self.layout = plan_layout(num_slots, max_tokens)
         tiles = num_tiles(max_tokens, num_slots, TILE_HEIGHTS[0])
         most = max(num_slots + 2, max_tokens, max_rank, tiles)
-        self._pages = None
+        self._page_table = None
         with torch.inference_mode(False):  # inference tensors could not be updated outside that mode
             self._buffer = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
             self.device = self._buffer.device
             self._scales = torch.zeros(num_slots + 1, dtype=torch.float32, device=self.device)
             if num_pages is not None:
-                self._pages = torch.zeros(num_slots + 1, max_rank, dtype=torch.int32, device=self.device)
+                self._page_table = torch.zeros(num_slots + 1, max_rank, dtype=torch.int32, device=self.device)
             self._iota = torch.arange(most, device=self.device)
             # What was masked where the host does not look: unknown tokens, refused slots.
             self._masked = torch.zeros(2, dtype=torch.int64, device=self.device)
@@ -123,7 +123,7 @@ class BatchPlan:
         self.version = 0
         self._is_in_graph = False  # a replay of which updates the plan, and its version stays
         self._snapshots: dict[Any, PlanTensors] = {}  # of this version, by the CUDA stream that makes and reads them
-        self.tensors = PlanTensors(self._buffer, self._scales, self._pages, num_slots, max_tokens)
+        self.tensors = PlanTensors(self._buffer, self._scales, self._page_table, num_slots, max_tokens)
         """The plan as it is now and will be after every update: the same memory."""
         self.on_host: Any = None
         """What an operator has read of this version on the host; None after an update."""
@@ -176,24 +176,31 @@ class BatchPlan:
             PlanError: a shape does not fit; on a CPU, a slot, rank, scaling or page is out of range.
             TypeError: a dtype is wrong.
         """
-        token_slots = self._tensor("token_slots", token_slots, torch.int32)
-        slot_ranks = self._tensor("slot_ranks", slot_ranks, torch.int32)
-        slot_scalings = self._tensor("slot_scalings", slot_scalings, torch.float32)
-        self._check_shapes(token_slots, slot_ranks, slot_scalings, page_table)
-        unknown = (token_slots < BASE) | (token_slots >= self.num_slots)
-        refused = (slot_ranks < 0) | (slot_ranks > self.max_rank) | ~slot_scalings.isfinite()
+        slots = self._tensor("token_slots", token_slots, torch.int32)
+        ranks = self._tensor("slot_ranks", slot_ranks, torch.int32)
+        scalings = self._tensor("slot_scalings", slot_scalings, torch.float32)
+        self._check_shapes(slots, ranks, scalings, page_table)
+        unknown = (slots < BASE) | (slots >= self.num_slots)
+        refused = (ranks < 0) | (ranks > self.max_rank) | ~scalings.isfinite()
         if page_table is not None and self.num_pages is not None:
-            in_use = self._iota[: self.max_rank] < slot_ranks[:, None]
+            in_use = self._iota[: self.max_rank] < ranks[:, None]
             refused |= (in_use & ((page_table < 0) | (page_table >= self.num_pages))).any(1)
-        if self._host_checks:
-            self._refuse(token_slots, unknown, slot_ranks, slot_scalings, refused)
+        if self._host_checks and unknown.any():
+            token = int(unknown.to(torch.uint8).argmax())
+            expected = f"-1 (the base model) or 0 … {self.num_slots - 1}"
+            raise PlanError(f"token {token} has slot {int(slots[token])}; expected {expected}")
+        if self._host_checks and refused.any():
+            slot = int(refused.to(torch.uint8).argmax())
+            self._refuse(slot, int(ranks[slot]), float(scalings[slot]))
         self._snapshots, self.on_host = {}, None
         self._is_in_graph |= self._is_capturing()
-        self._route(token_slots, unknown, slot_ranks, slot_scalings, refused)
-        if page_table is not None and self._pages is not None:
-            self._pages[:-1].copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
+        off = refused | (scalings == 0)
+        base = unknown | (slots < 0)
+        self._route(slots.masked_fill(base, self.num_slots), ranks.masked_fill(off, 0), scalings.masked_fill(off, 0))
+        if page_table is not None and self._page_table is not None:
+            self._page_table[:-1].copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
         self._masked += torch.stack([unknown.sum(), refused.sum()])
-        self.num_tokens = token_slots.shape[0]
+        self.num_tokens = slots.shape[0]
         self.version += 1
 
     def check(self) -> None:
@@ -207,42 +214,29 @@ class BatchPlan:
                 "scaling that is not finite, or a page outside the pool"
             )
 
-    def _route(
-        self,
-        token_slots: torch.Tensor,
-        unknown: torch.Tensor,
-        slot_ranks: torch.Tensor,
-        slot_scalings: torch.Tensor,
-        refused: torch.Tensor,
-    ) -> None:
-        layout, S, T = self.layout, self.num_slots, token_slots.shape[0]
-        off = refused | (slot_scalings == 0)
-        self._buffer[layout.ranks : layout.ranks + S].copy_(slot_ranks.masked_fill(off, 0))
-        self._scales[:S].copy_(slot_scalings.masked_fill(off, 0))
+    def _route(self, slots: torch.Tensor, slot_ranks: torch.Tensor, slot_scalings: torch.Tensor) -> None:
+        layout, iota, S, T = self.layout, self._iota, self.num_slots, slots.shape[0]
+        self._write(layout.ranks, slot_ranks)
+        self._scales[:S].copy_(slot_scalings)
         ranks = self._buffer[layout.ranks : layout.ranks + S + 1]
-        slots = token_slots.masked_fill(unknown | (token_slots < 0), S)
         slots = slots.masked_fill(ranks.index_select(0, slots) == 0, S)
         # Sorting numbers that hold slot and token at once is stable and gives both back.
-        in_order = torch.sort(slots.long() * self.max_tokens + self._iota_of(T)).values
-        order = in_order % self.max_tokens
-        starts = torch.searchsorted(in_order, self._iota_of(S + 2) * self.max_tokens)
-        self._buffer[layout.slots : layout.slots + T].copy_(slots)
-        self._buffer[layout.order : layout.order + T].copy_(order)
-        self._buffer[layout.starts : layout.starts + S + 2].copy_(starts)
+        in_order = torch.sort(slots.long() * self.max_tokens + iota[:T]).values
+        starts = torch.searchsorted(in_order, iota[: S + 2] * self.max_tokens)
+        self._write(layout.slots, slots)
+        self._write(layout.order, in_order % self.max_tokens)
+        self._write(layout.starts, starts)
         for height, begin in zip(TILE_HEIGHTS, layout.tiles, strict=True):
-            count = num_tiles(T, S, height)
             tiles_of_slot = (starts[1:] - starts[:-1] + (height - 1)) // height
             ends = tiles_of_slot.cumsum(0)
-            tile = self._iota_of(count)
+            tile = iota[: num_tiles(T, S, height)]
             slot = torch.searchsorted(ends, tile, right=True).clamp_(max=S)
             first = starts[slot] + (tile - (ends - tiles_of_slot)[slot]) * height
             end = torch.minimum(first + height, starts[slot + 1])
-            self._buffer[begin : begin + 3 * count].copy_(
-                torch.stack([slot, torch.minimum(first, end), end], 1).view(-1)
-            )
+            self._write(begin, torch.stack([slot, torch.minimum(first, end), end], 1).view(-1))
 
-    def _iota_of(self, length: int) -> torch.Tensor:
-        return self._iota[:length]
+    def _write(self, begin: int, values: torch.Tensor) -> None:
+        self._buffer[begin : begin + len(values)].copy_(values)
 
     def _tensor(self, name: str, values: torch.Tensor | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
         if not isinstance(values, torch.Tensor):
@@ -258,57 +252,37 @@ class BatchPlan:
             raise TypeError(f"{name} is {values.dtype}; expected {dtype}")
         return values
 
-    def _check_shapes(
-        self,
-        token_slots: torch.Tensor,
-        slot_ranks: torch.Tensor,
-        slot_scalings: torch.Tensor,
-        pages: torch.Tensor | None,
-    ) -> None:
-        if token_slots.dim() != 1 or token_slots.shape[0] > self.max_tokens:
+    def _check_shapes(self, slots: torch.Tensor, ranks: torch.Tensor, scalings: torch.Tensor, page_table: Any) -> None:
+        if slots.dim() != 1 or slots.shape[0] > self.max_tokens:
             raise PlanError(
-                f"token_slots is {list(token_slots.shape)}; expected [T] with T ≤ {self.max_tokens}: split the batch, "
+                f"token_slots is {list(slots.shape)}; expected [T] with T ≤ {self.max_tokens}: split the batch, "
                 "or make a plan with a larger max_tokens"
             )
-        for name, tensor in (("slot_ranks", slot_ranks), ("slot_scalings", slot_scalings)):
+        for name, tensor in (("slot_ranks", ranks), ("slot_scalings", scalings)):
             if tuple(tensor.shape) != (self.num_slots,):
                 raise PlanError(f"{name} is {list(tensor.shape)}; expected [{self.num_slots}], a number a slot")
-        if (pages is None) != (self.num_pages is None):
+        if (page_table is None) != (self.num_pages is None):
             raise PlanError("page_table is for plans with num_pages, which need it in every update")
-        if pages is not None:
-            if not isinstance(pages, torch.Tensor):
-                raise TypeError(f"page_table must be a tensor, int32 on {self.device}; got {type(pages).__name__}")
-            if tuple(pages.shape) != (self.num_slots, self.max_rank):
-                raise PlanError(f"page_table is {list(pages.shape)}; expected {[self.num_slots, self.max_rank]}")
-            if pages.dtype not in (torch.int32, torch.int64) or pages.device != self.device:
-                raise TypeError(f"page_table is {pages.dtype} on {pages.device}; expected int32 on {self.device}")
+        if page_table is None:
+            return
+        if not isinstance(page_table, torch.Tensor):
+            raise TypeError(f"page_table must be a tensor, int32 on {self.device}; got {type(page_table).__name__}")
+        if tuple(page_table.shape) != (self.num_slots, self.max_rank):
+            raise PlanError(f"page_table is {list(page_table.shape)}; expected {[self.num_slots, self.max_rank]}")
+        if page_table.dtype not in (torch.int32, torch.int64) or page_table.device != self.device:
+            found = f"{page_table.dtype} on {page_table.device}"
+            raise TypeError(f"page_table is {found}; expected int32 on {self.device}")
 
-    def _refuse(
-        self,
-        token_slots: torch.Tensor,
-        unknown: torch.Tensor,
-        slot_ranks: torch.Tensor,
-        slot_scalings: torch.Tensor,
-        refused: torch.Tensor,
-    ) -> None:
-        if unknown.any():
-            token = int(unknown.to(torch.uint8).argmax())
-            raise PlanError(
-                f"token {token} has slot {int(token_slots[token])}; expected -1 (the base model) or "
-                f"0 … {self.num_slots - 1}"
-            )
-        if refused.any():
-            slot = int(refused.to(torch.uint8).argmax())
-            rank, scaling = int(slot_ranks[slot]), float(slot_scalings[slot])
-            if not 0 <= rank <= self.max_rank:
-                raise PlanError(f"slot {slot} has rank {rank}; expected 0 … {self.max_rank}, the plan's max_rank")
-            if not math.isfinite(scaling):
-                raise PlanError(f"slot {slot} has scaling {scaling}; expected a finite number, such as lora_alpha / r")
-            raise PlanError(f"slot {slot} has a page outside 0 … {(self.num_pages or 0) - 1}, the pool's pages")
+    def _refuse(self, slot: int, rank: int, scaling: float) -> NoReturn:
+        if not 0 <= rank <= self.max_rank:
+            raise PlanError(f"slot {slot} has rank {rank}; expected 0 … {self.max_rank}, the plan's max_rank")
+        if not math.isfinite(scaling):
+            raise PlanError(f"slot {slot} has scaling {scaling}; expected a finite number, such as lora_alpha / r")
+        raise PlanError(f"slot {slot} has a page outside 0 … {(self.num_pages or 0) - 1}, the pool's pages")
 
     def _copied(self) -> PlanTensors:
-        pages = None if self._pages is None else self._pages.clone()
-        return PlanTensors(self._buffer.clone(), self._scales.clone(), pages, self.num_slots, self.max_tokens)
+        page_table = None if self._page_table is None else self._page_table.clone()
+        return PlanTensors(self._buffer.clone(), self._scales.clone(), page_table, self.num_slots, self.max_tokens)
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

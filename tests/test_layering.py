@@ -267,7 +267,7 @@ CAUGHT = [
     ("lorakernels.eager.linear", "def f():\n    from ..kernels import shrink", ladder),
     ("lorakernels.serving.store", "from ..integrations import peft", ladder),
     ("lorakernels.plan", "import lorakernels.backend", ladder),
-    ("lorakernels.nn.linear", "import importlib\nimportlib.import_module('lorakernels.adapters.merge')", ladder),
+    ("lorakernels.nn.linear", "import importlib\nimportlib.import_module('lorakernels.adapters.switch')", ladder),
     ("lorakernels.quant.nf4", "from importlib import import_module\nimport_module('..ops', __package__)", ladder),
     ("lorakernels.tools.demo", "from lorakernels.cli import main", ladder),
     ("lorakernels", "from lorakernels.cli import main", ladder),

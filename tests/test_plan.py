@@ -150,7 +150,7 @@ def test_a_plan_made_in_inference_mode_is_updated_outside() -> None:
         plan.update(*arguments(10, 5), torch.zeros(5, 4, dtype=torch.int32))
     plan.update(*arguments(12, 5), torch.ones(5, 4, dtype=torch.int32))
     plan.check()
-    assert plan.num_tokens == 12 and plan.tensors.pages.any()
+    assert plan.num_tokens == 12 and plan.tensors.page_table.any()
 
 
 def test_a_snapshot_is_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,10 +215,10 @@ OUT_OF_RANGE = [
 def test_out_of_range_is_refused_or_masked(changes: dict[str, Any], message: str, masked: tuple[int, int]) -> None:
     plan = BatchPlan(2, 8, max_rank=4, num_pages=20)
     plan.update(**GOOD)
-    before = (read(plan), plan.tensors.pages.tolist(), plan.tensors.scales.tolist(), plan.version)
+    before = (read(plan), plan.tensors.page_table.tolist(), plan.tensors.scales.tolist(), plan.version)
     with pytest.raises(PlanError, match=message):
         plan.update(**(GOOD | changes))
-    assert (read(plan), plan.tensors.pages.tolist(), plan.tensors.scales.tolist(), plan.version) == before
+    assert (read(plan), plan.tensors.page_table.tolist(), plan.tensors.scales.tolist(), plan.version) == before
     plan.check()
 
     unseeing = device_plan(2, 8, max_rank=4, num_pages=20)
@@ -230,7 +230,7 @@ def test_out_of_range_is_refused_or_masked(changes: dict[str, Any], message: str
         expected.append(2 if not 0 <= slot < 2 or refused else slot)
     assert read(unseeing)["slots"] == expected
     assert unseeing.tensors.scales.isfinite().all()
-    assert ((unseeing.tensors.pages >= 0) & (unseeing.tensors.pages < 20)).all()
+    assert ((unseeing.tensors.page_table >= 0) & (unseeing.tensors.page_table < 20)).all()
     with pytest.raises(PlanError, match=f"{masked[0]} tokens of unknown slots .* {masked[1]} slots"):
         unseeing.check()
     unseeing.check()

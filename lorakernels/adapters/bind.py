@@ -10,15 +10,14 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-from lorakernels.adapters.inject import adaptable, served
+from lorakernels.adapters.inject import base_and_kind
 from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import find_modules_to_save, plain_modules
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.config_file import check_start, not_supported
 from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, updates_of
-from lorakernels.files.reading import AdapterFileError, Tensors, check_finite
+from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
 from lorakernels.files.update import Shapes, Update
-from lorakernels.nn.adapt import LAYERS, layer_for
 from lorakernels.nn.layer import LoRALayer
 
 
@@ -46,10 +45,8 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
     check_start(file.fields, file.source)
     if file.fields.get("fan_in_fan_out"):
         raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
-    try:
+    with as_file_error(file.source):
         to_save = find_modules_to_save(model, config.modules_to_save)
-    except TypeError as error:
-        raise AdapterFileError(str(error)) from error
     modules, others = dict(plain_modules(model)), dict(file.others)
     whole = _take_whole(others, to_save, modules)
     biases = _take_biases(others, model) if config.bias != "none" else []
@@ -59,11 +56,9 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
 
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
         (base, kind), variant = found[path], (config.use_dora, config.lora_bias)
-        try:
+        with as_file_error(f"module {path!r}"):
             kind.check_adapter(base, of_one_layer(config, r, alpha, init_lora_weights=True))
             return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise AdapterFileError(f"module {path!r}: {error}") from error
 
     layers = updates_of(file, shapes_of)
     for path in [*layers, *whole]:
@@ -143,9 +138,5 @@ def _layer(
     if layer is None:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
-    base = layer.base_layer if isinstance(layer, LoRALayer) else layer
-    kind = LAYERS.get(bases.get(type(base), type(base))) or layer_for(base)
-    if kind is None:
-        what = served(base) or f"is a {type(layer).__qualname__}; expected one of {adaptable()}"
-        raise AdapterFileError(f"module {path!r} {what}")
-    return base, kind
+    with as_file_error("the file does not fit"):
+        return base_and_kind(f"module {path!r}", layer, bases)

@@ -8,22 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from lorakernels.adapters.inject import (
-    activity,
-    adapted_layers,
-    adapters_in,
-    config_of,
-    layers_of,
-    nothing_on_error,
-    refuse_changed_base,
-    remember,
-    uncompiled,
-)
+from lorakernels.adapters import held
+from lorakernels.adapters.inject import adding, check_new_name
 from lorakernels.adapters.rank_slices import by_group, smaller
-from lorakernels.adapters.switch import refuse_merged
 from lorakernels.config import LoRAConfig, check_alpha, check_rank
 from lorakernels.files.peft import with_ranks
-from lorakernels.nn.base import check_adapter_name
 from lorakernels.nn.layer import LoRALayer
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -66,7 +55,6 @@ def add_weighted_adapter(
         RuntimeError: adapters are merged, one has changed the base weights, or ranks past those of a hot swap have
             trained.
     """
-    check_adapter_name(adapter_name)
     combine = _COMBINATIONS.get(combination_type)
     if combine is None:
         raise ValueError(f"combination_type is {combination_type!r}; expected one of {list(_COMBINATIONS)}")
@@ -78,49 +66,35 @@ def add_weighted_adapter(
         check_rank(svd_rank, "svd_rank")
         if combination_type != "svd":
             raise ValueError(f'svd_rank={svd_rank} goes with combination_type="svd"; got {combination_type!r}')
-    compiled, model = model, uncompiled(model)
-    layers = adapted_layers(model)
-    if adapter_name in adapters_in(model):
-        raise ValueError(f"adapter name {adapter_name!r} is taken; the model has: {list(adapters_in(model))}")
+    compiled, model = model, held.uncompiled(model)
+    layers = held.layers(model)
+    check_new_name(adapter_name, held.names(model))
+    plain = LoRAConfig()
     for name in adapters:
-        _check_can_be_combined(name, config_of(model, name))
-    refuse_merged(layers)
-    refuse_changed_base(model)
+        config = held.config_of(model, name)
+        for field in ("use_dora", "lora_bias", "bias", "modules_to_save"):
+            value = getattr(config, field)
+            if value and value != getattr(plain, field):
+                raise ValueError(f"adapter {name!r} has {field}={value!r}, of which there is no weighted sum")
+    held.refuse_merged(model)
+    held.refuse_changed_base(model)
 
-    pairs: dict[str, Pair] = {}
-    having = {name: layers_of(model, name) for name in adapters}
+    pairs: dict[nn.Module, Pair] = {}
+    having = {name: held.layers_of(model, name) for name in adapters}
     for path, layer in layers.items():
         own = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if path in having[name]]
         if own:
             try:
-                pairs[path] = combine(layer, own, svd_rank)
+                pairs[layer] = combine(layer, own, svd_rank)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-    ranks = {path: A.shape[0] for path, (A, _) in pairs.items()}
-
-    restore_activity = activity(model)
-    with nothing_on_error(model, adapter_name, {}):
-        for path, (A, B) in pairs.items():
-            _add(layers[path], adapter_name, ranks[path], A, B)
-        restore_activity()
-    config = LoRAConfig(r=max(ranks.values()), lora_alpha=max(ranks.values()), target_modules=sorted(pairs))
-    config = with_ranks(config, ranks, ranks)
-    remember(model, adapter_name, config)
+    ranks = {path: pairs[layer][0].shape[0] for path, layer in layers.items() if layer in pairs}
+    most = max(ranks.values())
+    config = with_ranks(LoRAConfig(r=most, lora_alpha=most, target_modules=sorted(ranks)), ranks, ranks)
+    configs = {layer: LoRAConfig(r=A.shape[0], lora_alpha=A.shape[0]) for layer, (A, _) in pairs.items()}
+    with adding(model, adapter_name, configs, tensors=pairs):
+        held.remember(model, adapter_name, config)
     return compiled
-
-
-def _check_can_be_combined(name: str, config: LoRAConfig) -> None:
-    plain = LoRAConfig()
-    for field in ("use_dora", "lora_bias", "bias", "modules_to_save"):
-        value = getattr(config, field)
-        if value and value != getattr(plain, field):
-            raise ValueError(f"adapter {name!r} has {field}={value!r}, of which there is no weighted sum")
-
-
-def _add(layer: LoRALayer, name: str, r: int, A: torch.Tensor, B: torch.Tensor) -> None:
-    layer.add_adapter(name, r=r, lora_alpha=r)
-    for parameter, value in zip(layer.adapter_tensors(name).values(), (A, B), strict=True):
-        parameter.data = value.to(parameter.device)
 
 
 def _factors(layer: LoRALayer, name: str) -> Pair:

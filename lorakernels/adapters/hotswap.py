@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
-from lorakernels.adapters.inject import adapted_layers, config_of, refuse_changed_base, remember, uncompiled
 from lorakernels.adapters.load_save import copy_whole
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import copies_of, state_of
-from lorakernels.adapters.switch import layers_with, refuse_merged
 from lorakernels.config import check_rank
 from lorakernels.files.peft import local_folder, read_peft
 from lorakernels.files.reading import AdapterFileError, Tensors
@@ -38,16 +38,9 @@ def prepare_for_hotswap(model: nn.Module, max_rank: int, adapter_name: str = DEF
         RuntimeError: adapters are merged, or this one has changed the base weights.
     """
     check_rank(max_rank, "max_rank")
-    layers = adapted_layers(model)
-    owners = layers_with(layers, adapter_name)
-    refuse_merged(layers)
-    refuse_changed_base(model)
-    for layer in owners:
-        # Raises where a layer cannot have such a rank.
-        type(layer).adapter_shapes(layer.base_layer, max_rank, layer.adapters[adapter_name].use_dora)
-        if _room(layer, adapter_name) > max_rank:
-            rank = _room(layer, adapter_name)
-            raise ValueError(f"adapter {adapter_name!r} has rank {rank}, more than max_rank={max_rank}")
+    owners = held.layers_with(model, adapter_name).values()
+    held.refuse_merged(model)
+    held.refuse_changed_base(model)
     padded = [(parameter, value) for layer in owners for parameter, value in _padded(layer, adapter_name, max_rank)]
     for parameter, value in padded:
         parameter.data = value
@@ -89,26 +82,20 @@ def hotswap_adapter(
             kind of adapter, numbers that its dtype would round.
         RuntimeError: adapters are merged, or one has changed the base weights.
     """
-    original = uncompiled(model)
-    layers = adapted_layers(original)
-    owners = set(layers_with(layers, adapter_name))
-    config_of(original, adapter_name)
-    refuse_merged(layers)
-    refuse_changed_base(original)
+    original = held.uncompiled(model)
+    held.config_of(original, adapter_name)
+    held.refuse_merged(original)
+    held.refuse_changed_base(original)
     contents = bind(original, read_peft(local_folder(folder, hub, revision)))
     _check_fits(original, adapter_name, contents)
 
-    paths = {contents.modules[path]: path for path in contents.layers}
-    for layer in owners:
-        path = paths.get(layer)
-        if path is None:
-            _switch_off(layer, adapter_name)
-        else:
-            _fill(layer, adapter_name, contents.layers[path], contents.config.use_rslora)
+    updates = {contents.modules[path]: update for path, update in contents.layers.items()}
+    owners = held.owners(original, adapter_name)
+    for layer in owners.values():
+        _fill(layer, adapter_name, updates.get(layer), contents.config.use_rslora)
     copy_whole(original, adapter_name, contents)
-    names = {layer: path for path, layer in layers.items()}
-    unused = sorted(names[layer] for layer in owners - paths.keys())
-    remember(original, adapter_name, contents.config, unused)
+    unused = sorted(path for path, layer in owners.items() if layer not in updates)
+    held.remember(original, adapter_name, contents.config, unused)
     return model
 
 
@@ -118,9 +105,10 @@ def _room(layer: LoRALayer, name: str) -> int:
 
 
 def _padded(layer: LoRALayer, name: str, max_rank: int) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    adapter = layer.adapters[name]
+    adapter, r, padded = layer.adapters[name], _room(layer, name), []
     shapes = type(layer).adapter_shapes(layer.base_layer, max_rank, adapter.use_dora, adapter.lora_bias)
-    r, padded = _room(layer, name), []
+    if r > max_rank:
+        raise ValueError(f"adapter {name!r} has rank {r}, more than max_rank={max_rank}")
     for suffix, parameter in layer.adapter_tensors(name).items():
         if tuple(parameter.shape) != shapes[suffix]:
             value = parameter.new_zeros(shapes[suffix])
@@ -135,15 +123,12 @@ def _copy_into(suffix: str, room: torch.Tensor, value: torch.Tensor, r: int, lay
 
 
 def _check_fits(model: nn.Module, name: str, contents: Contents) -> None:
-    config, slot, copies = contents.config, config_of(model, name), copies_of(model, name)
-    kinds: dict[str, tuple[object, object]] = {
-        **{field: (getattr(config, field), getattr(slot, field)) for field in ("use_dora", "lora_bias", "bias")},
-        "modules_to_save": (sorted(contents.whole), sorted(copies)),
-    }
-    for field, (theirs, own) in kinds.items():
-        if theirs != own or (
-            field == "bias" and own != "none"
-        ):  # biases are the base model's, with no slot of their own
+    config, slot, copies = contents.config, held.config_of(model, name), copies_of(model, name)
+    for field in ("use_dora", "lora_bias", "bias", "modules_to_save"):
+        theirs, own = getattr(config, field), getattr(slot, field)
+        if field == "modules_to_save":
+            theirs, own = sorted(contents.whole), sorted(copies)
+        if theirs != own or (field == "bias" and own != "none"):  # biases are the base's, with no slot of their own
             expected = 'bias="none" of both' if field == "bias" else "the same"
             raise AdapterFileError(
                 f"the file has {field}={theirs!r} and adapter {name!r} {own!r}; expected {expected}: load it under "
@@ -166,28 +151,25 @@ def _check_fits(model: nn.Module, name: str, contents: Contents) -> None:
 
 def _check_exact(path: str, slot: Mapping[str, torch.Tensor], tensors: Tensors) -> None:
     for suffix, tensor in tensors.items():
-        held = tensor.to(slot[suffix].dtype)
-        if not torch.equal(held.to(tensor.dtype), tensor):
+        rounded = tensor.to(slot[suffix].dtype)
+        if not torch.equal(rounded.to(tensor.dtype), tensor):
             raise AdapterFileError(
                 f"{path}.{suffix} is {tensor.dtype}, which the slot's {slot[suffix].dtype} would round; make the slot "
                 f"from an adapter in {tensor.dtype}"
             )
 
 
-def _fill(layer: LoRALayer, name: str, update: Update, use_rslora: bool) -> None:
-    for suffix, parameter in layer.adapter_tensors(name).items():
+def _fill(layer: LoRALayer, name: str, update: Update | None, use_rslora: bool) -> None:
+    """Put an update into a slot; none switches it off."""
+    tensors, adapter = layer.adapter_tensors(name), layer.adapters[name]
+    for suffix, parameter in tensors.items():
         parameter.zero_()
-        _copy_into(suffix, parameter, update.tensors[suffix], update.r, layer)
-    adapter = layer.adapters[name]
-    adapter.r, adapter.lora_alpha, adapter.use_rslora = update.r, update.alpha, use_rslora
-    adapter.rescale(adapter.own_scaling)
-
-
-def _switch_off(layer: LoRALayer, name: str) -> None:
-    for parameter in layer.adapter_tensors(name).values():
-        parameter.zero_()
-    if layer.adapters[name].use_dora:
-        magnitude: torch.Tensor = layer.adapter_tensors(name)[MAGNITUDE]
-        matrix = layer._matrix(layer.weight)
-        norm = layer.lora_magnitude_vector[name].norm(layer.weight, matrix, *layer._factors(name), 1.0)  # type: ignore
-        magnitude.copy_(norm.view_as(magnitude))
+        if update is not None:
+            _copy_into(suffix, parameter, update.tensors[suffix], update.r, layer)
+    if update is not None:
+        adapter.r, adapter.lora_alpha, adapter.use_rslora = update.r, update.alpha, use_rslora
+        adapter.rescale(adapter.own_scaling)
+    elif adapter.use_dora:
+        magnitude: Any = layer.lora_magnitude_vector[name]
+        norm = magnitude.norm(layer.weight, layer._matrix(layer.weight), *layer._factors(name), 1.0)
+        tensors[MAGNITUDE].copy_(norm.view_as(tensors[MAGNITUDE]))

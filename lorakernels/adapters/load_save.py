@@ -10,28 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
-from lorakernels.adapters.inject import (
-    adapted_layers,
-    adapter_parameters,
-    adapters_in,
-    config_of,
-    freeze_all_but_adapters,
-    give_adapter,
-    layers_of,
-    nothing_on_error,
-    refuse_changed_base,
-    refuse_shared_biases,
-    remember,
-    replace_modules,
-    uncompiled,
-)
+from lorakernels.adapters.inject import adding, freeze_all_but_adapters
 from lorakernels.adapters.rank_slices import smaller
-from lorakernels.adapters.saved_modules import copies_of, give_copies, state_of
-from lorakernels.adapters.switch import refuse_merged, set_adapter
+from lorakernels.adapters.saved_modules import copies_of, state_of
+from lorakernels.adapters.switch import set_adapter
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.peft import local_folder, read_peft, with_ranks, write_peft
-from lorakernels.files.reading import AdapterFileError, Tensors
+from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error
 from lorakernels.nn.base import DEFAULT, check_adapter_name
 from lorakernels.nn.layer import LoRALayer
 
@@ -44,16 +31,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     Raises KeyError, naming the adapters there are, when the model has none of that name or was not given it as a whole,
     and RuntimeError when another adapter has changed the base weights, or ranks past those of a hot swap have trained.
     """
-    model = uncompiled(model)
-    config = config_of(model, adapter_name)
-    refuse_changed_base(model, but_by=adapter_name)
+    model = held.uncompiled(model)
+    config = held.config_of(model, adapter_name)
+    held.refuse_changed_base(model, but_by=adapter_name)
     others = _saved_biases(model, config, adapter_name)
     for path, copy in copies_of(model, adapter_name).items():
         others |= {f"{path}.{name}": tensor for name, tensor in state_of(copy).items()}
     updates: dict[str, Tensors] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, layer in layers_of(model, adapter_name).items():
+    for path, layer in held.layers_of(model, adapter_name).items():
         updates[path], ranks[path], alphas[path] = _plain(layer, adapter_name)
     sharded = any(hasattr(tensor, "full_tensor") for own in (others, *updates.values()) for tensor in own.values())
     others, updates = _whole(others), {path: _whole(own) for path, own in updates.items()}
@@ -108,42 +95,33 @@ def load_adapter(
         ImportError: the hub is asked, and huggingface_hub is not installed.
     """
     check_adapter_name(adapter_name)
-    compiled, model = model, uncompiled(model)
+    compiled, model = model, held.uncompiled(model)
     contents = bind(model, read_peft(local_folder(folder, hub, revision)))
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
-    _refuse_8_bits(contents)
-    earlier = adapters_in(model)
-
-    # A model that trains adapters already keeps what trains beside them.
-    beside = [p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
-    made: dict[nn.Module, nn.Module] = {}
-    with nothing_on_error(model, adapter_name, made):
-        for path, update in contents.layers.items():
-            module = made.get(contents.modules[path], contents.modules[path])
-            if not isinstance(module, LoRALayer) or adapter_name not in module.adapters:
-                own = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
-                module = give_adapter(module, adapter_name, own, made)
-            module.adapters[adapter_name].r = update.r  # a hot swap may have left a smaller one
-            module.configure(adapter_name, update.alpha, config.lora_dropout, config.use_rslora)
-            _set_weights(module, adapter_name, update.tensors)
-        new = [contents.modules[path] for path in contents.whole.keys() - copies_of(model, adapter_name)]
-        made |= give_copies(new, adapter_name)
-        replace_modules(model, made)
+    earlier = held.names(model)
+    configs, tensors = {}, {}
+    for path, update in contents.layers.items():
+        for suffix, tensor in update.tensors.items():
+            if tensor.element_size() == 1:  # adapters keep the file's dtype, and torch neither adds nor promotes these
+                raise AdapterFileError(
+                    f"{path}.{suffix} is {tensor.dtype}; expected float64, float32, bfloat16 or float16: convert the "
+                    "file's tensors first"
+                )
+        configs[contents.modules[path]] = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
+        tensors[contents.modules[path]] = update.tensors.values()
+    with adding(model, adapter_name, configs, [contents.modules[path] for path in contents.whole], tensors):
         if not earlier:
             freeze_all_but_adapters(model, config.bias if trainable else "none")
-        else:
-            for parameter in beside:
-                parameter.requires_grad_(True)
         set_adapter(model, adapter_name)
         if not trainable:
-            for parameter in adapter_parameters(model, adapter_name):
+            for parameter in held.parameters(model, adapter_name):
                 parameter.requires_grad_(False)
-    copy_whole(model, adapter_name, contents)
-    with torch.no_grad():
-        for bias, value in contents.biases:
-            bias.copy_(value)
-    remember(model, adapter_name, config)
+        copy_whole(model, adapter_name, contents)
+        with torch.no_grad():
+            for bias, value in contents.biases:
+                bias.copy_(value)
+        held.remember(model, adapter_name, config)
     return compiled
 
 
@@ -163,9 +141,8 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
     """The biases that trained with an adapter, by PEFT's names: `<module>.base_layer.bias` in an adapted layer."""
     if config.bias == "none":
         return {}
-    of_adapters = set(map(id, adapter_parameters(model)))
-    owners = [path for path, layer in adapted_layers(model).items() if adapter_name in layer.adapters]
-    adapted = tuple(f"{path}.base_layer." for path in owners)
+    of_adapters = set(map(id, held.parameters(model)))
+    adapted = tuple(f"{path}.base_layer." for path in held.owners(model, adapter_name))
     return {
         name: parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)  # PEFT has each of a tied one's names
@@ -177,14 +154,11 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
 
 def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents) -> None:
     """A name that is taken must mean the same layers, ranks and modules, whose weights are then replaced."""
-    layers = adapted_layers(model)
-    try:
-        refuse_changed_base(model)
-        refuse_shared_biases(model, contents.config, adapter_name)
-        refuse_merged(layers)
-    except (RuntimeError, ValueError) as error:
-        raise AdapterFileError(str(error)) from error
-    owners = [layer for layer in layers.values() if adapter_name in layer.adapters]
+    with as_file_error("the file cannot be loaded now", RuntimeError):
+        held.refuse_changed_base(model)
+        held.refuse_shared_biases(model, contents.config, adapter_name)
+        held.refuse_merged(model)
+    owners = held.owners(model, adapter_name).values()
     taken = {layer: _shapes(layer.adapter_tensors(adapter_name)) for layer in owners}
     copies = copies_of(model, adapter_name)
     new = {contents.modules[path]: _shapes(update.tensors) for path, update in contents.layers.items()}
@@ -197,29 +171,8 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
         raise AdapterFileError(f"adapter {adapter_name!r} is prepared for hot swaps; use hotswap_adapter")
 
 
-def _refuse_8_bits(contents: Contents) -> None:
-    """Adapters keep the file's dtype, and torch neither adds nor promotes 8-bit floats."""
-    for path, update in contents.layers.items():
-        for suffix, tensor in update.tensors.items():
-            if tensor.element_size() == 1:
-                raise AdapterFileError(
-                    f"{path}.{suffix} is {tensor.dtype}; expected float64, float32, bfloat16 or float16: convert the "
-                    "file's tensors first"
-                )
-
-
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
-
-
-@torch.no_grad()
-def _set_weights(layer: LoRALayer, adapter_name: str, tensors: Tensors) -> None:
-    for suffix, parameter in layer.adapter_tensors(adapter_name).items():
-        if parameter.dtype == tensors[suffix].dtype:
-            parameter.copy_(tensors[suffix])
-        else:
-            # The parameter itself stays: an optimizer may have it. A copy, since the tensor may be a view of the file.
-            parameter.data = tensors[suffix].to(parameter.device, copy=True)
 
 
 @torch.no_grad()

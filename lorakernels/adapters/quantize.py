@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from lorakernels.adapters.inject import refuse_tied, replace_modules, uncompiled
+from lorakernels.adapters import held
+from lorakernels.adapters.inject import replace_modules
 from lorakernels.adapters.targets import matches, output_layer, plain_modules
 from lorakernels.config import check_modules
 from lorakernels.nn.quantized import QuantizedLinear, pack
@@ -35,7 +36,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: s
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     check_modules(exclude, "exclude")
-    plain = uncompiled(model)
+    plain = held.uncompiled(model)
     head = output_layer(plain)
     found = {
         name: module
@@ -44,7 +45,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: s
     }
     if not found:
         raise ValueError(f"{type(plain).__name__} has no torch.nn.Linear to pack, or exclude={exclude!r} leaves none")
-    refuse_tied(plain, [module.weight for module in found.values()], f"quantize to {kind}")
+    held.refuse_tied(plain, [module.weight for module in found.values()], f"quantize to {kind}")
     made: dict[nn.Module, nn.Module] = {}
     for name, module in tqdm(found.items(), desc=f"packing to {kind}", unit="layer", disable=len(found) < 64):
         if module not in made:

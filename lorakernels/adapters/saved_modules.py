@@ -22,12 +22,20 @@ class SavedModule(nn.Module):
         self.original_module = original_module.requires_grad_(False)
         self.train(original_module.training)
         self.modules_to_save = nn.ModuleDict()
-        self.active_adapter: str | None = None
+        self.active_adapters: list[str] = []  # one or none: whole modules do not add up
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        """The copies by adapter: this and what follows is as in an adapted layer."""
+        return self.modules_to_save
 
     @property
     def running(self) -> nn.Module:
         """The module that a call goes to."""
-        return self.original_module if self.active_adapter is None else self.modules_to_save[self.active_adapter]
+        return self.modules_to_save[self.active_adapters[0]] if self.active_adapters else self.original_module
+
+    def adapter_tensors(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        return dict(self.modules_to_save[adapter_name].named_parameters())
 
     def add_adapter(self, adapter_name: str) -> None:
         """Give an adapter its own copy of the original, not active until `set_adapter`."""
@@ -36,20 +44,13 @@ class SavedModule(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter's copy away; where it was active, the original runs again."""
         del self.modules_to_save[adapter_name]
-        if self.active_adapter == adapter_name:
-            self.active_adapter = None
+        self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
-    def set_adapter(self, adapter_names: Iterable[str]) -> None:
-        """Let the one of `adapter_names` that has a copy here run and train; without one, the original.
-
-        Raises ValueError when several have one: whole modules do not add up.
-        """
-        own = [name for name in adapter_names if name in self.modules_to_save]
-        if len(own) > 1:
-            raise ValueError(f"adapters {own} each have a copy of one module; expected at most one of them active")
-        self.active_adapter = own[0] if own else None
+    def set_adapter(self, adapter_names: list[str]) -> None:
+        """Let the first of these run and train; without one, the original."""
+        self.active_adapters = adapter_names[:1]
         for name, module in self.modules_to_save.items():
-            module.requires_grad_(name == self.active_adapter)
+            module.requires_grad_(name in self.active_adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.running(*args, **kwargs)
@@ -63,7 +64,7 @@ class SavedModule(nn.Module):
             return getattr(self.running, name)
 
     def extra_repr(self) -> str:
-        return f"active={self.active_adapter!r}"
+        return f"active={self.active_adapters}"
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:

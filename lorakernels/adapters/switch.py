@@ -1,4 +1,4 @@
-"""Choosing, scaling and deleting a whole model's adapters while it runs."""
+"""Choosing, scaling, merging and deleting a whole model's adapters while it runs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from lorakernels.adapters.inject import adapted_layers, replace_modules
-from lorakernels.adapters.saved_modules import saved_modules
+from lorakernels.adapters import held
+from lorakernels.adapters.inject import activate, activity, replace_modules
+from lorakernels.adapters.saved_modules import SavedModule, saved_modules
 from lorakernels.config import check_alpha
-from lorakernels.nn.layer import LoRALayer
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
@@ -21,19 +21,14 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     if not isinstance(names, Iterable):
         raise TypeError(f"names is {names!r}; expected a name or a list of names, [] for none")
     wanted = [names] if isinstance(names, str) else list(names)
-    layers = adapted_layers(model)
     for name in wanted:
-        layers_with(layers, name)
-    refuse_merged(layers)
-    wrappers = saved_modules(model)
-    for path, wrapper in wrappers.items():
+        held.layers_with(model, name)
+    held.refuse_merged(model)
+    for path, wrapper in saved_modules(model).items():
         both = [name for name in dict.fromkeys(wanted) if name in wrapper.modules_to_save]
         if len(both) > 1:
             raise ValueError(f"adapters {both} each have a copy of {path!r}; expected at most one of them active")
-    for layer in layers.values():
-        layer.set_adapter([name for name in wanted if name in layer.adapters])
-    for wrapper in wrappers.values():
-        wrapper.set_adapter(dict.fromkeys(wanted))
+    activate(model, wanted)
 
 
 def set_scale(model: nn.Module, name: str, scale: float) -> None:
@@ -42,11 +37,42 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     Whole modules (modules_to_save) are not scaled.
     """
     check_alpha(scale, "scale")
-    layers = adapted_layers(model)
-    refuse_merged(layers)
-    for layer in layers_with(layers, name):
+    held.refuse_merged(model)
+    for layer in held.layers_with(model, name).values():
         adapter = layer.adapters[name]
         adapter.rescale(adapter.own_scaling * scale)
+
+
+def merge(model: nn.Module, names: str | list[str] | None = None, *, keep_base: bool = False) -> None:
+    """Merge the active adapters, or `names` after making them active, into the base weights.
+
+    With `keep_base` every weight is copied first, so that `unmerge` brings it back to the bit. Raises ValueError, and
+    changes nothing, when a merged weight would not be finite in its dtype, when DoRA's magnitude of a row is zero and
+    the weight not kept, and when a layer cannot be merged.
+    """
+    restore_activity = activity(model)
+    try:
+        if names is not None:
+            set_adapter(model, names)
+        layers = {path: one for path, one in held.layers(model).items() if one.active_adapters and not one.merged}
+        held.refuse_tied(model, [layer.weight for layer in layers.values()], "merging")
+        for path, layer in layers.items():  # all or none: raises before the first layer changes
+            try:
+                layer.check_merge(keep_base)
+            except ValueError as error:
+                raise ValueError(f"{path!r}: {error}") from error
+    except BaseException:
+        restore_activity()
+        raise
+    for layer in layers.values():
+        layer.merge(keep_base=keep_base)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take merged adapters out of the base weights again."""
+    for layer in held.layers(model).values():
+        if layer.merged:
+            layer.unmerge()
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -57,33 +83,12 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises KeyError for a name that the model does not have, RuntimeError while adapters are merged; nothing changes.
     """
-    layers = adapted_layers(model)
-    copies = [wrapper for wrapper in saved_modules(model).values() if name in wrapper.modules_to_save]
-    # A layer's own delete_adapter may have left the copies alone.
-    owners = [layer for layer in layers.values() if name in layer.adapters] if copies else layers_with(layers, name)
-    refuse_merged(layers)
-    for layer in owners:
-        layer.delete_adapter(name)
-    for wrapper in copies:
-        wrapper.delete_adapter(name)
-        if not wrapper.modules_to_save:
-            replace_modules(model, {wrapper: wrapper.original_module})
+    holders = held.holders(model, name) or held.layers_with(model, name)  # which raises
+    held.refuse_merged(model)
+    for holder in holders.values():
+        holder.delete_adapter(name)
+        if isinstance(holder, SavedModule) and not holder.adapters:
+            replace_modules(model, {holder: holder.original_module})
     for module in model.modules():  # it may have been put into a part of the model
         for known in ("_lora_configs", "_lora_unused"):
             module.__dict__.get(known, {}).pop(name, None)
-
-
-def refuse_merged(layers: dict[str, LoRALayer]) -> None:
-    """Before anything changes."""
-    merged = [path for path, layer in layers.items() if layer.merged]
-    if merged:
-        raise RuntimeError(f"adapters are merged into {merged[0]!r} and {len(merged) - 1} more; call unmerge first")
-
-
-def layers_with(layers: dict[str, LoRALayer], name: str) -> list[LoRALayer]:
-    """The layers that have an adapter; raises KeyError where none has."""
-    found = [layer for layer in layers.values() if name in layer.adapters]
-    if not found:
-        known = sorted({adapter for layer in layers.values() for adapter in layer.adapters})
-        raise KeyError(f"the model has no adapter {name!r}; its adapters: {known}")
-    return found

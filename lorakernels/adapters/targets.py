@@ -34,18 +34,16 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     else:
         named = {name for name in modules if matches(name, config.target_modules)}
     whole = find_modules_to_save(model, config.modules_to_save)
-    found = {
-        name: modules[name]
-        for name in modules
-        if name in named and not _excluded(name, config) and owner_of(name, whole) is None
-    }
+    excluded = config.exclude_modules or ()
+    found = {name: modules[name] for name in modules if name in named and owner_of(name, whole) is None}
+    found = {name: module for name, module in found.items() if not matches(name, excluded)}
     if not found:
         left_out = [field for field in ("exclude_modules", "modules_to_save") if getattr(config, field)]
         rest = " and ".join(f"{field}={getattr(config, field)!r}" for field in left_out)
-        excluded = f", of which {rest} leaves none" if named else ""
+        without = f", of which {rest} leaves none" if named else ""
         raise ValueError(
             f"target_modules={config.target_modules!r} matches {len(named)} modules of {type(model).__name__}"
-            f"{excluded}; {_near_names(config.target_modules, modules)}"
+            f"{without}; {_near_names(config.target_modules, modules)}"
         )
     return found
 
@@ -93,10 +91,6 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     if isinstance(patterns, str):
         return fullmatch(patterns, name)
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
-
-
-def _excluded(name: str, config: LoRAConfig) -> bool:
-    return bool(config.exclude_modules) and matches(name, config.exclude_modules)  # type: ignore[arg-type]
 
 
 def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

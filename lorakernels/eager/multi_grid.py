@@ -13,7 +13,7 @@ from lorakernels.member import cast
 # Fewer tokens a lot are gathered: two batched products take 40 µs before their first number.
 _LOT_TOKENS = 64
 
-Update = Callable[[torch.Tensor, torch.Tensor], None]  # y, x: adds to y in place
+Adder = Callable[[torch.Tensor, torch.Tensor], None]  # y, x: adds to y in place
 
 
 class Segment(NamedTuple):
@@ -114,7 +114,7 @@ class Lot(NamedTuple):
         else:
             self.rows.add_product(y, s.mul_(cast(self.scale, s.dtype)), B, 1.0)
 
-    def bound_add(self, A: torch.Tensor, B: torch.Tensor) -> Update:
+    def bound_add(self, A: torch.Tensor, B: torch.Tensor) -> Adder:
         """`add` for contiguous y and x of any leading shape, with all looked up that does not depend on them.
 
         Between the layers of a model each operator that is saved, a view too, is 4 µs.
@@ -150,7 +150,7 @@ class Grid(NamedTuple):
         """Whether the padding costs less than the loop."""
         return self.padding * columns <= 1 << 19
 
-    def bound_add(self, lora_A: torch.Tensor, lora_B: torch.Tensor, dtype: torch.dtype) -> Update:
+    def bound_add(self, lora_A: torch.Tensor, lora_B: torch.Tensor, dtype: torch.dtype) -> Adder:
         """What adds the adapters' update to contiguous y [..., N], from contiguous x [..., K] of this dtype."""
         adds = [
             lot.bound_add(lot.factors(lora_A, dtype, is_B=False), lot.factors(lora_B, dtype, is_B=True))

@@ -36,7 +36,7 @@ def forward(
     """
     ys = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     where = where or route(plan, x.shape[0])
-    width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
+    width = lora_As[0].shape[1] if plan.page_table is None else plan.page_table.shape[1]
     columns = x.shape[1] + sum([y.shape[1] for y in ys])
     if thresholds is None and (grid := where.grid_for(x, columns)) is not None:
         kept = x.new_zeros((len(ys), x.shape[0], width)) if keep_s else None
@@ -134,7 +134,7 @@ def backward(
 def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, *, where: Route | None = None) -> torch.Tensor:
     """S [slices, T, R] float32 (float64 for x in it), zero past each slot's rank and in rows of the base."""
     where = where or route(plan, x.shape[0])
-    width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
+    width = lora_As[0].shape[1] if plan.page_table is None else plan.page_table.shape[1]
     dtype = torch.promote_types(x.dtype, torch.float32)
     if (grid := where.grid_for(x, x.shape[1])) is not None:
         s = x.new_zeros((len(lora_As), x.shape[0], width), dtype=dtype)
@@ -181,8 +181,8 @@ def _cut(rows: torch.Tensor, wanted: slice) -> torch.Tensor:
 
 def _rank_rows(adapters: torch.Tensor, plan: PlanTensors, segment: Segment, *, is_B: bool) -> torch.Tensor:
     """The rank rows [rank, columns] of a slot: views of a stack, copies of pages."""
-    if plan.pages is not None:
-        return adapters.index_select(0, plan.pages[segment.slot, : segment.rank])
+    if plan.page_table is not None:
+        return adapters.index_select(0, plan.page_table[segment.slot, : segment.rank])
     stack = adapters[segment.slot]
     return (stack.t() if is_B else stack)[: segment.rank]
 
@@ -190,8 +190,8 @@ def _rank_rows(adapters: torch.Tensor, plan: PlanTensors, segment: Segment, *, i
 def _add_rank_rows(
     gradient: torch.Tensor, plan: PlanTensors, segment: Segment, rows: torch.Tensor, *, is_B: bool
 ) -> None:
-    if plan.pages is not None:
-        gradient.index_add_(0, plan.pages[segment.slot, : segment.rank], rows.to(gradient.dtype))
+    if plan.page_table is not None:
+        gradient.index_add_(0, plan.page_table[segment.slot, : segment.rank], rows.to(gradient.dtype))
     else:
         stack = gradient[segment.slot]
         (stack.t() if is_B else stack)[: segment.rank] = rows

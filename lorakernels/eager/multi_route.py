@@ -14,10 +14,10 @@ class Route:
     """The adapted tokens of a batch, by adapter, and where they are: None if each lot lies together already."""
 
     def __init__(
-        self, segments: list[Segment], tokens: torch.Tensor | None, order: list[int], pages: torch.Tensor | None
+        self, segments: list[Segment], tokens: torch.Tensor | None, order: list[int], page_table: torch.Tensor | None
     ) -> None:
-        """`order` has all tokens, those of the segments first; `pages` is the plan's."""
-        self.segments, self.tokens, self._order, self._pages = segments, tokens, order, pages
+        """`order` has all tokens, those of the segments first; `page_table` is the plan's."""
+        self.segments, self.tokens, self._order, self._page_table = segments, tokens, order, page_table
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.tokens is None else x.index_select(0, self.tokens)
@@ -43,7 +43,7 @@ class Route:
 
     @cached_property
     def grid(self) -> Grid | None:
-        return grid_of(self.segments, self._order, None if self._pages is None else self._pages.tolist())
+        return grid_of(self.segments, self._order, None if self._page_table is None else self._page_table.tolist())
 
 
 def route(plan: PlanTensors, num_tokens: int) -> Route:
@@ -64,4 +64,4 @@ def route(plan: PlanTensors, num_tokens: int) -> Route:
         )
         for slot, first, end in spans
     ]
-    return Route(segments, None if together else order[: starts[S]].long(), tokens, plan.pages)
+    return Route(segments, None if together else order[: starts[S]].long(), tokens, plan.page_table)

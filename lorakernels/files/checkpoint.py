@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lorakernels.files.reading import PICKLES, AdapterFileError, open_weights, read_json, write_json
+from lorakernels.files import reading
+from lorakernels.files.reading import AdapterFileError, open_weights, read_json, write_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors' names of the dtypes that a merge can read and write.
@@ -75,11 +76,9 @@ class Checkpoint:
 
     def _refuse(self, here: list[str], number: int) -> None:
         parts = [name for name in here if any((self.folder / name).glob("*.safetensors"))]
-        mend = ""
+        mend = reading.mend_of_pickles(here)
         if "model_index.json" in here and parts:
             mend = f"; this is a pipeline: give one of its parts ({', '.join(parts)})"
-        elif any(name.endswith(PICKLES) for name in here):
-            mend = "; pickles are not read: save the model with save_pretrained, which writes safetensors"
         raise AdapterFileError(
             f"{self.folder} has {number} .safetensors files and no single index; expected one file, "
             f"or several with a *{INDEX_SUFFIX}{mend}"
@@ -212,15 +211,11 @@ def _write_shard(checkpoint: Checkpoint, shard: str, folder: Path, changes: Chan
                 tensor = changes[name](tensor)
             if stored[name] in DTYPES:
                 tensor = tensor.to(DTYPES[stored[name]])
-                if (name in changes or to) and not _all_finite(tensor):
+                # As torch.isfinite(tensor).all(), whose temporaries are twice the tensor; both ends are NaN if one is.
+                if (name in changes or to) and tensor.numel() and not all(map(torch.isfinite, tensor.aminmax())):
                     raise AdapterFileError(f"{name} would not be finite in {tensor.dtype}; expected a wider --dtype")
             if tensor.numel():
                 file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if file.tell() != 8 + len(encoded) + end:
             raise AdapterFileError(f"{shard} has {file.tell():,} bytes written; expected {8 + len(encoded) + end:,}")
     return end
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    """As torch.isfinite(tensor).all(), whose temporaries are twice the tensor."""
-    return tensor.numel() == 0 or all(bool(torch.isfinite(end)) for end in tensor.aminmax())  # both NaN if one is

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorakernels.config import LoRAConfig, check_modules
-from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.reading import AdapterFileError, as_file_error
 
 HANDLED = tuple(field.name for field in dataclasses.fields(LoRAConfig))
 # Fields that say where an adapter comes from or how it was started or placed, not what it computes; and the layout of
@@ -43,10 +43,8 @@ def config_from_fields(fields: Mapping[str, Any], source: str) -> LoRAConfig:
             check_modules(arguments.get(name), name)
         except (TypeError, ValueError):  # the file's tensors say which layers are adapted
             del arguments[name]
-    try:
+    with as_file_error(source):
         return LoRAConfig(**arguments)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise AdapterFileError(f"{source}: {error}") from error
 
 
 def not_supported(name: str, value: Any, source: str) -> AdapterFileError:

@@ -11,7 +11,7 @@ from lorakernels.config import LoRAConfig
 from lorakernels.files.checkpoint import Checkpoint, new_folder
 from lorakernels.files.formats import AdapterFile, read_adapter
 from lorakernels.files.peft import with_ranks, write_peft
-from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.reading import AdapterFileError, as_file_error
 from lorakernels.files.update import MAGNITUDE, Update
 
 # What sd-scripts puts before a module's name, the longer ones first.
@@ -64,16 +64,15 @@ def _config(adapter: AdapterFile, updates: Mapping[str, Update]) -> LoRAConfig:
     (alpha, _), *_ = Counter(alphas.values()).most_common(1)
     dropout = (adapter.fields.get("lora_parameters") or {}).get("dropout") or 0.0
     use_dora = any(MAGNITUDE in update.tensors for update in updates.values())
-    try:
+    with as_file_error(adapter.source):
         config = LoRAConfig(r, alpha, dropout, sorted(updates), use_dora=use_dora)
-    except (TypeError, ValueError) as error:
-        raise AdapterFileError(f"{adapter.source}: {error}") from error
     return with_ranks(config, ranks, alphas)
 
 
 def _with_paths(adapter: AdapterFile, checkpoint: Checkpoint | None, prefix: str | None) -> dict[str, Update]:
     """A kohya file's updates by the model's own module paths."""
-    by_prefix = {name: _prefix_of(name, prefix) for name in adapter.updates}
+    known = KOHYA_PREFIXES if prefix is None else (prefix, *KOHYA_PREFIXES)
+    by_prefix = {name: next((one for one in known if name.startswith(f"{one}_")), "") for name in adapter.updates}
     counts = Counter(by_prefix.values())
     listing = ", ".join(f"{found or 'none'} ({number} modules)" for found, number in sorted(counts.items()))
     if prefix is None and len(counts) > 1:
@@ -104,8 +103,3 @@ def _with_paths(adapter: AdapterFile, checkpoint: Checkpoint | None, prefix: str
             "expected the folder of the model that the adapter was trained on (a single part: unet, text_encoder, ...)"
         )
     return {meant[name][0]: adapter.updates[name] for name in names}
-
-
-def _prefix_of(name: str, prefix: str | None) -> str:
-    known = KOHYA_PREFIXES if prefix is None else (prefix, *KOHYA_PREFIXES)
-    return next((one for one in known if name.startswith(f"{one}_")), "")

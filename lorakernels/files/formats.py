@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from lorakernels.config import check_alpha, scaling_of
+from lorakernels.files import reading
 from lorakernels.files.peft import WEIGHTS_FILE, read_peft, replaced_tensors, unknown_key, updates_of
-from lorakernels.files.reading import MEND_A_PICKLE, PICKLES, AdapterFileError, Tensors, read_json, read_tensors
+from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error
 from lorakernels.files.update import CONFIG_FILE, LINEAR, MAGNITUDE, Update, check_pair, check_tensors, own_shapes
 
 MLX_FILE = "adapters.safetensors"
@@ -50,7 +51,7 @@ def read_adapter(source: str | os.PathLike[str]) -> AdapterFile:
     if not path.exists():
         raise AdapterFileError(f"{path} does not exist; expected an adapter's folder or .safetensors file")
     if not path.is_dir() and path.suffix != ".safetensors":
-        raise AdapterFileError(f"{path} is no .safetensors file; {MEND_A_PICKLE}")
+        raise AdapterFileError(f"{path} is no .safetensors file; {reading.MEND_A_PICKLE}")
     if path.name in (WEIGHTS_FILE, MLX_FILE) and (path.parent / CONFIG_FILE).is_file():
         path = path.parent
     return _read_folder(path) if path.is_dir() else _read_kohya(path)
@@ -68,11 +69,9 @@ def _read_folder(folder: Path) -> AdapterFile:
     single = [name for name in here if name.endswith(".safetensors")]
     if len(single) == 1 and CONFIG_FILE not in here:
         return _read_kohya(folder / single[0])
-    pickles = [name for name in here if name.endswith(PICKLES)]
-    mend = f"; {', '.join(pickles[:3])} is not read, convert it to safetensors where you trust it" if pickles else ""
     raise AdapterFileError(
         f"{folder} holds no adapter; expected {CONFIG_FILE} with {WEIGHTS_FILE} (PEFT) or {MLX_FILE} (mlx-lm), "
-        f"or one .safetensors file (kohya). It has: {', '.join(here[:10]) or 'nothing'}{mend}"
+        f"or one .safetensors file (kohya). It has: {', '.join(here[:10]) or 'nothing'}{reading.mend_of_pickles(here)}"
     )
 
 
@@ -97,7 +96,7 @@ def _update(path: str, tensors: Tensors, alpha: float, scaling: float) -> Update
 
 def _read_kohya(path: Path) -> AdapterFile:
     """sd-scripts' networks/lora.py: lora_down is A, lora_up is B, and the scaling is alpha / r."""
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = reading.read_tensors(path)
     if any(".lora_A." in key or ".lora_B." in key for key in tensors):
         raise AdapterFileError(f"{path} holds PEFT's keys and no {CONFIG_FILE}; expected both in one folder")
     updates = {}
@@ -123,7 +122,7 @@ def _alpha(name: str, tensor: torch.Tensor) -> float:
 def _read_mlx(folder: Path) -> AdapterFile:
     """mlx-lm's tuner: lora_a [K, r] and lora_b [r, N], and `scale` multiplies as it is."""
     source, file = folder / CONFIG_FILE, folder / MLX_FILE
-    fields = read_json(source)
+    fields = reading.read_json(source)
     kind = fields.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise AdapterFileError(f"{source}: fine_tune_type is {kind!r}; expected 'lora' or 'dora'")
@@ -137,13 +136,11 @@ def _read_mlx(folder: Path) -> AdapterFile:
         )
     scale: Any = parameters.get("scale")
     rank = parameters.get("rank")
-    try:
+    with as_file_error(source):
         check_alpha(scale, "lora_parameters.scale")
-    except (TypeError, ValueError) as error:
-        raise AdapterFileError(f"{source}: {error}") from error
     updates = {}
     expected = "<module>.lora_a or <module>.lora_b"
-    for path, found in _by_module(file, read_tensors(file)[0], _MLX_KEY, expected).items():
+    for path, found in _by_module(file, reading.read_tensors(file)[0], _MLX_KEY, expected).items():
         check_pair(path, found, ("lora_a", "lora_b"), transposed=True)
         a, b, m = found["lora_a"], found["lora_b"], found.get("m")
         if a.shape[1] != rank or isinstance(rank, bool):

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -157,7 +156,7 @@ def _renaming(adapter: AdapterFile, checkpoint: Checkpoint) -> Callable[[str], s
         for path in paths:
             _refuse_quantised(path, checkpoint)
         missing = [path for path in paths if f"{path}.weight" not in names]
-        tied = " (a head tied to the embedding has no tensor of its own)" if _is_head(missing[0]) else ""
+        tied = " (a head tied to the embedding has no tensor of its own)" if _leaf(missing[0]) in _HEADS else ""
         raise AdapterFileError(
             f"{checkpoint.folder} has no weight for {len(missing)} of the adapter's {len(paths)} modules, such as "
             f"{missing[0]}.weight{tied}; expected the model that it was trained on"
@@ -165,14 +164,10 @@ def _renaming(adapter: AdapterFile, checkpoint: Checkpoint) -> Callable[[str], s
     return partial(apply, placed[0])
 
 
-def _is_head(path: str) -> bool:
-    return path.rpartition(".")[2] in _HEADS
-
-
 def _check_weight(module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool) -> None:
     _refuse_quantised(module, checkpoint)
     model_type = checkpoint.config.get("model_type")
-    conv1d, head = model_type in CONV1D_MODELS, _is_head(module)
+    conv1d, head = model_type in CONV1D_MODELS, _leaf(module) in _HEADS
     if not update.embedding and not head and fan_in_fan_out != conv1d:
         raise AdapterFileError(
             f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type={model_type!r}, whose "
@@ -195,34 +190,27 @@ def _check_tied(changes: Changes, adapter: AdapterFile, checkpoint: Checkpoint, 
     inner = config.get("text_config")
     both = {**(inner if isinstance(inner, dict) else {}), **config}
     flag, vocabulary = both.get("tie_word_embeddings"), both.get("vocab_size")
+    # Only where the model ends in words can an embedding be tied.
+    has_head = any(part in str(name) for name in config.get("architectures") or ["LM"] for part in _ENDS_IN_WORDS)
     embeddings = {f"{rename(path)}.weight" for path, update in adapter.updates.items() if update.embedding}
     replaced = {rename(name) for name in adapter.others}
     for name in sorted({*changes, *replaced}):
         info = checkpoint.tensors.get(name)
-        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        leaf = _leaf(name)
         if info is None or len(info.shape) != 2 or leaf in _POSITIONS:
             continue
         whole = name in replaced and (leaf in _WORD_EMBEDDINGS or info.shape[0] == vocabulary)
         if not (leaf in _HEADS or name in embeddings or whole):
             continue
         # Configurations leave the flag out where it is their class's default; then a head of its own tells.
-        twins = [
-            other
-            for other, has in checkpoint.tensors.items()
-            if other != name and has.shape == info.shape and (leaf in _HEADS or not _is_embedding(other))
-        ]
-        if flag or (flag is None and not twins and _has_head(config)):
+        alike = [other for other, has in checkpoint.tensors.items() if other != name and has.shape == info.shape]
+        twins = [other for other in alike if leaf in _HEADS or _leaf(other) not in (*_WORD_EMBEDDINGS, *_POSITIONS)]
+        if flag or (flag is None and not twins and has_head):
             raise AdapterFileError(
                 f"the adapter changes {name}, which is tied (tie_word_embeddings): embedding and head are one tensor, "
                 "and merged both would change; untie them in the model first, or keep the adapter unmerged"
             )
 
 
-def _is_embedding(name: str) -> bool:
-    return name.removesuffix(".weight").rpartition(".")[2] in (*_WORD_EMBEDDINGS, *_POSITIONS)
-
-
-def _has_head(config: dict[str, Any]) -> bool:
-    """Whether the model ends in words: only there can an embedding be tied."""
-    names = config.get("architectures") or ["LM"]
-    return any(part in str(name) for name in names for part in _ENDS_IN_WORDS)
+def _leaf(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]

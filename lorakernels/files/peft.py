@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.files import reading
 from lorakernels.files.config_file import config_from_fields, fields_of
 from lorakernels.files.patterns import by_pattern
-from lorakernels.files.reading import AdapterFileError, Tensors, check_finite, read_json, read_tensors, write_json
+from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
 from lorakernels.files.update import CONFIG_FILE, MAGNITUDE, SUFFIXES, Shapes, Update, check_tensors, own_shapes
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -54,7 +55,7 @@ class PeftFile:
 
 def read_peft(folder: Path) -> PeftFile:
     """The adapter in a folder; raises AdapterFileError, with what is there, where a file is missing or broken."""
-    return parse(read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)[0], str(folder))
+    return parse(reading.read_json(folder / CONFIG_FILE), reading.read_tensors(folder / WEIGHTS_FILE)[0], str(folder))
 
 
 def local_folder(folder: str | os.PathLike[str], hub: bool, revision: str | None) -> Path:
@@ -131,11 +132,9 @@ def updates_of(
     config = file.config
     if not file.layers:
         raise AdapterFileError(f"{file.source} holds no tensors of an adapted layer")
-    try:
+    with as_file_error(f"{CONFIG_FILE}: rank_pattern or alpha_pattern"):
         ranks = by_pattern(file.layers, config.rank_pattern, config.r)
         alphas = by_pattern(file.layers, config.alpha_pattern, config.lora_alpha)
-    except ValueError as error:
-        raise AdapterFileError(f"{CONFIG_FILE}: rank_pattern or alpha_pattern: {error}") from error
     updates = {}
     for path, tensors in file.layers.items():
         r, alpha = ranks[path], alphas[path]
@@ -202,7 +201,7 @@ def write_peft(folder: Path, config: LoRAConfig, updates: Mapping[str, Tensors],
     weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
-        write_json(fields, fields_of(config))
+        reading.write_json(fields, fields_of(config))
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(fields, folder / CONFIG_FILE)
     except BaseException:  # a full disk, an interrupt

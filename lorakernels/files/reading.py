@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,11 @@ class AdapterFileError(ValueError):
 def read_json(path: Path) -> dict[str, Any]:
     """The object of fields in a JSON file."""
     _check_is_file(path)
-    try:
+    # ValueError: JSON, UTF-8, a number of 5000 digits.
+    with as_file_error(f"{path} cannot be read as JSON", OSError, RecursionError):
         if path.stat().st_size > MAX_BYTES:
             raise AdapterFileError(f"{path} has {path.stat().st_size:,} bytes; expected at most {MAX_BYTES:,}")
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except AdapterFileError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8, a number of 5000 digits
-        raise AdapterFileError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterFileError(f"{path} holds a {type(fields).__name__}; expected an object of fields")
     return fields
@@ -47,14 +44,26 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 @contextmanager
+def as_file_error(source: object, *others: type[Exception]) -> Iterator[None]:
+    """What the body finds wrong is wrong with a file: an AdapterFileError that begins with `source`."""
+    kinds: tuple[type[Exception], ...] = (TypeError, ValueError, OverflowError, *others)
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except kinds as error:
+        raise AdapterFileError(f"{source}: {error}") from error
+
+
+@contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
     """A safetensors file; what goes wrong in it, in the body too, is an AdapterFileError."""
     _check_is_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise AdapterFileError(f"{path} is not a whole safetensors file: {error}") from error
+    with (
+        as_file_error(f"{path} is not a whole safetensors file", SafetensorError, OSError),
+        safe_open(path, framework="pt") as file,
+    ):
+        yield file
 
 
 def read_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
@@ -73,10 +82,14 @@ def _check_is_file(path: Path) -> None:
     here = sorted(os.listdir(folder))
     if path.name in here:
         raise AdapterFileError(f"{path} is not a regular file, or a link to none; expected a file to read")
-    pickles = [name for name in here if name.endswith(PICKLES)]
-    if pickles and path.suffix == ".safetensors":
-        raise AdapterFileError(f"{folder} has {', '.join(pickles[:3])} and no {path.name}: {MEND_A_PICKLE}")
-    raise AdapterFileError(f"{folder} has no {path.name}; it has: {', '.join(here[:10]) or 'nothing'}")
+    mend = mend_of_pickles(here) if path.suffix == ".safetensors" else ""
+    raise AdapterFileError(f"{folder} has no {path.name}; it has: {', '.join(here[:10]) or 'nothing'}{mend}")
+
+
+def mend_of_pickles(names: Iterable[str]) -> str:
+    """What to say of the pickles among these files; nothing where there are none."""
+    pickles = [name for name in names if name.endswith(PICKLES)]
+    return f"; of {', '.join(pickles[:3])}: {MEND_A_PICKLE}" if pickles else ""
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import Any
@@ -17,6 +16,7 @@ from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft_terms import adapter_terms, autocast_is_on, is_plain, takes_dtypes
 from lorakernels.member import cast
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
+from lorakernels.nn.terms import Term
 from lorakernels.plan import BASE, BatchPlan
 from lorakernels.weight import linear
 
@@ -28,60 +28,62 @@ _packs: WeakKeyDictionary[Any, _Pack] = WeakKeyDictionary()
 
 _LARGEST = torch.finfo(torch.float32).max
 _version_of = attrgetter("_version")
-Update = Callable[[torch.Tensor, torch.Tensor], None]  # y, x: adds to y in place
+Adder = Callable[[torch.Tensor, torch.Tensor], None]  # y, x: adds to y in place
 
 
-class _Source:
-    """The adapters of one layer as they were packed, and whether they still are those.
+class _Pack:
+    """The adapters of one layer that a list of names asks for, side by side, and whether they still are those.
 
     Between two products of a model the caches hold nothing of them, and to look at all there is to an adapter took
     29 µs a layer with eight. Left out is what nobody does while a model runs: writing into or replacing a weight's
     `.data`, giving its module another Parameter, or a hook. The next call of the model sees those too.
     """
 
-    def __init__(self, layer: Any, names: list[str], weights: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        weight: torch.Tensor,
+        names: Sequence[str],
+        there: Sequence[str],
+        terms: Sequence[Term],
+        dtype: torch.dtype,
+        autocast: bool,
+    ) -> None:
+        self.names, self.weight, self.weight_dtype, self.autocast = names[:], weight, weight.dtype, autocast
+        self.slots = tuple(there.index(name) if name in there else BASE for name in names)  # of each row
+        self.ranks = tuple(term.A.shape[0] for term in terms)
+        R = max(self.ranks, default=0)
+        empty = [weight.new_empty((0, 0), dtype=dtype)]
+        As = [_padded(cast(term.A, dtype), R) for term in terms]
+        Bs = [cast(term.B, dtype).t() for term in terms]
+        # A plan's scalings are numbers in float32; others go into B.
+        into_B = [isinstance(term.scaling, torch.Tensor) or dtype is torch.float64 for term in terms]
+        Bs = [B * term.scaling if into else B for B, term, into in zip(Bs, terms, into_B, strict=True)]
+        self.scalings = tuple(1.0 if into else float(term.scaling) for term, into in zip(terms, into_B, strict=True))
+        self.A = torch.stack(As or empty)  # [S, R, K], zero past an adapter's rank
+        # [S, N, R], views of [S, R, N]: a product of S small matrices is a third faster so.
+        self.B = torch.stack([_padded(B, R) for B in Bs] or empty).mT
+        biases: list[Any] = [None if term.bias is None else (term.bias * term.scaling).to(dtype) for term in terms]
+        # What lora_bias adds to rows: [N] each.
+        slots = enumerate(self.slots)
+        self.biases = {row: biases[slot] for row, slot in slots if slot != BASE and biases[slot] is not None}
+        # Of the last number of tokens a row, which is another one at each step of a `generate` without a cache.
+        self.planned: tuple[int, BatchPlan | None] = (0, None)
+        self.bound: tuple[int, Adder | None] = (0, None)  # what adds the update
         modules = layer._modules
         self.lora_A, self.lora_B = dict(modules["lora_A"]._modules), dict(modules["lora_B"]._modules)
-        self.weights = [A for A, _ in weights] + [B for _, B in weights]
+        self.weights = [term.A for term in terms] + [term.B for term in terms]
         self.scaling = dict(layer.scaling)
-        self.dropouts = [d for name in names if getattr(d := modules["lora_dropout"]._modules[name], "p", 0)]
+        self.dropouts = [d for name in there if getattr(d := modules["lora_dropout"]._modules[name], "p", 0)]
         # A graph is of one call, and a scaling of its own or tensors without a version counter cannot be compared.
         self.may_be_kept = not (
-            torch.is_grad_enabled()
+            self.biases
+            or torch.is_grad_enabled()
             or any(weight.is_inference() for weight in self.weights)
             or any(isinstance(scaling, torch.Tensor) for scaling in self.scaling.values())
         )
         if self.may_be_kept:
             self.versions = list(map(_version_of, self.weights))
-
-    def is_unchanged(self, layer: Any) -> bool:
-        return (
-            list(map(_version_of, self.weights)) == self.versions
-            and layer._modules["lora_A"]._modules == self.lora_A
-            and layer._modules["lora_B"]._modules == self.lora_B
-            and layer.scaling == self.scaling
-            and not any([dropout.training for dropout in self.dropouts])
-        )
-
-
-@dataclass
-class _Pack:
-    """The adapters of one layer that a list of names asks for, side by side; what follows is as it was then."""
-
-    names: Sequence[str]
-    slots: tuple[int, ...]  # of each row
-    A: torch.Tensor  # [S, R, K], zero past an adapter's rank
-    B: torch.Tensor  # [S, N, R], views of [S, R, N]: a product of S small matrices is a third faster so
-    ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
-    lora_bias: tuple[torch.Tensor, torch.Tensor] | None  # the adapted rows, and what each adds [rows, N]
-    weight: torch.Tensor
-    weight_dtype: torch.dtype
-    autocast: bool
-    source: _Source
-    # Of the last number of tokens a row, which is another one at each step of a `generate` without a cache.
-    planned: tuple[int, BatchPlan | None] = (0, None)
-    bound: tuple[int, Update | None] = (0, None)  # what adds the update
 
     def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> bool:
         if self.names != names or weight is not self.weight or weight.dtype is not self.weight_dtype:
@@ -89,9 +91,16 @@ class _Pack:
         if torch.is_grad_enabled() or self.autocast != autocast_is_on(x):
             return False
         dtype = torch.get_autocast_dtype(x.device.type) if self.autocast else x.dtype
-        return self.A.dtype is dtype and self.source.is_unchanged(layer)
+        return (
+            self.A.dtype is dtype
+            and list(map(_version_of, self.weights)) == self.versions
+            and layer._modules["lora_A"]._modules == self.lora_A
+            and layer._modules["lora_B"]._modules == self.lora_B
+            and layer.scaling == self.scaling
+            and not any([dropout.training for dropout in self.dropouts])
+        )
 
-    def update(self, x: torch.Tensor) -> Update | None:
+    def update(self, x: torch.Tensor) -> Adder | None:
         tokens = x.numel() // (x.shape[0] * x.shape[-1])
         if tokens != self.bound[0]:
             self.bound = tokens, ops.bound_update(ops.as_matrix(x), self.A, self.B, self.plan(tokens))
@@ -139,7 +148,7 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
         if made is None:
             return None
         pack = made
-        if hook is not None and pack.source.may_be_kept and pack.lora_bias is None:
+        if hook is not None and pack.may_be_kept:
             _packs[hook] = pack
     return _run(pack, x, weight, parameter_of(base, "bias"))
 
@@ -153,10 +162,9 @@ def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
         if pack.autocast:
             x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(x.device.type))
         y = _product(pack, x, weight, bias)
-    if pack.lora_bias is not None:
-        rows, added = pack.lora_bias
-        added = added.view(len(rows), *[1] * (y.dim() - 2), -1).expand(-1, *y.shape[1:])
-        y = y.index_add(0, rows, added)
+    if pack.biases:
+        rows, added = torch.tensor(list(pack.biases), device=y.device), torch.stack(list(pack.biases.values()))
+        y = y.index_add(0, rows, added.view(len(rows), *[1] * (y.dim() - 2), -1).expand(-1, *y.shape[1:]))
     return y
 
 
@@ -191,45 +199,13 @@ def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Ten
     dtype = x.dtype
     if autocast and torch.float64 not in (x.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(x.device.type)
-    rank = max((term.A.shape[0] for term in terms), default=0)
-    As, Bs, biases, scalings = [], [], [], []
-    for term in terms:
-        scaling, B = term.scaling, cast(term.B, dtype).t()
-        if not isinstance(scaling, torch.Tensor) and not abs(scaling) <= _LARGEST:
-            return None
-        # A plan's scalings are numbers in float32; others go into B.
-        if isinstance(scaling, torch.Tensor) or dtype is torch.float64:
-            scaling, B = 1.0, B * scaling
-        scalings.append(float(scaling))
-        As.append(_padded(cast(term.A, dtype), rank))
-        Bs.append(_padded(B, rank))
-        biases.append(None if term.bias is None else (term.bias * term.scaling).to(dtype))
-    slots = tuple(there.index(name) if name in there else BASE for name in names)
-    return _Pack(
-        names[:],
-        slots,
-        torch.stack(As) if As else x.new_empty((0, 0, 0)),
-        torch.stack(Bs).mT if Bs else x.new_empty((0, 0, 0)),
-        tuple(term.A.shape[0] for term in terms),
-        tuple(scalings),
-        _lora_biases(biases, slots),
-        weight,
-        weight.dtype,
-        autocast,
-        _Source(layer, there, [(term.A, term.B) for term in terms]),
-    )
+    if not all(isinstance(term.scaling, torch.Tensor) or abs(term.scaling) <= _LARGEST for term in terms):
+        return None
+    return _Pack(layer, weight, names, there, terms, dtype, autocast)
 
 
 def _padded(rows: torch.Tensor, rank: int) -> torch.Tensor:
     return rows if rows.shape[0] == rank else F.pad(rows, (0, 0, 0, rank - rows.shape[0]))
-
-
-def _lora_biases(biases: list[torch.Tensor | None], slots: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    found = [(row, bias) for row, slot in enumerate(slots) if slot != BASE and (bias := biases[slot]) is not None]
-    if not found:
-        return None
-    added = torch.stack([bias for _, bias in found])
-    return torch.tensor([row for row, _ in found], device=added.device), added
 
 
 def _registration(layer: Any, names: Sequence[str]) -> Any:

@@ -19,15 +19,9 @@ _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_AUTOCAST_DTYPES, torch.float64)
 
 
-class _Norm(NamedTuple):
-    """What is kept of a base weight's norm under DoRA, and the layer's adapters then."""
-
-    adapters: dict[str, nn.Module]
-    cache: NormCache
-
-
-# Beside the layers, in which nothing changes but their class.
-_norms: WeakKeyDictionary[nn.Module, _Norm] = WeakKeyDictionary()
+# What is kept of a base weight's norm under DoRA, behind the layer's adapters then. Beside the layers, in which nothing
+# changes but their class.
+_norms: WeakKeyDictionary[nn.Module, tuple[dict[str, nn.Module], NormCache]] = WeakKeyDictionary()
 
 
 class _Magnitude(NamedTuple):
@@ -41,11 +35,11 @@ class _Magnitude(NamedTuple):
     ) -> torch.Tensor:
         """magnitude / ‖W + scaling · B A‖ [N], the norm without a gradient (arXiv 2402.09353, section 4.3)."""
         adapters = self.layer._modules["lora_A"]._modules
-        kept = _norms.get(self.layer)
-        if kept is None or kept.adapters != adapters:  # a new one's start may edit W through `.data`, as OLoRA's does
-            kept = _norms[self.layer] = _Norm(dict(adapters), NormCache())
+        known, cache = _norms.get(self.layer, ({}, None))
+        if cache is None or known != adapters:  # a new one's start may edit W through `.data`, as OLoRA's does
+            _, cache = _norms[self.layer] = (dict(adapters), NormCache())
         # A and B are edited through `.data` at any time.
-        norm = kept.cache.norm(base, matrix, A, B, scaling, keep=False)
+        norm = cache.norm(base, matrix, A, B, scaling, keep=False)
         return self.weight / norm.to(torch.promote_types(base.dtype, torch.float32))
 
 

@@ -36,18 +36,18 @@ def factor_B(lora_B: torch.Tensor) -> Factor:
 
 
 class Routes(NamedTuple):
-    """A plan as it goes into a kernel: its buffer, where in it the parts begin, and the pages of slots if there are."""
+    """A plan as it goes into a kernel: its buffer, where in it the parts begin, and its table of pages, if any."""
 
     buffer: Any
     at: Any  # a PlanLayout
     tiles: int  # where the tiles of this launch's height begin
-    pages: Any  # [slots + 1, R], or None
+    page_table: Any  # [slots + 1, R], or None
 
 
 def routes(plan: PlanTensors, height: int) -> Routes:
     """For tiles of this height; for height 1 token by token."""
     layout = plan.layout
-    return Routes(plan.buffer, layout, layout.tiles[TILE_HEIGHTS.index(height)] if height > 1 else 0, plan.pages)
+    return Routes(plan.buffer, layout, layout.tiles[TILE_HEIGHTS.index(height)] if height > 1 else 0, plan.page_table)
 
 
 @triton.jit
@@ -86,8 +86,8 @@ def pick_slice(which, matrices, factors, T, NUM: tl.constexpr):
 @triton.jit
 def rank_offsets(routes, factor, slot, offs_r, R):
     """Where the rank rows `offs_r` of a slot begin, in elements, 64-bit. What is past its rank must not be used."""
-    if routes.pages is not None:
-        page = tl.load(routes.pages + slot.to(tl.int64) * R + offs_r, mask=offs_r < R, other=0)
+    if routes.page_table is not None:
+        page = tl.load(routes.page_table + slot.to(tl.int64) * R + offs_r, mask=offs_r < R, other=0)
         return page.to(tl.int64) * factor.strides[1]
     return slot.to(tl.int64) * factor.strides[0] + offs_r.to(tl.int64) * factor.strides[1]
 
@@ -98,6 +98,6 @@ def rank_mask(routes, offs_r, rank, R):
 
     Of a stack up to a multiple of 8, for loads of 16 bytes where its rank is the contiguous dimension.
     """
-    if routes.pages is not None:
+    if routes.page_table is not None:
         return offs_r < rank
     return (offs_r < (rank + 7) // 8 * 8) & (offs_r < R)

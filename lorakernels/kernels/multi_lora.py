@@ -84,7 +84,7 @@ def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) ->
 
 
 def _width(lora_As: Tensors, plan: PlanTensors) -> int:
-    return lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
+    return lora_As[0].shape[1] if plan.page_table is None else plan.page_table.shape[1]
 
 
 def _added(planes: torch.Tensor) -> torch.Tensor:
@@ -97,5 +97,5 @@ def _added(planes: torch.Tensor) -> torch.Tensor:
 
 def _gradient(parameter: torch.Tensor, plan: PlanTensors) -> torch.Tensor:
     """Where a gradient goes: every element of a stack is written, but of pages only those of the batch."""
-    make = parameter.new_empty if plan.pages is None else parameter.new_zeros
+    make = parameter.new_empty if plan.page_table is None else parameter.new_zeros
     return make(parameter.shape)

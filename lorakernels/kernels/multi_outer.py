@@ -60,7 +60,7 @@ def multi_outer_kernel(
 
     # A stack's rows past the rank get zero, also where a NaN in z makes NaN of it; pages past it are not the slot's.
     acc = tl.where(offs_r[None, :] < rank, acc, 0.0)
-    stored = rank if routes.pages is not None else R
+    stored = rank if routes.page_table is not None else R
     rows = rank_offsets(routes, out, slot, offs_r, R)
     # A plane is the whole stack: slots, ranks and columns.
     out_plane = out.ptr + pid_m.to(tl.int64) * num_slots * R * N
@@ -86,7 +86,7 @@ def multi_outer(
     """
     num_slices, T, R = t.shape
     z = zs[0]
-    paged = plan.pages is not None
+    paged = plan.page_table is not None
     if not paged:
         # Stacks may hold more slots than the plan: no program writes those.
         for gradient in gradients:

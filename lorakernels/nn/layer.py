@@ -116,12 +116,6 @@ class LoRALayer(init.Startable):
         self.adapters.pop(name, None)
         self.active_adapters = [active for active in self.active_adapters if active != name]
 
-    def configure(self, adapter_name: str, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> None:
-        """Set what scales an adapter and drops its inputs; its scaling becomes its own again."""
-        adapter = self._adapter(adapter_name)
-        adapter.lora_alpha, adapter.lora_dropout, adapter.use_rslora = lora_alpha, lora_dropout, use_rslora
-        adapter.scaling = adapter.own_scaling
-
     def set_adapter(self, adapter_names: str | list[str]) -> None:
         """Make these adapters the active ones, and the only ones that train; their updates add up.
 

@@ -79,37 +79,37 @@ def lora_linear_group_backward_flops(
 
 def multi_lora_linear_flops(
     x: Shape, weights: Sequence[Shape], parts: Any, forms: Sequence[str], biases: Any, lora_As: Sequence[Shape],
-    lora_Bs: Any, plan: Shape, scales: Shape, pages: Shape | None, *_: Any, **__: Any,
+    lora_Bs: Any, plan: Shape, scales: Shape, page_table: Shape | None, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Of each slice the base product and the two of rank R: 2 T (N K + R (N + K)).
 
     Every token counts with the plan's whole width R: which rank it has, or none, only the device knows, and the host
     does not wait for it. So this is what a batch may take at most, on every device.
     """
-    T, R = x[0], _width(lora_As, pages)
+    T, R = x[0], _width(lora_As, page_table)
     return sum(2 * T * (N * K + R * (N + K)) for N, K in _sizes(weights, forms))
 
 
 def multi_lora_linear_backward_flops(
     dys: Sequence[Shape], x: Shape | None, weights: Sequence[Shape], parts: Any, forms: Sequence[str],
-    lora_As: Sequence[Shape], lora_Bs: Any, plan: Shape, scales: Shape, pages: Shape | None, *rest: Any, **__: Any,
+    lora_As: Sequence[Shape], lora_Bs: Any, plan: Shape, scales: Shape, page_table: Shape | None, *rest: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Of each slice dx, and of rank R: G and dB over N, dx's part and dA over K; only what is asked for.
 
     At the plan's whole width, as the forward.
     """
     *_, need_dx, need_dA, need_dB, _ = rest
-    T, R = dys[0][0], _width(lora_As, pages)
+    T, R = dys[0][0], _width(lora_As, page_table)
     over_N, over_K = (need_dx or need_dA) + need_dB, need_dx + need_dA
     return sum(2 * T * (N * K * need_dx + R * (N * over_N + K * over_K)) for N, K in _sizes(weights, forms))
 
 
 def multi_lora_shrink_flops(
-    x: Shape, lora_As: Sequence[Shape], plan: Shape, scales: Shape, pages: Shape | None, *_: Any, **__: Any
+    x: Shape, lora_As: Sequence[Shape], plan: Shape, scales: Shape, page_table: Shape | None, *_: Any, **__: Any
 ) -> int:
     """2 T R K a slice, at the plan's whole width."""
     T, K = x
-    return 2 * T * _width(lora_As, pages) * K * len(lora_As)
+    return 2 * T * _width(lora_As, page_table) * K * len(lora_As)
 
 
 def multi_lora_expand_flops(s: Shape, lora_Bs: Sequence[Shape], *_: Any, **__: Any) -> int:
@@ -118,5 +118,5 @@ def multi_lora_expand_flops(s: Shape, lora_Bs: Sequence[Shape], *_: Any, **__: A
     return sum(2 * tokens * width * lora_B[1] for lora_B in lora_Bs)
 
 
-def _width(lora_As: Sequence[Shape], pages: Shape | None) -> int:
-    return lora_As[0][1] if pages is None else pages[1]
+def _width(lora_As: Sequence[Shape], page_table: Shape | None) -> int:
+    return lora_As[0][1] if page_table is None else page_table[1]

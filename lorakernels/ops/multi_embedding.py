@@ -36,11 +36,11 @@ class _Expand(torch.autograd.Function):
         if is_batched((dy,)):
             return tuple(one_by_one(lambda dy: _Expand.backward(ctx, dy), (dy,)))
         *sizes, impl = ctx.options
-        s, lora_B, buffer, scales, pages, stamp = ctx.saved_tensors
+        s, lora_B, buffer, scales, page_table, stamp = ctx.saved_tensors
         check_stamp("multi_lora_embedding", stamp, ctx.version)
         need_y, need_s, need_B, *_ = ctx.needs_input_grad
-        routing = PlanTensors(buffer, torch.ones_like(scales), pages, *sizes)  # the scale is in S
-        by_rank = lora_B if pages is not None else lora_B.transpose(1, 2)
+        routing = PlanTensors(buffer, torch.ones_like(scales), page_table, *sizes)  # the scale is in S
+        by_rank = lora_B if page_table is not None else lora_B.transpose(1, 2)
         ds = dB = None
         if need_s:
             ds = SHRINK.dispatch(dy, [by_rank], routing, impl)
@@ -62,10 +62,10 @@ def multi_lora_embedding(
     ranks = tensors.part(layout.ranks, plan.num_slots + 1).index_select(0, slots)
     # What the base's slot finds is put aside by its rank, 0.
     real = slots.long().clamp(max=plan.num_slots - 1)
-    if tensors.pages is None:
+    if tensors.page_table is None:
         columns = lora_A[real, :, ids]
     else:
-        columns = lora_A[tensors.pages.index_select(0, real).long(), ids[:, None]]
+        columns = lora_A[tensors.page_table.index_select(0, real).long(), ids[:, None]]
     # In the weight's dtype, as `multi_lora_linear` casts A to x's.
     dtype = torch.promote_types(weight.dtype, torch.float32)
     within = torch.arange(columns.shape[1], device=ids.device) < ranks[:, None]
@@ -74,6 +74,6 @@ def multi_lora_embedding(
     y = torch.nn.functional.embedding(ids, weight)
     if need_grad:
         options = (tensors.num_slots, tensors.max_tokens, impl)
-        return _Expand.apply(y, s, lora_B, options, tensors.buffer, tensors.scales, tensors.pages, stamp_of(plan))
+        return _Expand.apply(y, s, lora_B, options, tensors.buffer, tensors.scales, tensors.page_table, stamp_of(plan))
     EXPAND.dispatch(s, [lora_B], tensors, [y], impl)
     return y

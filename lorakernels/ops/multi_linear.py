@@ -76,7 +76,7 @@ def _forward_fake(
     sizes = [weight.shape for weight in weights_of(weights, parts, forms)]
     ys, s, mask = [x.new_empty((T, N)) for N, _ in sizes], None, None
     if keep_s:
-        s = x.new_empty((len(ys), T, width_of(lora_As, plan.pages)), dtype=torch.float32 if on_triton else x.dtype)
+        s = x.new_empty((len(ys), T, width_of(lora_As, plan.page_table)), dtype=torch.float32 if on_triton else x.dtype)
     if thresholds is not None:
         mask = x.new_empty((T, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
     return ys, s, mask
@@ -150,7 +150,7 @@ class _MultiLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, options: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
         *sizes, num_slices, forms, impl, where = options
-        buffer, scales, pages, stamp, seed, thresholds, *rest = tensors
+        buffer, scales, page_table, stamp, seed, thresholds, *rest = tensors
         parts = rest[4 * num_slices :]
         weights, biases, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(4))
         need_x, _, *needs = ctx.needs_input_grad
@@ -159,7 +159,7 @@ class _MultiLoRALinear(torch.autograd.Function):
         )
         call = MULTI.pick((x, *weights, *lora_As, *lora_Bs))
         ys, s, mask = call(
-            x, weights, parts, forms, biases, lora_As, lora_Bs, PlanTensors(buffer, scales, pages, *sizes), seed,
+            x, weights, parts, forms, biases, lora_As, lora_Bs, PlanTensors(buffer, scales, page_table, *sizes), seed,
             thresholds, need_Bs, impl, **(where if call is MULTI.body else {}),
         )  # fmt: skip
         ctx.options = options
@@ -167,7 +167,7 @@ class _MultiLoRALinear(torch.autograd.Function):
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         kept_x = x if need_As or need_weights else None
         ctx.version = None if stamp is None else stamp.item()
-        ctx.save_for_backward(kept_x, buffer, scales, pages, stamp, s, mask, *weights, *lora_As, *lora_Bs, *parts)
+        ctx.save_for_backward(kept_x, buffer, scales, page_table, stamp, s, mask, *weights, *lora_As, *lora_Bs, *parts)
         return tuple(ys)
 
     @staticmethod
@@ -177,14 +177,14 @@ class _MultiLoRALinear(torch.autograd.Function):
         if is_batched(dys):
             return tuple(one_by_one(lambda *dys: _MultiLoRALinear.backward(ctx, *dys), dys))
         *sizes, num_slices, forms, impl, where = ctx.options
-        x, buffer, scales, pages, stamp, s, mask, *rest = ctx.saved_tensors
+        x, buffer, scales, page_table, stamp, s, mask, *rest = ctx.saved_tensors
         check_stamp("multi_lora_linear", stamp, ctx.version)
         weights, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(3))
         need_x, need_weights, need_biases, need_As, need_Bs = ctx.needs
         call = MULTI_BACKWARD.pick(dys)
         dx, dAs, dBs = call(
             list(dys), x, weights, rest[3 * num_slices :], forms, lora_As, lora_Bs,
-            PlanTensors(buffer, scales, pages, *sizes), s, mask, need_x, need_As, need_Bs, impl,
+            PlanTensors(buffer, scales, page_table, *sizes), s, mask, need_x, need_As, need_Bs, impl,
             **(where if call is MULTI_BACKWARD.body else {}),
         )  # fmt: skip
         none = [None] * num_slices
@@ -228,9 +228,9 @@ def multi_lora_linear(
         return call(
             x, weights, parts, forms, biases, lora_As, lora_Bs, planned, seed, thresholds, False, impl, **where
         )[0]
-    buffer, scales, pages, *sizes = planned
+    buffer, scales, page_table, *sizes = planned
     options = (*sizes, len(weights), forms, impl, where)
-    tensors = (buffer, scales, pages, stamp_of(plan), seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
+    tensors = (buffer, scales, page_table, stamp_of(plan), seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
     return list(_MultiLoRALinear.apply(x, options, *tensors, *parts))
 
 
@@ -247,7 +247,7 @@ def bound_update(
     if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not eager_multi_lora:
         return None
     where: eager_multi_lora.Route = on_host(plan, "auto", x, True)["where"]
-    grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.pages is None else lora_B.shape[0]))
+    grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.page_table is None else lora_B.shape[0]))
     return None if grid is None else grid.bound_add(lora_A, lora_B, x.dtype)
 
 

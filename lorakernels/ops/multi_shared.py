@@ -25,7 +25,7 @@ class PlanOperator(Operator):
         self, schema: str, body: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None = None
     ) -> None:
         at = schema.partition("PLAN")[0].count(",")
-        fields = "Tensor plan, Tensor scales, Tensor? pages, int num_slots, int max_tokens"
+        fields = "Tensor plan, Tensor scales, Tensor? page_table, int num_slots, int max_tokens"
         end = at + fields.count(",") + 1
 
         def packed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,8 +76,8 @@ def check_stamp(name: str, saved: torch.Tensor | None, version: int | None) -> N
         )
 
 
-def width_of(lora_As: Tensors, pages: torch.Tensor | None) -> int:
-    return lora_As[0].shape[1] if pages is None else pages.shape[1]
+def width_of(lora_As: Tensors, page_table: torch.Tensor | None) -> int:
+    return lora_As[0].shape[1] if page_table is None else page_table.shape[1]
 
 
 def is_transformed() -> bool:

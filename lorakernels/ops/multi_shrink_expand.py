@@ -18,7 +18,7 @@ def _shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, impl: str, **r
 
 def _shrink_fake(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, impl: str) -> torch.Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((len(lora_As), x.shape[0], width_of(lora_As, plan.pages)), dtype=dtype)
+    return x.new_empty((len(lora_As), x.shape[0], width_of(lora_As, plan.page_table)), dtype=dtype)
 
 
 def _expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, outs: Tensors, impl: str, **route: Any) -> None:

@@ -5,12 +5,57 @@ from __future__ import annotations
 import difflib
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from types import TracebackType
+from typing import Any
 
+from lorakernels.plan import BASE
 from lorakernels.serving.errors import CapacityError, StaleBatchError
-from lorakernels.serving.sources import Rows, Source
-from lorakernels.serving.tiers import DeviceTier, HostTier, Version
+from lorakernels.serving.pools import Pool
+from lorakernels.serving.served import Routing
+from lorakernels.serving.sources import Parts, Rows, Source
+
+
+class Version:
+    """One loading of an adapter. It never changes, and its pages are its own until nobody refers to it."""
+
+    def __init__(self, name: str, number: int, source: Source | None, parts: Parts) -> None:
+        self.name, self.number, self.source, self.parts = name, number, source, parts
+        self.nbytes = sum(part.rank * pool.page_bytes for pool, part in parts.items())
+        self.rows: Rows | None = None  # in main memory, while they are kept there
+        self.pages: dict[Pool, tuple[int, ...]] = {}  # on the device; empty while it is not there
+        self.written: dict[Any, Any] = {}  # by writer, what a reader waits for
+        self.refs = 0
+        self.pinned = False
+        self.retired = False  # another version has its name, or none has: gone with the last reference
+
+    @property
+    def stays(self) -> bool:
+        """Whether it may not leave the device."""
+        return self.refs > 0 or (self.pinned and not self.retired)
+
+    def routing(self) -> Routing:
+        return {pool: (pages, self.parts[pool].scaling) for pool, pages in self.pages.items()}
+
+    def enter(self, rows: Rows) -> None:
+        """Take pages on the device, which must be free, and write them."""
+        try:
+            for pool, part in self.parts.items():
+                self.pages[pool] = pool.take(part.rank)
+                pool.write(self.pages[pool], rows[pool])
+            self.written = {pool.writer: pool.writer.written() for pool in self.parts}
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Give the pages back, zeroed; one that is not on the device is let be."""
+        with ExitStack() as stack:  # all of them, where an interrupt comes between
+            taken, self.pages = self.pages, {}
+            for pool, pages in taken.items():
+                stack.callback(pool.give_back, pages)
 
 
 class Lease:
@@ -49,16 +94,34 @@ class Lease:
 
 
 class Books:
-    """Versions by name, the tiers, and counts. `read` reads a version's files again, without the lock."""
+    """The versions, and where they are, the least recently used to leave first; and counts.
 
-    def __init__(self, device: DeviceTier, host: HostTier, read: Callable[[Source], Rows]) -> None:
-        self.device, self.host, self._read = device, host, read
+    On the device lie `max_adapters` at most, and as many rank rows of each class as its pool has. Main memory keeps
+    packed rows of at most `host_bytes`: what leaves it is read again, without the lock, and what came without a folder
+    never leaves it.
+    """
+
+    def __init__(self, max_adapters: int, host_bytes: int, read: Callable[..., tuple[Any, Parts, Rows]]) -> None:
+        self.max_adapters, self.host_bytes, self.read = max_adapters, host_bytes, read
         self.lock = threading.RLock()
         self.current: dict[str, Version] = {}
-        self.in_use: set[Version] = set()
+        # What has a name or is in use, the least recently used first.
+        self.versions: OrderedDict[Version, None] = OrderedDict()
         self.closed = False
-        self.hits = self.misses = self.reads = self.loads = 0
+        self.hits = self.misses = self.reads = self.loads = self.evictions = 0
         self.load_seconds = 0.0
+
+    @property
+    def on_device(self) -> list[Version]:
+        return [version for version in self.versions if version.pages]
+
+    @property
+    def in_host(self) -> list[Version]:
+        return [version for version in self.versions if version.rows is not None]
+
+    @property
+    def in_use(self) -> list[Version]:
+        return [version for version in self.versions if version.refs]
 
     def check_open(self) -> None:
         if self.closed:
@@ -83,16 +146,17 @@ class Books:
         old = self.current.get(version.name)
         version.pinned = old is not None and old.pinned
         freed = old if old is not None and not old.refs else None  # what leaves main memory for the new one
-        self.host.check(version, freed)
+        self._check_can_stay(version, freed)
         try:
             if old is not None:
                 old.retired = True  # pinned or not, it may leave for the new one
+            self.versions[version] = None
             try:
-                self.device.place({version: rows})
+                self._place({version: rows})
             except CapacityError:
                 if version.pinned:
                     raise
-            self.host.keep(version, rows, freed)
+            self._keep(version, rows, freed)
             self.current[version.name] = version
         except BaseException:
             if self.current.get(version.name) is not version:
@@ -105,40 +169,30 @@ class Books:
             self._retire(old)
 
     def forget(self, name: str) -> None:
-        self._retire(self.find(name))
+        version = self.find(name)
         del self.current[name]
+        self._retire(version)
 
     def fetch(self, name: str) -> None:
         """Bring an adapter to the device and hold nothing: a hint takes no room that a batch wants meanwhile."""
-        start = time.perf_counter()
         with self.lock:
             version = self.find(name)
-            rows, source = version.rows, version.source
-            if version.pages:
-                self.device.touch(version)
-                return
-        reads = rows is None
-        if rows is None:
-            assert source is not None, "what has no source stays in main memory"
-            rows = self._read(source)
-        with self.lock:
-            if self.current.get(name) is version and not version.pages:
-                self.device.place({version: rows})
-                self.host.keep(version, rows)
-                self.count_load(start, reads)
+        self._bring([version])
 
-    def hold(self, wanted: Sequence[str | Lease | None]) -> list[Version | None]:
-        """The versions that names and leases mean, each referred to once more, and all on the device."""
+    def hold(self, wanted: Sequence[str | Lease | None]) -> tuple[list[int], list[Version]]:
+        """The versions that names and leases mean, each referred to once more, all on the device; before them, which
+        of them each of `wanted` is."""
         counted: list[Version] = []
         try:
             with self.lock:
                 self.check_open()
-                held = [self._meant(one) for one in wanted]
-                versions = [version for version in dict.fromkeys(held) if version is not None]
+                meant = [self._meant(one) for one in wanted]
+                versions = [version for version in dict.fromkeys(meant) if version is not None]
+                slot_of: dict[Version | None, int] = {version: slot for slot, version in enumerate(versions)}
+                slots = [slot_of.get(version, BASE) for version in meant]
                 for version in versions:
                     version.refs += 1
                     counted.append(version)
-                self.in_use.update(versions)
                 on_device = sum(bool(version.pages) for version in versions)
                 self.hits += on_device
                 self.misses += len(versions) - on_device
@@ -146,16 +200,14 @@ class Books:
         except BaseException:
             self.release(counted)
             raise
-        return held
+        return slots, versions
 
     def release(self, versions: Iterable[Version]) -> None:
         with self.lock:
             for version in versions:
                 version.refs -= 1
-                if not version.refs:
-                    self.in_use.discard(version)
-                    if version.retired:
-                        self._drop(version)
+                if not version.refs and version.retired:
+                    self._drop(version)
 
     def count_load(self, start: float, reads: int) -> None:
         self.loads += 1
@@ -179,22 +231,112 @@ class Books:
         with self.lock:
             for version in versions:
                 if version.pages:
-                    self.device.touch(version)
+                    self.versions.move_to_end(version)
                 elif version.rows is not None:
                     rows[version] = version.rows
             unread = [version for version in versions if not version.pages and version not in rows]
         for version in unread:
             assert version.source is not None, "what has no source stays in main memory"
-            rows[version] = self._read(version.source)
+            *_, rows[version] = self.read(version.source)
         if not rows:
             return
         with self.lock:
-            # Another thread may have brought one meanwhile.
-            missing = {version: own for version, own in rows.items() if not version.pages}
-            self.device.place(missing)
+            # Another thread may have brought one meanwhile, or taken the name from one that nobody holds.
+            missing = {v: own for v, own in rows.items() if not v.pages and v in self.versions}
+            self._place(missing)
             for version, own in missing.items():
-                self.host.keep(version, own)
+                self.versions.move_to_end(version)
+                self._keep(version, own)
             self.count_load(start, len(unread))
+
+    def _place(self, rows: Mapping[Version, Rows]) -> None:
+        """Bring adapters to the device, all or none; others that may leave do so for them.
+
+        Where it fails the pools it made go, and those that left for it come back if they are in main memory.
+
+        Raises CapacityError where those that stay hold the room, before anything changes.
+        """
+        leaving = self._leaving(list(rows))
+        made = {pool for version in rows for pool in version.parts if pool.memory is None}
+        try:
+            for pool in made:
+                pool.make()  # where memory may run out: before anyone leaves
+            for version in leaving:
+                version.leave()
+            for version, own in rows.items():
+                version.enter(own)
+        except BaseException:
+            for version in rows:
+                version.leave()
+            for pool in made:
+                pool.drop()
+            for version in leaving:
+                if version.rows is not None and not version.pages:
+                    with suppress(Exception):
+                        version.enter(version.rows)
+            raise
+        self.evictions += len(leaving)
+
+    def _leaving(self, new: Sequence[Version]) -> list[Version]:
+        here = self.on_device
+        slots = len(here) + len(new) - self.max_adapters
+        short: dict[Pool, int] = {}
+        for version in new:
+            for pool, part in version.parts.items():
+                short[pool] = short.get(pool, -len(pool.free)) + part.rank
+        leaving: list[Version] = []
+        for version in sorted(here, key=lambda version: not version.retired):  # those replaced before others
+            lacking = {pool for pool, number in short.items() if number > 0}
+            if slots <= 0 and not lacking:
+                break
+            # One more slot, or pages of a class that lacks them: who has neither to give stays.
+            if not version.stays and (slots > 0 or lacking & version.pages.keys()):
+                leaving.append(version)
+                slots -= 1
+                for pool, pages in version.pages.items():
+                    short[pool] = short.get(pool, 0) - len(pages)
+        what = [f"{slots} of {self.max_adapters} slots"] if slots > 0 else []
+        what += [
+            f"{number} of {pool.num_pages} pages for {pool.name!r}" for pool, number in short.items() if number > 0
+        ]
+        if what:
+            pinned = sorted({version.name for version in here if version.pinned and not version.retired})
+            in_use = sorted({version.name for version in here if version.refs})
+            raise CapacityError(
+                f"no room on the device for {', '.join(repr(version.name) for version in new)}, which would need "
+                f"{' and '.join(what)} more; pinned: {', '.join(pinned) or 'none'}; in use: "
+                f"{', '.join(in_use) or 'none'}. unpin one, wait for a batch to end, or make the store with a larger "
+                "max_adapters or num_pages",
+                pinned,
+                in_use,
+            )
+        return leaving
+
+    def _check_can_stay(self, version: Version, freed: Version | None) -> None:
+        """Raise CapacityError where an adapter that main memory must keep does not fit it, once `freed` has left."""
+        fixed = sum(other.nbytes for other in self.versions if other.source is None and other is not freed)
+        if version.source is None and fixed + version.nbytes > self.host_bytes:
+            raise CapacityError(
+                f"adapter {version.name!r} of {version.nbytes:,} bytes came as tensors, which have no folder to be "
+                f"read from again, so it must stay in main memory, where {fixed:,} of host_bytes={self.host_bytes:,} "
+                "are taken by others like it; raise host_bytes, or save it and load the folder"
+            )
+
+    def _keep(self, version: Version, rows: Rows, freed: Version | None = None) -> None:
+        """Keep rows in main memory, if they fit once `freed` has left; the least recently used leave for them."""
+        if version.rows is not None:
+            return
+        others = [other for other in self.in_host if other is not freed]
+        room = self.host_bytes - version.nbytes - sum(other.nbytes for other in others)
+        leaving = []
+        for other in others:
+            if room < 0 and other.source is not None:
+                leaving.append(other)
+                room += other.nbytes
+        if room >= 0:
+            version.rows = rows  # before any leave: an interrupt may come between
+            for other in leaving:
+                other.rows = None
 
     def _retire(self, version: Version) -> None:
         version.retired = True
@@ -202,5 +344,8 @@ class Books:
             self._drop(version)
 
     def _drop(self, version: Version) -> None:
-        self.device.drop(version)
-        self.host.drop(version)
+        try:
+            version.leave()
+        finally:
+            version.rows = None
+            self.versions.pop(version, None)

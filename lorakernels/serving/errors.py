@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class CapacityError(RuntimeError):
-    """There is no room for an adapter: on the device, in the host tier, or under the rank limit.
+    """There is no room for an adapter: on the device, in main memory, or under the rank limit.
 
     `pinned` and `in_use` name the adapters that hold the room on the device.
     """

@@ -17,35 +17,35 @@ from lorakernels.functional import multi_lora_embedding, multi_lora_linear
 from lorakernels.nn.modules import parameter_of
 from lorakernels.plan import BatchPlan
 from lorakernels.serving.errors import StaleBatchError
-from lorakernels.serving.pages import PageClass, Site
+from lorakernels.serving.pools import Pool, Site
 
 # Shapes of x whose plans a batch keeps: prefill and decode are two; without a cache of keys every step has its own.
 _KEPT_PLANS = 32
 # Plans are made for ranks in powers of two from here on, so that few kernels are compiled.
 _LEAST_RANK = 16
-# Of one adapter: its pages and scaling by class.
-Routing = Mapping[PageClass, tuple[tuple[int, ...], float]]
+# Of one adapter: its pages and scaling by pool.
+Routing = Mapping[Pool, tuple[tuple[int, ...], float]]
 
 
 class _Route:
-    """The adapters of a batch in classes where they have the same pages and scalings, and the plans made for them."""
+    """The adapters of a batch in pools where they have the same pages and scalings, and the plans made for them."""
 
-    def __init__(self, device: torch.device, pages: Sequence[Sequence[int]], scalings: Sequence[float]) -> None:
-        self.device, self.pages, self.scalings = device, pages, scalings
+    def __init__(self, device: torch.device, adapters: Sequence[tuple[Sequence[int], float]]) -> None:
+        self.device, self.adapters = device, adapters
         self.plans: dict[torch.Size, BatchPlan] = {}
 
     def plan(self, token_slots: torch.Tensor) -> BatchPlan:
-        ranks = [len(pages) for pages in self.pages]
+        ranks = [len(pages) for pages, _ in self.adapters]
         width = max(_LEAST_RANK, 1 << (max(ranks) - 1).bit_length())
         on_gpu = self.device.type == "cuda"
         table = torch.zeros(len(ranks), width, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
-        for slot, pages in enumerate(self.pages):
+        for slot, (pages, _) in enumerate(self.adapters):
             table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         num_pages = int(table.max()) + 1
         plan = BatchPlan(len(ranks), len(token_slots), max_rank=width, num_pages=num_pages, device=self.device)
         token_slots = token_slots.pin_memory() if on_gpu else token_slots
         on_device = [tensor.to(self.device, non_blocking=on_gpu) for tensor in (token_slots, table)]
-        plan.update(on_device[0], ranks, list(self.scalings), on_device[1])
+        plan.update(on_device[0], ranks, [scaling for _, scaling in self.adapters], on_device[1])
         return plan
 
 
@@ -59,14 +59,12 @@ class Batch:
         self.lengths = None if lengths is None else list(lengths)
         self._whole: torch.Size | None = None  # the last leading shape that was not flat
         self._flat: dict[int, str] = {}  # numbers of tokens of flat x before that, and who got them
-        self._routes: dict[PageClass, _Route] = {}
-        shared: dict[Any, _Route] = {}  # one plan for all classes where the adapters have the same pages
-        for pages in dict.fromkeys(pages for adapter in adapters for pages in adapter):
-            found = [adapter.get(pages, ((), 0.0)) for adapter in adapters]
-            key = (pages.writer.device, *found)
-            if key not in shared:
-                shared[key] = _Route(pages.writer.device, [own for own, _ in found], [scaling for _, scaling in found])
-            self._routes[pages] = shared[key]
+        self._routes: dict[Pool, _Route] = {}
+        shared: dict[Any, _Route] = {}  # one plan for all pools where the adapters have the same pages
+        for pool in dict.fromkeys(pool for adapter in adapters for pool in adapter):
+            found = [adapter.get(pool, ((), 0.0)) for adapter in adapters]
+            key = (pool.writer.device, *found)
+            self._routes[pool] = shared.setdefault(key, _Route(pool.writer.device, found))
 
     def check_open(self, site: Site) -> None:
         if self.closed:
@@ -78,12 +76,12 @@ class Batch:
     def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
         self.check_open(site)
-        site.pages.writer.check_no_capture()
+        site.pool.writer.check_no_capture()
         if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
             for tokens, path in self._flat.items():
                 _refuse_some(path, tokens, lead)
             self._flat, self._whole = {}, lead
-        route = self._routes.get(site.pages)
+        route = self._routes.get(site.pool)
         if route is None:
             return None
         plan = route.plans.get(lead)

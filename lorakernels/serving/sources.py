@@ -20,7 +20,7 @@ from lorakernels.files.peft import WEIGHTS_FILE, parse, read_peft
 from lorakernels.files.reading import AdapterFileError
 from lorakernels.files.update import CONFIG_FILE
 from lorakernels.serving.errors import CapacityError
-from lorakernels.serving.pages import PageClass, Site
+from lorakernels.serving.pools import Pool, Site
 from lorakernels.serving.served import BASES, served_by
 
 # experts, expert_0, local_experts; not shared_expert, which is sent every token.
@@ -31,6 +31,18 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 Tensors = Mapping[str, torch.Tensor]
 Given = str | os.PathLike[str] | tuple[LoRAConfig, Tensors]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What an adapter is in the modules of one class."""
+
+    rank: int
+    scaling: float
+
+
+Parts = dict[Pool, Part]
+Rows = dict[Pool, torch.Tensor]
 
 
 def check_name(name: Any) -> None:
@@ -79,20 +91,26 @@ def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | N
     return Source(path, root, _stamps(path))
 
 
-def read_source(model: nn.Module, source: Source) -> Contents:
-    """What the files hold, checked against `model`; the same at every reading, or AdapterFileError."""
-    _check_inside(source.folder, source.root)
-    contents = bind(model, read_peft(source.folder), BASES)
-    if _stamps(source.folder) != source.stamps:
-        mend = "replace(name, folder) takes the new ones"
-        raise AdapterFileError(f"the files in {source.folder} have changed since the adapter was loaded; {mend}")
-    return contents
+def read(
+    model: nn.Module, sites: Mapping[str, Site], max_rank: int, source: Source | tuple[LoRAConfig, Tensors]
+) -> tuple[Contents, Parts, Rows]:
+    """What a source holds, or what came as tensors, checked against `model`; the same packed into rank rows.
 
-
-def read_tensors(model: nn.Module, config: LoRAConfig, tensors: Tensors) -> Contents:
-    """An adapter that is in memory, by the keys of PEFT's files, checked as they are."""
-    given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    return bind(model, parse(fields_of(config), given, "the adapter"), BASES)
+    Raises AdapterFileError, also where the files are others than when they were first read, and CapacityError for a
+    rank over `max_rank`.
+    """
+    if isinstance(source, Source):
+        _check_inside(source.folder, source.root)
+        contents = bind(model, read_peft(source.folder), BASES)
+        if _stamps(source.folder) != source.stamps:
+            mend = "replace(name, folder) takes the new ones"
+            raise AdapterFileError(f"the files in {source.folder} have changed since the adapter was loaded; {mend}")
+    else:
+        config, tensors = source
+        given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        contents = bind(model, parse(fields_of(config), given, "the adapter"), BASES)
+    parts = _find_parts(contents, model, sites, max_rank)
+    return contents, parts, _pack(contents, parts, sites)
 
 
 def _check_inside(folder: Path, root: Path | None) -> None:
@@ -113,22 +131,7 @@ def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(stamps)
 
 
-# ------------------------------------------------------------------------------------------- packing
-
-
-@dataclass(frozen=True)
-class Part:
-    """What an adapter is in the modules of one class."""
-
-    rank: int
-    scaling: float
-
-
-Parts = dict[PageClass, Part]
-Rows = dict[PageClass, torch.Tensor]
-
-
-def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], max_rank: int) -> Parts:
+def _find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], max_rank: int) -> Parts:
     """What is to be stored; allocates nothing.
 
     Raises AdapterFileError, naming it, for what a mixed batch cannot compute, and CapacityError for a rank over
@@ -140,7 +143,7 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
         if getattr(config, field) not in (off, [], ()):
             mend = "load_adapter runs such an adapter alone, on another copy of the model"
             raise AdapterFileError(f"{field}={getattr(config, field)!r} is not served; expected {off!r}: {mend}")
-    largest: dict[PageClass, tuple[int, float]] = {}
+    largest: dict[Pool, tuple[int, float]] = {}
     taken: dict[Site, str] = {}
     for path, update in contents.layers.items():
         reason = _why_not_served(path, model, sites.get(path))
@@ -155,9 +158,9 @@ def find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], 
             raise CapacityError(f"module {path!r} has rank {rank}; the store takes at most max_rank={max_rank}")
         if abs(scaling) > _FLOAT32_MAX:
             raise AdapterFileError(f"module {path!r} has scaling {scaling}; expected one that float32 can hold")
-        most, scale = largest.get(site.pages, (0, 0.0))
-        largest[site.pages] = max(most, rank), max(scale, scaling, key=abs)
-    return {pages: Part(rank, _of_plan(scaling, pages.dtype)) for pages, (rank, scaling) in largest.items()}
+        most, scale = largest.get(site.pool, (0, 0.0))
+        largest[site.pool] = max(most, rank), max(scale, scaling, key=abs)
+    return {pool: Part(rank, _of_plan(scaling, pool.dtype)) for pool, (rank, scaling) in largest.items()}
 
 
 def _of_plan(scaling: float, dtype: torch.dtype) -> float:
@@ -195,19 +198,19 @@ def _why_not_served(path: str, model: nn.Module, site: Site | None) -> str:
     return ""
 
 
-def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
+def _pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
     """Rank rows [rank, W] by class, zero where the adapter has nothing.
 
     A class has one scaling, its largest; where modules differ (alpha_pattern, rank_pattern) the ratio goes into B's
     rows. What does not fit the model's dtype is refused.
     """
-    rows = {pages: pages.host_rows(part.rank) for pages, part in parts.items()}
+    rows = {pool: pool.host_rows(part.rank) for pool, part in parts.items()}
     for path, update in contents.layers.items():
         site, (A, B) = sites[path], update.factors
-        of_class = parts[site.pages].scaling
+        of_class = parts[site.pool].scaling
         if update.scaling != of_class:
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * (update.scaling / of_class)
-        own = rows[site.pages][: update.r]
+        own = rows[site.pool][: update.r]
         spans = own[:, site.begin_A :][:, : site.K], own[:, site.begin_B :][:, : site.N]
         for span, factor in zip(spans, (A, B.T), strict=True):
             span.copy_(factor)
@@ -215,9 +218,3 @@ def pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
         if not all(math.isfinite(span.abs().amax().item()) for span in spans):
             raise AdapterFileError(f"the adapter of {path!r} has numbers that the model's {own.dtype} cannot hold")
     return rows
-
-
-def read_again(model: nn.Module, sites: Mapping[str, Site], max_rank: int, source: Source) -> Rows:
-    """The rows of what has left main memory."""
-    contents = read_source(model, source)
-    return pack(contents, find_parts(contents, model, sites, max_rank), sites)

@@ -18,23 +18,12 @@ import torch
 from torch import nn
 
 from lorakernels.config import check_rank
-from lorakernels.plan import BASE
-from lorakernels.serving.books import Books, Lease
-from lorakernels.serving.pages import Site, Writer, find_sites
+from lorakernels.serving import sources
+from lorakernels.serving.books import Books, Lease, Version
+from lorakernels.serving.pools import Site, Writer, find_sites
 from lorakernels.serving.served import BASES, Batch, restore, running, serve
-from lorakernels.serving.sources import (
-    Given,
-    check_given,
-    check_name,
-    find_parts,
-    find_source,
-    pack,
-    read_again,
-    read_source,
-    read_tensors,
-)
-from lorakernels.serving.stats import StoreStats, collect
-from lorakernels.serving.tiers import DeviceTier, HostTier, Version
+from lorakernels.serving.sources import Given
+from lorakernels.serving.stats import StoreStats
 
 # Ranks are 8 or 16 mostly, so that room for this many rows an adapter holds max_adapters of them.
 _PAGES_AN_ADAPTER = 16
@@ -90,13 +79,12 @@ class AdapterStore:
         self._sites = find_sites(self.model, BASES, num_pages, self._owner)
         if not self._sites:
             raise ValueError(f"{type(model).__name__} has no torch.nn.Linear or torch.nn.Embedding to serve")
-        self._classes = list(dict.fromkeys(site.pages for site in self._sites.values()))
+        self._pools = list(dict.fromkeys(site.pool for site in self._sites.values()))
+        self._writers = {pool.writer for pool in self._pools}
         # Nothing it holds holds the store, so that one which nobody has any more goes at once.
-        read = partial(read_again, self.model, self._sites, max_rank)
-        self._books = Books(DeviceTier(max_adapters), HostTier(host_bytes), read)
+        self._books = Books(max_adapters, host_bytes, partial(sources.read, self.model, self._sites, max_rank))
         sites = weakref.WeakSet(self._sites.values())  # a model may hold its store
-        writers = {pages.writer for pages in self._classes}
-        weakref.finalize(self, _let_go, sites, writers).atexit = False
+        weakref.finalize(self, _let_go, sites, self._writers).atexit = False
         self._numbers = itertools.count()
         self._worker: ThreadPoolExecutor | None = None
         self._prefetches: dict[str, Future[None]] = {}
@@ -188,7 +176,27 @@ class AdapterStore:
 
     def stats(self) -> StoreStats:
         """Counts, bytes and times until now."""
-        return collect(self._books, self._classes, self.max_rank)
+        books = self._books
+        with books.lock:
+            on_device, in_host = books.on_device, books.in_host
+            made = [pool for pool in self._pools if pool.memory is not None]
+            return StoreStats(
+                adapters=len(books.current),
+                on_device=len(on_device),
+                in_host=len(in_host),
+                pinned=sum(version.pinned and not version.retired for version in on_device),
+                in_use=len(books.in_use),
+                hits=books.hits,
+                misses=books.misses,
+                reads=books.reads,
+                evictions=books.evictions,
+                loads=books.loads,
+                load_seconds=books.load_seconds,
+                device_bytes=sum(pool.num_pages * pool.page_bytes for pool in made),
+                used_bytes=sum((pool.num_pages - len(pool.free)) * pool.page_bytes for pool in made),
+                padded_bytes=sum(self.max_rank * pool.page_bytes for version in on_device for pool in version.parts),
+                host_bytes=sum(version.nbytes for version in in_host),
+            )
 
     # -------------------------------------------------------------------------------------- use
 
@@ -215,27 +223,24 @@ class AdapterStore:
             TypeError, ValueError: rows or lengths are not what is expected.
         """
         numbers = _check_rows(rows, lengths)
-        for pages in self._classes:
-            pages.writer.check_no_capture()
+        for writer in self._writers:
+            writer.check_no_capture()
         self._await_prefetches([row for row in rows if isinstance(row, str)])
-        held = self._books.hold(rows)
+        slots, versions = self._books.hold(rows)
         try:
-            versions = [version for version in dict.fromkeys(held) if version is not None]
-            slots = {version: slot for slot, version in enumerate(versions)}
             for version in versions:
                 for writer, written in version.written.items():
                     writer.before_reads(written)
-            routings = [version.routing() for version in versions]
-            batch = Batch([BASE if version is None else slots[version] for version in held], routings, numbers)
+            batch = Batch(slots, [version.routing() for version in versions], numbers)
             with running(self._owner, batch):
                 yield
         finally:
             with self._books.lock:
                 try:
-                    for writer in {writer for version in held if version is not None for writer in version.written}:
+                    for writer in {writer for version in versions for writer in version.written}:
                         writer.after_reads()
                 finally:
-                    self._books.release(dict.fromkeys(version for version in held if version is not None))
+                    self._books.release(versions)
 
     def acquire(self, name: str) -> Lease:
         """Hold the version that a name means now, on the device, until the lease is released.
@@ -245,8 +250,7 @@ class AdapterStore:
         with self._books.lock:
             self._books.find(name)
         self._await_prefetches([name])
-        [version] = self._books.hold([name])
-        assert version is not None
+        _, [version] = self._books.hold([name])
         return Lease(self._books, version)
 
     def close(self) -> None:
@@ -259,42 +263,37 @@ class AdapterStore:
             in_use = sorted({version.name for version in self._books.in_use})
             if in_use:
                 raise RuntimeError(f"adapters are in use: {', '.join(in_use)}; end their batches and leases first")
-            self._books.closed = True
-            _restore_all(self._sites.values())
-            for writer in {pages.writer for pages in self._classes}:
+            for site in self._sites.values():
+                restore(site)
+            for writer in self._writers:
                 if writer.stream is not None:
                     torch.cuda.synchronize(writer.device)  # kernels may be reading what is freed now
-            for pages in self._classes:
-                pages.drop_pool()
+            for pool in self._pools:
+                pool.drop()
+            self._books.closed = True
             self._books.current.clear()
-            self._books.device.versions.clear()
-            for version in list(self._books.host.versions):
-                self._books.host.drop(version)
+            self._books.versions.clear()
 
     def _put(self, name: str, given: Given | None, *, must_exist: bool) -> None:
-        check_name(name)
-        check_given(given)
+        sources.check_name(name)
+        sources.check_given(given)
         books = self._books
         with books.lock:
             books.check_open()
             if must_exist:
                 books.find(name)
         start = time.perf_counter()
-        if isinstance(given, tuple):
-            source, contents = None, read_tensors(self.model, *given)
-        else:
-            source = find_source(name, given, self.root)
-            contents = read_source(self.model, source)
-        parts = find_parts(contents, self.model, self._sites, self.max_rank)
-        rows = pack(contents, parts, self._sites)
+        source = given if isinstance(given, tuple) else sources.find_source(name, given, self.root)
+        contents, parts, rows = books.read(source)
         with books.lock:
             books.check_open()
             if must_exist:
                 books.find(name)
-            books.add(Version(name, next(self._numbers), source, parts), rows)
+            kept = None if isinstance(source, tuple) else source
+            books.add(Version(name, next(self._numbers), kept, parts), rows)
             for path in contents.layers:
                 serve(self._sites[path])
-            books.count_load(start, reads=source is not None)
+            books.count_load(start, reads=kept is not None)
 
     def _await_prefetches(self, names: Sequence[str]) -> None:
         with self._books.lock:
@@ -304,14 +303,10 @@ class AdapterStore:
                 future.exception()  # whatever it was, this use tries again
 
 
-def _restore_all(sites: Iterable[Site]) -> None:
-    for site in sites:
-        restore(site)
-
-
 def _let_go(sites: Iterable[Site], writers: Iterable[Writer]) -> None:
     """When nobody has the store any more: its pools are freed next, on the streams that wrote them."""
-    _restore_all(sites)
+    for site in sites:
+        restore(site)
     for writer in writers:
         writer.wait_for_reads()
 

@@ -1,4 +1,4 @@
-"""Merging an adapter into a model's files: the numbers of PEFT's merge, whole folders only, little memory."""
+"""Merging an adapter into a model's files: the numbers of PEFT's merge, and the names."""
 
 from __future__ import annotations
 
@@ -12,59 +12,30 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import (
+    edit_config,
+    edit_tensors,
+    files,
+    gpt2,
+    llama,
+    one_layer_model,
+    randomise,
+    refused,
+    rename,
+    save_adapter,
+    save_model,
+    state_of,
+    with_head,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 import lorakernels as lk
-from lorakernels.files.checkpoint import Checkpoint
 from lorakernels.files.merge import merge_files, merged_weight
 from lorakernels.files.peft import PREFIX
 from lorakernels.files.update import LINEAR, MAGNITUDE, Update
-
-Tensors = dict[str, torch.Tensor]
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def llama(dtype: torch.dtype = torch.float64, **changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "attention_bias": True, **changes})).to(dtype)
-
-
-def save_model(folder: Path, model: Any = None, shard: str = "8KB") -> Path:
-    (llama() if model is None else model).save_pretrained(folder, max_shard_size=shard)
-    (folder / "tokenizer.json").write_text('{"a": 1}')
-    (folder / "old.bin").write_bytes(b"a pickle")
-    return folder
-
-
-def randomise(model: torch.nn.Module) -> None:
-    """Every trained number away from its start: lora_B is zero there, and DoRA's magnitude that of the weight."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-
-
-def save_adapter(folder: Path, model: Any = None, dtype: torch.dtype = torch.float64, **config: Any) -> Path:
-    config = {"r": 2, "lora_alpha": 3, "target_modules": ALL, **config}
-    trained = get_peft_model(llama(dtype) if model is None else model, LoraConfig(**config))
-    randomise(trained)
-    trained.save_pretrained(folder, save_embedding_layers=False)
-    return folder
-
-
-def state_of(folder: Path) -> Tensors:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -191,11 +162,6 @@ def test_other_tensors_keep_their_bits(tmp_path: Path) -> None:
         assert torch.equal(merged[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
 
 
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=8, n_embd=16, n_layer=2, n_head=2)).double()
-
-
 def test_fan_in_fan_out(tmp_path: Path) -> None:
     """gpt2's weights are [in, out], and c_proj of its attention is square."""
     base = save_model(tmp_path / "base", gpt2())
@@ -239,19 +205,6 @@ def test_dora_keeps_a_row_of_zeros() -> None:
     assert torch.equal(merged_weight(weight, update), torch.tensor([[6.0, 8.0], [0.0, 0.0]]))
 
 
-def one_layer_model(folder: Path, model: torch.nn.Module) -> Path:
-    folder.mkdir()
-    save_file({name: t.clone() for name, t in model.state_dict().items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
-def with_head() -> torch.nn.Module:
-    torch.manual_seed(0)
-    head = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
-    return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4), "head": head, "score": torch.nn.Linear(4, 2)}).double()
-
-
 @pytest.mark.parametrize("name", ["default", "other"])
 @pytest.mark.parametrize("bias", ["none", "all"])
 def test_biases_beside_modules_to_save(bias: Any, name: str, tmp_path: Path) -> None:
@@ -276,15 +229,6 @@ def test_a_convolution_with_groups_is_not_merged(tmp_path: Path) -> None:
     base = one_layer_model(tmp_path / "base", model)
     lk.save_adapter(lk.inject(model, lk.LoRAConfig(r=4, target_modules=["0"])), tmp_path / "adapter")
     refused(base, tmp_path / "adapter", "0 is a convolution with 2 groups, whose adapter reads the channels of all")
-
-
-# ------------------------------------------------------------------------------------------- names
-
-
-def rename(folder: Path, new_name: Callable[[str], str]) -> None:
-    """Give the tensors of a one-file checkpoint other names."""
-    tensors = load_file(folder / "model.safetensors")
-    save_file({new_name(name): t for name, t in tensors.items()}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -315,205 +259,6 @@ def test_a_prefix_that_can_be_two(tmp_path: Path) -> None:
     merged = state_of(tmp_path / "merged")
     assert all(torch.equal(merged[name], tensor) for name, tensor in twice.items())
 
-
-# ------------------------------------------------------------------------------------------- refusals
-
-
-def refused(base: Path, adapter: Path, message: str, **options: Any) -> None:
-    """Refused before anything is written: the folders stay as they are and no other appears."""
-    parent = base.parent
-    before = files(parent)
-    with pytest.raises(lk.AdapterFileError, match=message):
-        merge_files(base, adapter, parent / "refused", **options)
-    assert files(parent) == before and not (parent / "refused").exists()
-    assert not [path.name for path in parent.iterdir() if "partial" in path.name]
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    path = folder / ("adapter_config.json" if (folder / "adapter_config.json").exists() else "config.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def edit_tensors(file: Path, **changes: torch.Tensor | None) -> None:
-    tensors = {**load_file(file), **{name.replace("__", "."): t for name, t in changes.items()}}
-    save_file({name: t for name, t in tensors.items() if t is not None}, file)
-
-
-Q = "model__layers__0__self_attn__q_proj"
-Edit = Callable[[Path, Path], object]
-FAULTS: dict[str, tuple[Edit, str]] = {
-    "missing weight": (
-        lambda base, adapter: edit_tensors(base / "model.safetensors", **{f"{Q}__weight": None}),
-        r"no weight for 1 of the adapter's 21 modules, such as model\.layers\.0\.self_attn\.q_proj",
-    ),
-    "another shape": (
-        lambda base, adapter: edit_tensors(base / "model.safetensors", **{f"{Q}__weight": torch.ones(16, 8)}),
-        r"updates .*q_proj\.weight \[16, 16\], and .* has \[16, 8\]",
-    ),
-    "int8": (
-        lambda base, adapter: edit_tensors(
-            base / "model.safetensors", **{f"{Q}__weight": torch.ones(16, 16, dtype=torch.int8)}
-        ),
-        r"is quantised \(it is I8\)",
-    ),
-    "bitsandbytes": (
-        lambda base, adapter: edit_tensors(base / "model.safetensors", **{f"{Q}__weight__absmax": torch.ones(4)}),
-        r"is quantised \(it has model\.layers\.0\.self_attn\.q_proj\.weight\.absmax\)",
-    ),
-    "gptq": (
-        lambda base, adapter: edit_tensors(
-            base / "model.safetensors",
-            **{f"{Q}__weight": None, f"{Q}__qweight": torch.ones(4, 4, dtype=torch.int32)},
-        ),
-        r"is quantised \(it has model\.layers\.0\.self_attn\.q_proj\.qweight\)",
-    ),
-    "quantised by its config": (
-        lambda base, adapter: edit_config(base, quantization_config={"quant_method": "awq"}),
-        r"is quantised \(config.json says awq\)",
-    ),
-    "pissa": (
-        lambda base, adapter: edit_config(adapter, init_lora_weights="pissa"),
-        "init_lora_weights='pissa' changes the base weight",
-    ),
-    "replaces what is not there": (
-        lambda base, adapter: [
-            edit_config(adapter, modules_to_save=["score"]),
-            edit_tensors(adapter / "adapter_model.safetensors", base_model__model__score__weight=torch.ones(2, 16)),
-        ],
-        r"replaces score.weight \[2, 16\], and .* has no such tensor",
-    ),
-    "NaN": (
-        lambda base, adapter: edit_tensors(
-            adapter / "adapter_model.safetensors",
-            **{f"base_model__model__{Q}__lora_B__weight": torch.full((16, 2), float("nan"))},
-        ),
-        "holds NaN or Inf",
-    ),
-    "a pickle": (lambda base, adapter: (base / "model.safetensors").rename(base / "model.bin"), "pickles are"),
-    "truncated": (
-        lambda base, adapter: (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1]),
-        "not a whole safetensors file",
-    ),
-    "two files": (
-        lambda base, adapter: save_file({"a": torch.ones(1)}, base / "other.safetensors"),
-        "has 2 .safetensors files and no single index",
-    ),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults(fault: str, tmp_path: Path) -> None:
-    base, adapter = save_model(tmp_path / "base", shard="1GB"), save_adapter(tmp_path / "adapter")
-    edit, message = FAULTS[fault]
-    edit(base, adapter)
-    refused(base, adapter, message)
-
-
-INDEX_FAULTS: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
-    "outside": (lambda m: m.update({next(iter(m)): "../out.safetensors"}), "expected a .safetensors file beside it"),
-    "not there": (lambda m: m.update({next(iter(m)): "x.safetensors"}), "download the missing shards"),
-    "a number": (lambda m: m.update({next(iter(m)): 3}), "expected a .safetensors file beside it"),
-    "one less": (lambda m: m.pop("model.norm.weight"), "disagree on 1: model.norm.weight"),
-    "one more": (lambda m: m.update({"ghost.weight": next(iter(m.values()))}), "disagree on 1: ghost.weight"),
-    "elsewhere": (lambda m: m.update({next(iter(m)): list(m.values())[-1]}), "disagree on 1"),
-    "empty": (lambda m: m.clear(), "no weight_map"),
-}
-
-
-def test_an_index_whose_metadata_is_a_list(tmp_path: Path) -> None:
-    base, adapter = save_model(tmp_path / "base"), save_adapter(tmp_path / "adapter")
-    path = base / "model.safetensors.index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": [1]}))
-    refused(base, adapter, r"has metadata=\[1\]; expected an object")
-
-
-@pytest.mark.parametrize("fault", INDEX_FAULTS)
-def test_index_faults(fault: str, tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base")
-    path = base / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    edit, message = INDEX_FAULTS[fault]
-    edit(index["weight_map"])
-    path.write_text(json.dumps(index))
-    with pytest.raises(lk.AdapterFileError, match=message):
-        Checkpoint(base)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"target_modules": ["embed_tokens"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-    ],
-    ids=str,
-)
-def test_tied_weights(config: dict[str, Any], tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base", llama(tie_word_embeddings=True))
-    adapter = save_adapter(tmp_path / "adapter", **config)
-    refused(base, adapter, "which is tied")
-
-
-def test_a_tied_model_takes_other_adapters(tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base", llama(tie_word_embeddings=True))
-    merge_files(base, save_adapter(tmp_path / "adapter"), tmp_path / "merged")
-    head = save_adapter(tmp_path / "head", target_modules=["lm_head"])
-    refused(base, head, r"tied to the embedding has no tensor of its own")
-    tied = save_model(tmp_path / "gpt2", gpt2(), shard="1GB")
-    conv1d = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
-    embedding = save_adapter(tmp_path / "wte", gpt2(), target_modules=["wte"])
-    refused(tied, embedding, "which is tied")
-    whole = save_adapter(tmp_path / "whole", gpt2(), modules_to_save=["wte"], **conv1d)
-    refused(tied, whole, r"changes transformer\.wte\.weight, which is tied")
-    edit_config(tied, tie_word_embeddings=None)  # as configurations are that leave the default out
-    refused(tied, whole, r"changes transformer\.wte\.weight, which is tied")
-    positions = save_adapter(tmp_path / "wpe", gpt2(), modules_to_save=["wpe"], **conv1d)
-    merge_files(tied, positions, tmp_path / "with positions")
-    renamed = {name.replace("wte", "words"): t for name, t in load_file(tied / "model.safetensors").items()}
-    save_file(renamed, tied / "model.safetensors")
-    factors = load_file(whole / "adapter_model.safetensors")
-    save_file({name.replace("wte", "words"): t for name, t in factors.items()}, whole / "adapter_model.safetensors")
-    edit_config(whole, modules_to_save=["words"])
-    refused(tied, whole, r"changes transformer\.words\.weight, which is tied")  # by its vocab_size rows
-
-
-def test_where_it_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, adapter = save_model(tmp_path / "base"), save_adapter(tmp_path / "adapter")
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "note").write_text("mine")
-    (tmp_path / "empty").mkdir()
-    before = files(tmp_path)
-    for out, message in ((base, "is what is read"), (adapter, "is what is read"), ("taken", "not an empty folder")):
-        with pytest.raises(lk.AdapterFileError, match=message):
-            merge_files(base, adapter, tmp_path / out)
-    monkeypatch.chdir(tmp_path / "empty")
-    with pytest.raises(lk.AdapterFileError, match="is the current folder, which cannot be replaced"):
-        merge_files(base, adapter, ".")
-    monkeypatch.undo()
-    assert files(tmp_path) == before
-    merge_files(base, adapter, tmp_path / "empty")
-    assert (tmp_path / "empty" / "config.json").exists()
-
-
-def test_an_overflow_leaves_nothing(tmp_path: Path) -> None:
-    """Found in the middle of the work, in a late shard."""
-    base = save_model(tmp_path / "base", llama(torch.float16))
-    adapter = save_adapter(tmp_path / "adapter", dtype=torch.float16, target_modules=["down_proj"])
-    late = "base_model__model__model__layers__2__mlp__down_proj__lora_B__weight"
-    edit_tensors(adapter / "adapter_model.safetensors", **{late: torch.full((16, 2), 1e5)})
-    refused(base, adapter, r"layers\.2\.mlp\.down_proj\.weight would not be finite in torch\.float16")
-    merge_files(base, adapter, tmp_path / "wider", dtype=torch.float32)
-
-
-def test_kohya_is_sent_to_convert(tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base")
-    half = torch.ones(16, 2)
-    save_file(
-        {"lora_te_q.lora_up.weight": half, "lora_te_q.lora_down.weight": torch.ones(2, 16)}, tmp_path / "k.safetensors"
-    )
-    refused(base, tmp_path / "k.safetensors", "convert it first")
-
-
-# ------------------------------------------------------------------------------------------- memory
 
 SHARDS, SIDE = 12, 2048  # 16 MiB a tensor, one tensor a shard: 192 MiB
 MEASURE = """

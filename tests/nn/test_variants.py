@@ -18,9 +18,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import lorakernels as lk
 from lorakernels.nn import dora
-from lorakernels.nn.adapt import LAYERS, adapt
+from lorakernels.nn.adapt import LAYERS
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.testing.budget import assert_within_budget, error
+
+
+def adapt(base_layer: nn.Module, *args: Any, **fields: Any) -> Any:
+    return LAYERS[type(base_layer)].from_base(base_layer, *args, **fields)
+
+
+def inject_into(layer: nn.Module) -> nn.Module:
+    return lk.inject(nn.Sequential(layer), lk.LoRAConfig(target_modules=["0"]))
 
 
 @dataclass(frozen=True)
@@ -289,7 +297,7 @@ def test_several_adapters_add_up(kind: str, dropout: float, use_dora: bool) -> N
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_dropout_reaches_lora_A_alone_and_is_unbiased(kind: str) -> None:
     layer = ours(Case(kind, use_dora=True), torch.float32)
-    layer.configure("default", 6, 0.5, False)
+    layer.adapters["default"].lora_dropout = 0.5
     x = KINDS[kind].input(torch.float32).detach()
     with torch.no_grad():
         runs = torch.stack([layer(x) for _ in range(900)]).double()
@@ -644,8 +652,8 @@ REFUSED = [
     (lambda: adapt(nn.Conv2d(4, 4, 3, groups=4), r=2), ValueError, "a multiple; got r=2"),
     (lambda: adapt(nn.Conv2d(4, 4, 3, groups=2), r=2, use_dora=True), ValueError, "groups=1; got groups=2"),
     (lambda: adapt(nn.Conv2d(4, 4, 3, groups=2), r=2, init_lora_weights="olora"), ValueError, "groups=1; got"),
-    (lambda: adapt(nn.ConvTranspose1d(4, 4, 3)), TypeError, "ConvTranspose1d has no adapted layer; expected exactly"),
-    (lambda: adapt(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)), TypeError, "no adapted layer"),
+    (lambda: inject_into(nn.ConvTranspose1d(4, 4, 3)), TypeError, "ConvTranspose1d; expected exactly one of"),
+    (lambda: inject_into(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)), TypeError, "Linear; expected"),
     (lambda: adapt(nn.Linear(4, 4), "get"), ValueError, "is an attribute of torch.nn.ParameterDict"),
 ]
 

@@ -231,8 +231,8 @@ def test_kernels_of_many_adapters(case: Case, height: int, split: int) -> None:
     base, shrink, expand = counted
     assert base.bytes == case.frozen_bytes
     S = split * case.M * case.r * 4
-    assert plan.pages is not None
-    routes = [t.numel() * t.element_size() for t in (plan.buffer, plan.scales, plan.pages)]
+    assert plan.page_table is not None
+    routes = [t.numel() * t.element_size() for t in (plan.buffer, plan.scales, plan.page_table)]
     blocks = -(-case.r // 16)
     adapters_of = {"A": sum(case.ranks) * case.K * 2, "B": sum(case.ranks) * case.N * 2}
     assert shrink.bytes == blocks * case.M * case.K * 2 + adapters_of["A"] + S + sum(routes)

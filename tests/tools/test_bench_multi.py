@@ -71,7 +71,7 @@ def test_tensors_of_many_adapters(case: Case) -> None:
     tensors = make_tensors(case, CPU, 0)
     stacks = tensors.stacks
     assert sum(stack.numel() * stack.element_size() for stack in stacks) == case.padded_bytes()
-    table = tensors.plan(paged=True).tensors.pages
+    table = tensors.plan(paged=True).tensors.page_table
     assert table is not None
     held = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors.pages, table))
     assert held == case.paged_bytes() and case.adapter_bytes() <= case.paged_bytes()

@@ -1,8 +1,9 @@
 """Where adapters lie on a device: pools of pages, a page one rank row of every module of a class.
 
-Modules with one leaf name and shape (q_proj of every layer) are a class. Page p of its pool [pages, W] holds rank row p
-of all their A and B side by side, so an adapter of rank r takes r pages, in any order, and nothing is padded to the
-largest rank: Sheng et al., "S-LoRA", arXiv 2311.03285, section 5.1. A module's A is the view pool[:, a : a + K].
+Modules with one leaf name and shape (q_proj of every layer) are a class. Page p of its pool, row p of a memory
+[num_pages, W], holds a rank row of all their A and B side by side, so an adapter of rank r takes r pages, in any order,
+and nothing is padded to the largest rank: Sheng et al., "S-LoRA", arXiv 2311.03285, section 5.1. A module's A is the
+view memory[:, a : a + K].
 """
 
 from __future__ import annotations
@@ -23,23 +24,21 @@ _ALIGNMENT = 16
 
 
 class Site:
-    """A module that adapters may reach, and where its A and B lie in the pages of its class."""
+    """A module that adapters may reach, and where its A and B lie in a page of its pool."""
 
     def __init__(self, path: str, module: nn.Module, base: type[nn.Module], owner: object) -> None:
         weight: Any = module.weight
         self.path, self.module, self.base, self.owner = path, module, base, owner
         self.N, self.K = weight.shape if base is nn.Linear else weight.shape[::-1]
         self.begin_A = self.begin_B = 0
-        self.pages: PageClass
-        # Views of the pool, from its first use on.
+        self.pool: Pool
+        # Views of the pool's memory, from its first use on.
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model is nobody's to serve: it gets no site, and runs as the base."""
-
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # nor does a pickled one
+        """A copied or pickled model is nobody's to serve: it gets no site, and runs as the base."""
+        return type(None), ()
 
 
 class Writer:
@@ -90,19 +89,19 @@ class Writer:
             self._reads[stream.cuda_stream] = stream.record_event()
 
 
-class PageClass:
-    """The modules of one leaf name and shape, and their pool, which is made at its first use."""
+class Pool:
+    """The pages of the modules of one leaf name and shape. Their memory is made at its first use."""
 
     def __init__(self, name: str, dtype: torch.dtype, writer: Writer, num_pages: int) -> None:
         self.name, self.dtype, self.writer, self.num_pages = name, dtype, writer, num_pages
-        # Sites hold it; were that in turn, the pool would outlive its store until a collection.
+        # Sites hold it; were that in turn, the memory would outlive its store until a collection.
         self.sites: weakref.WeakSet[Site] = weakref.WeakSet()
         self.width = 0
-        self.pool: torch.Tensor | None = None
+        self.memory: torch.Tensor | None = None
         self.free = list(range(num_pages))  # a heap: low pages first, so that pages of one adapter mostly lie together
 
     def add(self, site: Site) -> None:
-        site.pages = self
+        site.pool = self
         site.begin_A = self.width
         site.begin_B = self._aligned(site.begin_A + site.K)
         self.width = self._aligned(site.begin_B + site.N)
@@ -121,19 +120,19 @@ class PageClass:
         pin_memory = self.writer.stream is not None
         return torch.zeros(rank, self.width, dtype=self.dtype, device="cpu", pin_memory=pin_memory)
 
-    def make_pool(self) -> None:
-        if self.pool is None:
+    def make(self) -> None:
+        if self.memory is None:
             with self.writer.writing():
-                pool = torch.zeros(self.num_pages, self.width, dtype=self.dtype, device=self.writer.device)
+                memory = torch.zeros(self.num_pages, self.width, dtype=self.dtype, device=self.writer.device)
                 # Counts its versions by itself: other adapters may be written between a forward and its backward.
-                readable = pool.data
+                readable = memory.data
             for site in self.sites:
                 site.lora_A = readable[:, site.begin_A : site.begin_A + site.K]
                 site.lora_B = readable[:, site.begin_B : site.begin_B + site.N]
-            self.pool = pool
+            self.memory = memory
 
-    def drop_pool(self) -> None:
-        self.pool = None
+    def drop(self) -> None:
+        self.memory = None
         for site in self.sites:
             site.lora_A = site.lora_B = None
 
@@ -142,31 +141,28 @@ class PageClass:
         return tuple(heapq.heappop(self.free) for _ in range(rank))
 
     def write(self, pages: Sequence[int], rows: torch.Tensor) -> None:
-        assert self.pool is not None
         with self.writer.writing():
-            for begin, end in _runs(pages):
-                first = pages[begin]
-                self.pool[first : first + end - begin].copy_(rows[begin:end], non_blocking=True)
+            for place, begin, end in self._runs(pages):
+                place.copy_(rows[begin:end], non_blocking=True)
 
     def give_back(self, pages: Sequence[int]) -> None:
         """Zeroed: whoever came to read a page that is nobody's would find the base model, not another's adapter."""
-        assert self.pool is not None
         try:
             with self.writer.writing():
-                for begin, end in _runs(pages):
-                    self.pool[pages[begin] : pages[begin] + end - begin].zero_()
+                for place, *_ in self._runs(pages):
+                    place.zero_()
         finally:
             for page in pages:
                 heapq.heappush(self.free, page)
 
-
-def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Stretches of successive pages, as their begins and ends in the list: a copy each."""
-    begin = 0
-    for i in range(1, len(pages) + 1):
-        if i == len(pages) or pages[i] != pages[i - 1] + 1:
-            yield begin, i
-            begin = i
+    def _runs(self, pages: Sequence[int]) -> Iterator[tuple[torch.Tensor, int, int]]:
+        """The memory of each stretch of successive pages, with its begin and end in the list: a copy each."""
+        assert self.memory is not None
+        begin = 0
+        for i in range(1, len(pages) + 1):
+            if i == len(pages) or pages[i] != pages[i - 1] + 1:
+                yield self.memory[pages[begin] : pages[begin] + i - begin], begin, i
+                begin = i
 
 
 def find_sites(
@@ -174,7 +170,7 @@ def find_sites(
 ) -> dict[str, Site]:
     """Every module whose type is in `bases`, which says what it was by nature, under each of its names."""
     by_module: dict[nn.Module, Site] = {}
-    classes: dict[tuple[Any, ...], PageClass] = {}
+    pools: dict[tuple[Any, ...], Pool] = {}
     writers: dict[torch.device, Writer] = {}
     sites: dict[str, Site] = {}
     for path, module in plain_modules(model):
@@ -185,9 +181,9 @@ def find_sites(
             site = by_module[module] = Site(path, module, base, owner)
             weight: Any = module.weight
             key = (path.rpartition(".")[2], base, tuple(weight.shape), weight.dtype, weight.device)
-            if key not in classes:
+            if key not in pools:
                 writer = writers.setdefault(weight.device, Writer(weight.device))
-                classes[key] = PageClass(key[0], weight.dtype, writer, num_pages)
-            classes[key].add(site)
+                pools[key] = Pool(key[0], weight.dtype, writer, num_pages)
+            pools[key].add(site)
         sites[path] = by_module[module]
     return sites

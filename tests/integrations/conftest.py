@@ -1,0 +1,50 @@
+"""Which calls took the fused path, which the multi-adapter product, and an x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from lorakernels.integrations import peft_mixed
+from lorakernels.nn import adapted
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keyword arguments of every call that took the fused path."""
+    calls: list[dict[str, Any]] = []
+
+    def spy_on(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+            calls.append(kwargs)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    spy_on(adapted, "lora_linear")
+    spy_on(adapted.ops, "small_lora_linear")
+    return calls
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(3, 7, 24, dtype=torch.float64)  # for `accelerated.Two`
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The arguments of every multi-adapter product, and its plan."""
+    calls: list[tuple[Any, ...]] = []
+    real: Callable[..., Any] = peft_mixed._product
+
+    def spy(pack: Any, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> Any:
+        calls.append((pack, x, weight, bias, pack.plan(x[0, ..., 0].numel())))
+        return real(pack, x, weight, bias)
+
+    monkeypatch.setattr(peft_mixed, "_product", spy)
+    return calls
