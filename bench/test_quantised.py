@@ -1,4 +1,4 @@
-"""A training step and a single token of a layer over an NF4 weight, beside PEFT with bitsandbytes and the frozen layers.
+"""A training step and a single token of a layer over NF4, beside PEFT with bitsandbytes and the frozen layers.
 
 pytest bench/test_quantised.py
 """
