@@ -66,7 +66,7 @@ def raising(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: argparse.Namespace) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("fail", lambda parser: None, run),))
+    monkeypatch.setattr(cli, "COMMANDS", [cli.Command("fail", (), run)])
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,9 @@ def candidates(problem: Problem, device: Device, neighbours: bool = True) -> lis
     summed, block = (p.K, "BLOCK_K") if "BLOCK_K" in names else (p.M, "BLOCK_M")
 
     def fits(config: KernelConfig) -> bool:
-        parts = cdiv(summed, getattr(config, block))  # as many at most as tiles
+        most = cdiv(summed, getattr(config, block))  # a sum has no more parts than tiles
         tiles, own = batch is not None and batch.tiles, config == first
-        return (own or config.SPLIT <= parts) and not misfit(
+        return (own or most >= config.SPLIT) and not misfit(
             p.operation, config, p.r, p.itemsize, p.tma, device.arch, tiles
         )
 
