@@ -22,11 +22,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import compile as triton_compile
+from triton.runtime import cache as triton_cache
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lorakernels.backend import BackendError
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume
+from lorakernels.configs.heuristic import cdiv, next_power_of_two
 from lorakernels.configs.table_file import SHIPPED, read_table
 from lorakernels.kernels.launch import Launch, compile_options, record_launches
 from lorakernels.tools.machine_code import Code, loop_tiles, narrow_loads, read_amd, read_nvidia
@@ -142,7 +144,7 @@ def _compile(task: _Task) -> CompileRow:
     arch, meta = task.arch, compiled.metadata
     code = _read_nvidia(compiled) if arch.target.backend == "cuda" else read_amd(compiled.asm["amdgcn"])
     columns = getattr(meta, "tmem_size", None) or 0
-    faults = [code.spills] if code.spills else []
+    faults = [code.spills]
     if meta.shared > arch.shared_per_block:
         faults.append(f"{meta.shared} bytes of shared memory, over the limit of {arch.shared_per_block} a block")
     if columns > arch.tensor_memory_columns:
@@ -150,13 +152,8 @@ def _compile(task: _Task) -> CompileRow:
     faults += _product_faults(task.launch, task.source.name, arch.name, code)
     # Not the config's num_warps: warp specialisation adds some.
     threads = meta.num_warps * arch.target.warp_size
-    # A kernel without a loop has no loads in it to judge.
-    if (
-        code.loads
-        and _aligned(task.launch)
-        and (narrow := narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
-    ):
-        faults.append(narrow)
+    if code.loads and _aligned(task.launch):  # a kernel without a loop has none to judge
+        faults.append(narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
     return task.row(
         registers=code.registers,
         spill_bytes=code.spill_bytes,
@@ -166,22 +163,18 @@ def _compile(task: _Task) -> CompileRow:
         async_copy=code.async_copy,
         narrowest_load_bytes=min(code.loads, default=None),
         ctas_per_sm=_ctas_per_sm(arch, code.registers, meta.shared, columns, meta.num_warps),
-        ok=not faults,
-        why="; ".join(faults),
+        ok=not any(faults),
+        why="; ".join(filter(None, faults)),
     )
 
 
-def _tool(path: str, option: str, file: str) -> str:
-    return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
-
-
 def _read_nvidia(compiled: CompiledKernel) -> Code:
+    tools = (knobs.nvidia.cuobjdump.path, "--dump-resource-usage"), (knobs.nvidia.nvdisasm.path, "--no-dataflow")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _tool(knobs.nvidia.nvdisasm.path, "--no-dataflow", file.name)
-    return read_nvidia(usage, sass)
+        runs = [subprocess.run([*tool, file.name], capture_output=True, text=True, check=True) for tool in tools]
+    return read_nvidia(*(run.stdout for run in runs))
 
 
 # What a matrix product of 16-bit operands must come to where it is large: these units do most of the device's work.
@@ -223,27 +216,18 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def _round_up(number: int, granule: int) -> int:
-    return -(-number // granule) * granule
-
-
 def _ctas_per_sm(arch: Arch, registers: int, shared: int, columns: int, warps: int) -> int:
     """How many blocks an SM holds at once."""
     # Registers are handed out eight a lane, and a warp's come from one of the SM's four schedulers.
-    warp_registers = _round_up(max(registers, 1), 8) * arch.target.warp_size
+    warp_registers = cdiv(max(registers, 1), 8) * 8 * arch.target.warp_size
     warps_by_registers = arch.registers_per_sm // 4 // warp_registers * 4
-    block_shared = _round_up(max(shared + arch.shared_reserved, 1), arch.shared_granule)
+    block_shared = cdiv(max(shared + arch.shared_reserved, 1), arch.shared_granule) * arch.shared_granule
     limits = [arch.max_blocks_per_sm, min(arch.max_warps_per_sm, warps_by_registers) // warps]
     limits.append(arch.shared_per_sm // block_shared)
     if columns:
         # Tensor memory comes in powers of two, from 32 columns.
-        limits.append(arch.tensor_memory_columns // max(32, 1 << (columns - 1).bit_length()))
+        limits.append(arch.tensor_memory_columns // max(32, next_power_of_two(columns)))
     return min(limits)
-
-
-def compile_launch(launch: Launch, arch: str) -> CompileRow:
-    """Compile one launch for one architecture of `ARCHS`, in this process."""
-    return _compile(_specialise(launch, arch))
 
 
 def compile_report(
@@ -305,6 +289,7 @@ def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> dict[tu
         if task.key not in largest or task.tokens > largest[task.key].tokens:
             largest[task.key] = task
     tasks = list(largest.values())
+    triton_cache.triton_key()  # kept for all processes: it reads the whole of Triton
     results = in_processes(lambda index: _compile(tasks[index]), len(tasks), jobs)
     rows = dict(tqdm(results, total=len(tasks), desc="compile", unit="kernel", disable=None if progress else True))
     crashed = "does not compile: the compiler crashed"
