@@ -71,14 +71,16 @@ def demo(arguments: argparse.Namespace) -> int:
 )
 def doctor(arguments: argparse.Namespace) -> int:
     """say what this machine can run and why, what is missing, and check the results"""
-    from lorakernels.tools.doctor import as_json, examine, print_diagnosis
+    import json
 
-    diagnosis = examine()
+    from lorakernels.tools.doctor import examine, print_diagnosis
+
+    found = examine()
     if arguments.json:
-        print(as_json(diagnosis))
+        print(json.dumps(found, indent=2, allow_nan=False))
     else:
-        print_diagnosis(diagnosis)
-    return 0 if diagnosis.ok else FAILED
+        print_diagnosis(found)
+    return 0 if found["ok"] else FAILED
 
 
 @command(

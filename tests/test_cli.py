@@ -242,7 +242,7 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     real = doctor.version_of
     monkeypatch.setattr(doctor, "version_of", lambda package: None if package in ("peft", "numpy") else real(package))
     monkeypatch.setitem(doctor.OLDEST, "triton", (999, 0))
-    mends = [problem.mend for problem in doctor.examine().problems]
+    mends = [problem["mend"] for problem in doctor.examine()["problems"]]
     assert "pip install numpy" in mends and 'pip install "lorakernels[peft]"' in mends
     assert ('pip install --upgrade "triton>=999.0"' in mends) is (real("triton") is not None)
 

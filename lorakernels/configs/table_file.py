@@ -122,13 +122,9 @@ def cache_folder() -> Path:
     """The user's cache: LORAKERNELS_CACHE, or where the platform keeps caches."""
     if named := os.environ.get(CACHE):
         return Path(named).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lorakernels"
+    folders = {"win32": ("LOCALAPPDATA", "~/AppData/Local"), "darwin": ("", "~/Library/Caches")}
+    variable, default = folders.get(sys.platform, ("XDG_CACHE_HOME", "~/.cache"))
+    return Path(os.environ.get(variable) or default).expanduser() / "lorakernels"
 
 
 def user_path(device: Device) -> Path:

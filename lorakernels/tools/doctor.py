@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import platform
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,103 +32,49 @@ ON_LINUX = ("triton",)
 # Of the largest element of a result. Sound kernels stay near 1 rounding; unsound ones are off by thousands.
 LIMIT_IN_ROUNDINGS = 16
 M, K, N, R = 24, 80, 48, 5
+Row = dict[str, Any]
+# What is said of a device, where it is known.
+_FACTS = {"model": "{}", "threads": "{} threads", "memory_gib": "{} GiB", "capability": "capability {}"}
 
 
-@dataclass(frozen=True)
-class Device:
-    """A CPU (threads) or a GPU (compute capability)."""
+def examine() -> Row:
+    """Look at this machine and run the self-check: all that `lorakernels doctor` says, ready for JSON.
 
-    name: str
-    model: str
-    threads: int | None = None
-    memory_gib: float | None = None
-    capability: str | None = None
-
-    def __str__(self) -> str:
-        units = {"{} threads": self.threads, "{} GiB": self.memory_gib, "capability {}": self.capability}
-        return ", ".join([self.model, *(text.format(value) for text, value in units.items() if value is not None)])
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The implementation of impl="auto" on a device; None where the call would raise `why`."""
-
-    device: str
-    dtype: str
-    impl: str | None
-    why: str
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something missing or wrong, and how to mend it."""
-
-    what: str
-    mend: str
-
-
-@dataclass(frozen=True)
-class Check:
-    """The largest error of lora_linear and its gradients against float64, of the largest element."""
-
-    device: str
-    dtype: str
-    impl: str | None
-    error: float | None
-    limit: float
-    why: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return self.error is not None and self.error <= self.limit
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """All that `lorakernels doctor` says."""
-
-    versions: dict[str, str | None]
-    environment: dict[str, str | None]
-    interpreter: bool
-    environment_valid: bool
-    devices: tuple[Device, ...]
-    choices: tuple[Choice, ...]
-    problems: tuple[Problem, ...]
-    checks: tuple[Check, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether the self-check passes on every device."""
-        return all(check.ok for check in self.checks)
-
-
-def examine() -> Diagnosis:
-    """Look at this machine and run the self-check. Never raises for what is wrong with it."""
+    `ok` is whether the self-check passes on every device. Never raises for what is wrong with the machine.
+    """
     versions: dict[str, str | None] = {"lorakernels": __version__, "python": platform.python_version()}
     versions |= {"platform": platform.platform(), **{name: version_of(name) for name in (*PACKAGES, *OPTIONAL)}}
     versions |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda, "torch_rocm": torch.version.hip}
-    cpu = Device("cpu", cpu_name(), threads=torch.get_num_threads())
-    devices = (cpu, *(_gpu(index) for index in range(torch.cuda.device_count())))
-    return Diagnosis(
-        versions=versions,
-        environment={name: os.environ.get(name) for name in VARIABLES},
-        interpreter=interpreter_on(),
-        environment_valid=os.environ.get(ENVIRONMENT, "auto") in IMPLS,
-        devices=devices,
-        choices=tuple(_choice(device.name, dtype) for device in devices for dtype in TRITON_DTYPES),
-        problems=tuple(Problem(what, mend) for wrong, what, mend in _probes(versions, len(devices) > 1) if wrong),
-        checks=tuple(self_check(device.name, dtype) for device in devices for dtype in (torch.float32, torch.bfloat16)),
-    )
+    cpu = {"name": "cpu", "model": cpu_name(), "threads": torch.get_num_threads()}
+    found = [cpu, *(_gpu(index) for index in range(torch.cuda.device_count()))]
+    devices: list[Row] = [{"name": "", **dict.fromkeys(_FACTS)} | device for device in found]
+    names = [device["name"] for device in devices]
+    problems = [{"what": what, "mend": mend} for wrong, what, mend in _probes(versions, len(devices) > 1) if wrong]
+    checks = [self_check(name, dtype) for name in names for dtype in (torch.float32, torch.bfloat16)]
+    return {
+        "ok": all(check["ok"] for check in checks),
+        "versions": versions,
+        "environment": {name: os.environ.get(name) for name in VARIABLES},
+        "interpreter": interpreter_on(),
+        "environment_valid": os.environ.get(ENVIRONMENT, "auto") in IMPLS,
+        "devices": devices,
+        "choices": [_choice(name, dtype) for name in names for dtype in TRITON_DTYPES],
+        "problems": problems,
+        "checks": checks,
+    }
 
 
-def self_check(device: str, dtype: torch.dtype) -> Check:
-    """A small lora_linear, forward and backward, as impl="auto" runs it on `device`."""
-    check = Check(device, str(dtype).removeprefix("torch."), None, None, LIMIT_IN_ROUNDINGS * torch.finfo(dtype).eps)
+def self_check(device: str, dtype: torch.dtype) -> Row:
+    """A small lora_linear, forward and backward, as impl="auto" runs it on `device`, against float64.
+
+    `error` is the largest, of the largest element: a number, or text where it is no finite one.
+    """
+    check = _choice(device, dtype) | {"limit": LIMIT_IN_ROUNDINGS * torch.finfo(dtype).eps, "error": None, "ok": False}
     try:
-        check = replace(check, impl=explain_impl("auto", torch.device(device), dtype)[0])
-        return replace(check, error=_error(device, dtype))
-    except Exception as error:  # whatever a driver or a compiler throws is the finding
-        return replace(check, why=f"{type(error).__name__}: {error}")
+        error = _error(device, dtype)
+    except Exception as problem:  # whatever a driver or a compiler throws is the finding
+        return check | {"why": f"{type(problem).__name__}: {problem}"}
+    return check | {"why": "", "ok": error <= check["limit"], "error": error if math.isfinite(error) else str(error)}
 
 
 def _error(device: str, dtype: torch.dtype) -> float:
@@ -154,22 +100,23 @@ def _error(device: str, dtype: torch.dtype) -> float:
     return torch.stack(errors).max().item()
 
 
-def _gpu(index: int) -> Device:
+def _gpu(index: int) -> Row:
     name = f"cuda:{index}"
     try:
-        properties = torch.cuda.get_device_properties(index)
+        found = torch.cuda.get_device_properties(index)
     except RuntimeError as error:
-        return Device(name, f"cannot be opened: {error}")
-    memory = round(properties.total_memory / 2**30, 1)
-    return Device(name, properties.name, memory_gib=memory, capability=f"{properties.major}.{properties.minor}")
+        return {"name": name, "model": f"cannot be opened: {error}"}
+    memory, capability = round(found.total_memory / 2**30, 1), f"{found.major}.{found.minor}"
+    return {"name": name, "model": found.name, "memory_gib": memory, "capability": capability}
 
 
-def _choice(device: str, dtype: torch.dtype) -> Choice:
-    name = str(dtype).removeprefix("torch.")
+def _choice(device: str, dtype: torch.dtype) -> Row:
+    """The implementation of impl="auto" on a device, and why; None where the call would raise `why`."""
     try:
-        return Choice(device, name, *explain_impl("auto", torch.device(device), dtype))
+        impl, why = explain_impl("auto", torch.device(device), dtype)
     except (ValueError, RuntimeError) as error:
-        return Choice(device, name, None, str(error))
+        impl, why = None, str(error)
+    return {"device": device, "dtype": str(dtype).removeprefix("torch."), "impl": impl, "why": why}
 
 
 def _probes(versions: dict[str, str | None], has_gpu: bool) -> Iterator[tuple[object, str, str]]:
@@ -197,27 +144,21 @@ def _probes(versions: dict[str, str | None], has_gpu: bool) -> Iterator[tuple[ob
         yield versions[package] is None, missing, f'pip install "lorakernels[{extra}]"'
 
 
-def as_json(diagnosis: Diagnosis) -> str:
-    """Every field of the diagnosis, and `ok`."""
-    fields = asdict(diagnosis)
-    fields["checks"] = [asdict(check) | {"ok": check.ok} for check in diagnosis.checks]
-    # Strict JSON has no NaN.
-    for row in fields["checks"]:
-        if row["error"] is not None and not row["error"] < float("inf"):
-            row["error"] = str(row["error"])
-    return json.dumps({"ok": diagnosis.ok, **fields}, indent=2, allow_nan=False)
-
-
-def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> None:
-    """The diagnosis for a terminal."""
+def print_diagnosis(found: Row, console: Console | None = None) -> None:
+    """What `examine` has found, for a terminal."""
     console = console or Console(highlight=False)
-    environment = {name: value or "not set" for name, value in diagnosis.environment.items()}
-    environment["Triton's interpreter"] = "on" if diagnosis.interpreter else "off"
+    environment = {name: value or "not set" for name, value in found["environment"].items()}
+    environment["Triton's interpreter"] = "on" if found["interpreter"] else "off"
     sections: dict[str, Iterable[tuple[str, ...]]] = {
-        "Versions": [(name, version or "-") for name, version in diagnosis.versions.items()],
+        "Versions": [(name, version or "-") for name, version in found["versions"].items()],
         "Environment": environment.items(),
-        "Devices": [(device.name, str(device)) for device in diagnosis.devices],
-        'What impl="auto" runs, and why': [(c.device, c.dtype, c.impl or "none", c.why) for c in diagnosis.choices],
+        "Devices": [
+            (device["name"], ", ".join(text.format(device[fact]) for fact, text in _FACTS.items() if device[fact]))
+            for device in found["devices"]
+        ],
+        'What impl="auto" runs, and why': [
+            (row["device"], row["dtype"], row["impl"] or "none", row["why"]) for row in found["choices"]
+        ],
     }
     for title, rows in sections.items():
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -226,15 +167,15 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console | None = None) -> Non
         console.print(Text(title, "bold"))
         console.print(table)
         console.print()
-    console.print("[bold]Missing, and the mend[/]" if diagnosis.problems else "[bold]Nothing is missing[/]")
-    for problem in diagnosis.problems:
-        console.print(Text(f"- {problem.what}: ") + Text(problem.mend, "cyan"))
+    console.print("[bold]Missing, and the mend[/]" if found["problems"] else "[bold]Nothing is missing[/]")
+    for problem in found["problems"]:
+        console.print(Text(f"- {problem['what']}: ") + Text(problem["mend"], "cyan"))
     console.print("\n[bold]Self-check: lora_linear, forward and backward, against float64[/]")
-    for check in diagnosis.checks:
-        mark = Text("✓ ", "green") if check.ok else Text("✗ ", "red")
-        found = check.why
-        if check.error is not None:
-            found = f"error {check.error:.1e} of the largest element (limit {check.limit:.1e})"
-        console.print(mark + Text(f"{check.device} {check.dtype} {check.impl or 'none'}: {found}"))
-    if not diagnosis.ok:
+    for check in found["checks"]:
+        mark = Text("✓ ", "green") if check["ok"] else Text("✗ ", "red")
+        result = check["why"]
+        if check["error"] is not None:
+            result = f"error {float(check['error']):.1e} of the largest element (limit {check['limit']:.1e})"
+        console.print(mark + Text(f"{check['device']} {check['dtype']} {check['impl'] or 'none'}: {result}"))
+    if not found["ok"]:
         console.print("\nFAILED: results on this machine are wrong, or do not come", style="bold red")
