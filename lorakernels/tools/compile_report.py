@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lorakernels.backend import BackendError
 from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.data_sheet import speed_of
 from lorakernels.configs.device import assume
 from lorakernels.configs.heuristic import cdiv, next_power_of_two
 from lorakernels.configs.table_file import SHIPPED, read_table
@@ -44,7 +45,6 @@ class Arch:
 
     name: str
     target: GPUTarget
-    shared_per_block: int
     shared_per_sm: int
     shared_granule: int = 128
     shared_reserved: int = 1024  # taken from shared_per_sm by each block besides its own
@@ -53,12 +53,16 @@ class Arch:
     max_blocks_per_sm: int = 32
     tensor_memory_columns: int = 0
 
+    @property
+    def shared_per_block(self) -> int:
+        return speed_of(self.name).shared_per_block
+
 
 _ARCHS = (
-    Arch("sm_80", GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10),
-    Arch("sm_90", GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10),
-    Arch("sm_100", GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, tensor_memory_columns=512),
-    Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 512, 0, 131072, 32),
+    Arch("sm_80", GPUTarget("cuda", 80, 32), 164 << 10),
+    Arch("sm_90", GPUTarget("cuda", 90, 32), 228 << 10),
+    Arch("sm_100", GPUTarget("cuda", 100, 32), 228 << 10, tensor_memory_columns=512),
+    Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 512, 0, 131072, 32),
 )
 ARCHS: dict[str, Arch] = {arch.name: arch for arch in _ARCHS}
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.heuristic import MULTI_OPERATIONS, cdiv
 from lorakernels.configs.table import forced_configs
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import unpack_mask
@@ -51,42 +52,39 @@ class Inputs(NamedTuple):
         return sum(t.numel() * t.element_size() for t in self if isinstance(t, torch.Tensor))
 
 
+_READ = {
+    "shrink": ("x", "lora_A"),
+    "linear_expand": ("x", "weight", "weight_t", "lora_B", "lora_B_t", "s"),
+    "few_tokens": ("x", "weight", "weight_t", "lora_A", "lora_A_t", "lora_B", "lora_B_t"),
+    "outer": ("z", "lora_B", "s"),
+} | dict.fromkeys(MULTI_OPERATIONS, ("x", "lora_A", "lora_B", "s"))
+
+
 def make_inputs(problem: Problem, device: torch.device) -> Inputs:
     """Random, never zeros: zeros save power, and power is speed."""
     operation, M, N, K, r, dtype, dropout, slots = problem
-    many, whole = problem.batch is not None, operation in ("few_tokens", "linear_expand")
-    few, outer, threshold = operation == "few_tokens", operation == "outer", drop_threshold(dropout)
+    threshold, many = drop_threshold(dropout), problem.batch is not None
     stack = (slots,) if many else ()
-
-    def random(needed: bool, *shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+    shapes = {
+        **{"x": (M, K), "z": (M, N), "weight": (N, K), "weight_t": (K, N), "lora_A_t": (K, r), "lora_B_t": (r, N)},
+        **{"lora_A": (*stack, r, K), "lora_B": (*stack, N, r), "s": (M, r)},
+    }
+    tensors = {}
+    for name, shape in shapes.items():
+        shape = shape if name in _READ[operation] else (0, 0)
         # Rows of unit length: sums stay in the range of float16.
-        shape = shape if needed else (0, 0)
-        return torch.randn(shape, device=device, dtype=torch.float32).mul_(max(shape[-1], 1) ** -0.5).to(of)
-
+        plain = torch.randn(shape, device=device, dtype=torch.float32).mul_(max(shape[-1], 1) ** -0.5)
+        tensors[name] = plain.to(torch.float32 if many and name == "s" else dtype)
     mask = seed = plan = None
     if threshold:
-        mask = torch.randint(256, (M if operation != "shrink" else 0, -(-N // 8)), device=device, dtype=torch.uint8)
+        mask = torch.randint(256, (M if operation != "shrink" else 0, cdiv(N, 8)), device=device, dtype=torch.uint8)
         seed = torch.randint(1 << 62, (1,), device=device)
     if many:
         batch = BatchPlan(slots, M, max_rank=r, device=device)
         ranks, scalings = (torch.full((slots,), each, device=device) for each in (r, inverse_keep(threshold)))
         batch.update(torch.arange(M, device=device) % slots, ranks, scalings)
         plan = batch.tensors
-    return Inputs(
-        x=random(not outer, M, K),
-        z=random(outer, M, N),
-        weight=random(whole, N, K),
-        weight_t=random(whole, K, N),
-        lora_A=random(many or few or operation == "shrink", *stack, r, K),
-        lora_A_t=random(few, K, r),
-        lora_B=random(many or whole or outer, *stack, N, r),
-        lora_B_t=random(whole, r, N),
-        s=random(many or outer or operation == "linear_expand", M, r, of=torch.float32 if many else dtype),
-        mask=mask,
-        seed=seed,
-        threshold=threshold,
-        plan=plan,
-    )
+    return Inputs(**tensors, mask=mask, seed=seed, threshold=threshold, plan=plan)
 
 
 def run(problem: Problem, config: KernelConfig, inputs: Inputs) -> Outputs:
