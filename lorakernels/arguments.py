@@ -15,6 +15,7 @@ import torch
 
 from lorakernels import ops
 from lorakernels.plan import BatchPlan, PlanError
+from lorakernels.quant.packed import PackedWeight
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -72,18 +73,19 @@ def check_alike(name: str, given: torch.Tensor, other: str, tensor: torch.Tensor
         raise _unlike(name, given, other, tensor)
 
 
-def check_base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """A linear layer and its input."""
+def check_base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> None:
+    """A linear layer and its input. A packed weight has no dtype that x could be unlike."""
     if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS:
         check_floats("x", x)
-    if not isinstance(weight, torch.Tensor):
-        raise no_tensor("weight", weight)
+    packed = isinstance(weight, PackedWeight)
+    if not packed and not isinstance(weight, torch.Tensor):
+        raise no_tensor("weight", weight, " or a PackedWeight")
     if x.dim() < 1 or weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(
             f"x {shape_of(x)} and weight {shape_of(weight)} do not fit: expected x [..., K] and weight [N, K] with the "
             "same K (weight as in torch.nn.Linear: [out_features, in_features])"
         )
-    if weight.dtype is not x.dtype or weight.device != x.device:
+    if (weight.dtype is not x.dtype and not packed) or weight.device != x.device:
         raise _unlike("weight", weight, "x", x)
     if bias is not None:
         if not isinstance(bias, torch.Tensor):
@@ -94,7 +96,7 @@ def check_base(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
             raise _unlike("bias", bias, "x", x)
 
 
-def check_adapter(weight: torch.Tensor, lora_A: Any, lora_B: Any) -> None:
+def check_adapter(weight: Any, lora_A: Any, lora_B: Any) -> None:
     """One adapter of a weight [N, K]."""
     if not isinstance(lora_A, torch.Tensor):
         raise no_tensor("lora_A", lora_A)
@@ -169,13 +171,13 @@ def autocasts(x: torch.Tensor) -> bool:
 
 
 def under_autocast(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor | None]]:
+    x: torch.Tensor, weights: Sequence[Any], biases: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, list[Any], list[torch.Tensor | None]]:
     """What autocast makes of linear layers of one x."""
     dtype = torch.get_autocast_dtype(x.device.type)
     for tensors, name in ((weights, "weight"), (biases, "bias")):
         for tensor in tensors:
-            if not (isinstance(tensor, torch.Tensor) or (tensor is None and name == "bias")):
+            if not (isinstance(tensor, (torch.Tensor, PackedWeight)) or (tensor is None and name == "bias")):
                 raise no_tensor(name, tensor)
     cast = [ops.autocast_arguments(x, weight, bias, dtype) for weight, bias in zip(weights, biases, strict=True)]
     return cast[0][0], [weight for _, weight, _ in cast], [bias for *_, bias in cast]

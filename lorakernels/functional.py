@@ -135,7 +135,7 @@ def lora_linear_group(
         ys = dict(zip(together, outputs, strict=True))
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if i not in adapted:
-            ys[i] = torch.nn.functional.linear(x, weight, bias)
+            ys[i] = ops.frozen_linear(x, weight, bias)
         elif i not in ys:
             A, B, scaling = adapted[i]
             ys[i] = ops.lora_linear(x, weight, A, B, bias, None, scaling, 0.0, impl)

@@ -20,11 +20,11 @@ class Member(NamedTuple):
     scaling: float = 1.0
 
 
-def columns(matrix: torch.Tensor, members: Sequence[Member]) -> Sequence[torch.Tensor]:
-    """[M, r] of each member, views of [M, Σ r]."""
+def columns(matrix: torch.Tensor, members: Sequence[Member], dim: int = 1) -> Sequence[torch.Tensor]:
+    """[M, r] of each member, views of [M, Σ r]; or its rows."""
     if len(members) == 1:
         return (matrix,)
-    return matrix.split([member.lora_A.shape[0] for member in members], dim=1)
+    return matrix.split([member.lora_A.shape[0] for member in members], dim)
 
 
 def grad_dtype(members: Sequence[Member]) -> torch.dtype:
@@ -62,3 +62,13 @@ def training_step(
         dys, x, members, columns(s, members), mask, threshold,
         need_dx=True, need_dA=True, need_dB=each, need_dbias=each if need_dbias else [False] * len(members),
     )  # fmt: skip
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor.to(dtype)`, which takes 1 µs to find that there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def sum_rows(y: torch.Tensor) -> torch.Tensor:
+    """Σ over the rows of y [M, N], in float32 where y is 16-bit."""
+    return y.sum(0, dtype=torch.float32 if y.dtype.itemsize < 4 else None)

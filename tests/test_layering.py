@@ -28,6 +28,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("arguments",),
     ("ops",),
     ("kernels", "eager"),
+    ("weight",),
     ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "member", "when_imported"),
 )
 GROUND = frozenset(LADDER[-1])

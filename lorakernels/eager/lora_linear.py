@@ -14,9 +14,9 @@ import torch
 
 from lorakernels.dropout import inverse_keep
 from lorakernels.eager.dropout import draw_mask
-from lorakernels.eager.product import add_linear, cast, linear, scaled_linear, sum_rows
 from lorakernels.eager.weight_norm import project as project
-from lorakernels.member import Member, columns, grad_dtype, stacked
+from lorakernels.member import Member, cast, columns, grad_dtype, stacked, sum_rows
+from lorakernels.weight import multiply, scaled_linear, sum_products
 
 Tensors = Sequence[torch.Tensor]
 
@@ -87,9 +87,7 @@ def backward(
         dA = cast(g.t() @ adapted, grad_dtype(members))
     if need_dx:
         assert g is not None
-        dx = linear(dys[0], members[0].weight.t())
-        for i in range(1, len(dys)):
-            dx = add_linear(dx, dys[i], members[i].weight.t())
+        dx = sum_products(dys, [member.weight.t() for member in members])
         A = stacked(members, dtype)
         if kept is None:
             dx.addmm_(g, A)
@@ -107,7 +105,7 @@ def grad_row_scale(
     scaling: float,
 ) -> torch.Tensor:
     """[N] = Σ over tokens of dy ∘ (x Wᵀ + scaling · S Bᵀ), with `low_rank` = (S, B); the product is made again."""
-    y = linear(x, weight)
+    y = multiply(x, weight)
     if low_rank is not None:
         s, lora_B = low_rank
         y.addmm_(s, lora_B.to(s.dtype).t(), alpha=scaling)

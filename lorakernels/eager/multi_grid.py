@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorakernels.eager.product import cast
+from lorakernels.member import cast
 
 # Fewer tokens a lot are gathered: two batched products take 40 µs before their first number.
 _LOT_TOKENS = 64

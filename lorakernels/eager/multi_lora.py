@@ -10,8 +10,9 @@ import torch
 from lorakernels.eager.dropout import draw_mask
 from lorakernels.eager.multi_grid import Segment
 from lorakernels.eager.multi_route import Route, route
-from lorakernels.eager.product import cast, linear
+from lorakernels.member import cast
 from lorakernels.plan import PlanTensors
+from lorakernels.weight import linear, multiply, sum_products
 
 Tensors = list[torch.Tensor]
 
@@ -33,7 +34,7 @@ def forward(
 
     The mask is in the order of `Route.take`. `where` is the plan's route if it has been read already.
     """
-    ys = [torch.nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    ys = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     where = where or route(plan, x.shape[0])
     width = lora_As[0].shape[1] if plan.pages is None else plan.pages.shape[1]
     columns = x.shape[1] + sum([y.shape[1] for y in ys])
@@ -63,7 +64,7 @@ def forward(
         for i, (lora_A, lora_B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
             A = cast(_rank_rows(lora_A, plan, segment, is_B=False), x.dtype)
             B = cast(_rank_rows(lora_B, plan, segment, is_B=True), x.dtype)
-            s = linear(adapted, A).mul_(segment.scale)
+            s = multiply(adapted, A).mul_(segment.scale)
             if where.tokens is None:
                 _cut(outs[i], segment.rows).addmm_(s, B)
             else:
@@ -101,9 +102,7 @@ def backward(
     dBs = [torch.zeros_like(B, memory_format=torch.contiguous_format) for B in lora_Bs] if need_dB else []
     dx = None
     if need_dx:
-        dx = linear(dys[0], weights[0].t())
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx += linear(dy, weight.t())
+        dx = sum_products(dys, [weight.t() for weight in weights])
     out = dx if dx is None or where.tokens is None else dx.new_zeros((dy_rows[0].shape[0], dx.shape[1]))
     for segment in where.segments:
         kept = None if mask is None else mask[segment.rows]
@@ -116,7 +115,7 @@ def backward(
             if not (need_dx or need_dA):
                 continue
             B = _rank_rows(lora_B, plan, segment, is_B=True).to(dy.dtype)
-            g = linear(dy, B).mul_(segment.scale)
+            g = multiply(dy, B).mul_(segment.scale)
             if need_dA:
                 assert rows is not None
                 adapted = rows[segment.rows] if kept is None else rows[segment.rows] * kept
@@ -149,7 +148,7 @@ def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, *, where: Route
     for segment in where.segments:
         for i, lora_A in enumerate(lora_As):
             A = cast(_rank_rows(lora_A, plan, segment, is_B=False), x.dtype)
-            s[i, segment.rows, : segment.rank] = linear(rows[segment.rows], A).to(dtype).mul_(segment.scale)
+            s[i, segment.rows, : segment.rank] = multiply(rows[segment.rows], A).to(dtype).mul_(segment.scale)
     return where.put_back(s, x.shape[0])
 
 

@@ -16,6 +16,7 @@ from lorakernels.integrations.peft_report import AccelerationReport, LayerReport
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
+from lorakernels.weight import linear
 
 
 def accelerate(
@@ -144,5 +145,5 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         # x Wᵀ + bias + (c - 1) ∘ D(x) Wᵀ + c ∘ scaling · (D(x) Aᵀ) Bᵀ with c = magnitude / ‖W + scaling · B A‖.
         dropped = F.dropout(x, first.p)
         update = adapted_linear(dropped, weight, None, [first._replace(p=0.0)])
-        return F.linear(x - dropped, weight, bias) + update
+        return linear(x - dropped, weight, bias) + update
     return adapted_linear(x, weight, bias, terms, None, layer)

@@ -13,11 +13,12 @@ import torch
 from torch.nn import functional as F
 
 from lorakernels import ops
-from lorakernels.eager.product import cast
 from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft_terms import adapter_terms, autocast_is_on, is_plain, takes_dtypes
+from lorakernels.member import cast
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.plan import BASE, BatchPlan
+from lorakernels.weight import linear
 
 BASE_NAME = "__base__"  # PEFT's, for rows without an adapter
 
@@ -145,7 +146,7 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
 
 def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if not pack.ranks:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     if len(pack.ranks) == 1 and BASE not in pack.slots:
         y = lora_linear(x, weight, pack.A[0], pack.B[0], bias=bias, scaling=pack.scalings[0])
     else:

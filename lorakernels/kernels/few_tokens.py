@@ -15,7 +15,6 @@ import triton.language as tl
 from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
-from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import (
     draw,
     drop,
@@ -23,8 +22,10 @@ from lorakernels.kernels.tiles import (
     finish,
     load_tile,
     plane,
+    planes_for,
     sized,
     store_tile,
+    sum_planes,
     tall,
     transposed,
 )

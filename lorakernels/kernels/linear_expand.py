@@ -18,21 +18,24 @@ import triton.language as tl
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
 from lorakernels.configs.table import choose
-from lorakernels.kernels.descriptors import descriptor, fits_descriptor
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
-from lorakernels.kernels.sum_planes import planes_for, sum_planes
 from lorakernels.kernels.tiles import (
     NO_MATRIX,
+    descriptor,
     drop,
     epilogue,
     finish,
+    fits_descriptor,
     load_tile,
     plane,
+    planes_for,
     sized,
     store_tile,
+    sum_planes,
     tall,
     transposed,
 )
+from lorakernels.weight import sum_products
 
 MAX_PAIRS = 3  # of x and weight in one launch: q, k and v
 
@@ -221,7 +224,7 @@ def linear_expand(
         y = x.new_empty((N,), dtype=torch.float32)
         out = planes_for(y, num_blocks_m)
     else:
-        y = out = _products(pairs) if base else x.new_empty((M, N))
+        y = out = sum_products(*zip(*pairs, strict=True)) if base else x.new_empty((M, N))
     args = {
         "low_rank": LowRank(tall(s), transposed(lora_B), mask, scale),
         "epilogue": epilogue(row_scale, bias),
@@ -240,15 +243,6 @@ def linear_expand(
         args = {"pairs": matrices, "y_ptr": out} | args
         launch(linear_expand_kernel, (num_tiles,), args, {"HAS_BASE": base} | constexprs, config)
     sum_planes(out, y)
-    return y
-
-
-def _products(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Σ x Wᵀ by torch's own product."""
-    (x, weight), *more = pairs
-    y = torch.mm(x, weight.t())
-    for x, weight in more:
-        y.addmm_(x, weight.t())
     return y
 
 

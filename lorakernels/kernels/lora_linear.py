@@ -14,10 +14,10 @@ import torch
 from lorakernels.configs.table import choose, takes_few_tokens_form
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.few_tokens import few_tokens
+from lorakernels.kernels.launch import side_stream
 from lorakernels.kernels.linear_expand import linear_expand
 from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.shrink import shrink
-from lorakernels.kernels.streams import side_stream
 from lorakernels.member import Member, columns, grad_dtype, stacked
 
 Tensors = Sequence[torch.Tensor]

@@ -9,8 +9,7 @@ import triton.language as tl
 from lorakernels.kernels.adapters import Factor, pick_slice, rank_offsets, routes, tokens_from
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
-from lorakernels.kernels.sum_planes import planes_for, sum_planes
-from lorakernels.kernels.tiles import drop, load_tile, plane, tall
+from lorakernels.kernels.tiles import drop, load_tile, plane, planes_for, sum_planes, tall
 from lorakernels.plan import PlanTensors
 
 

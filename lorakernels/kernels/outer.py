@@ -18,8 +18,19 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.table import choose, takes_one_pass
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.shrink import shrink
-from lorakernels.kernels.sum_planes import planes_for, sum_planes
-from lorakernels.kernels.tiles import NO_MATRIX, Matrix, drop, load_tile, matrix, plane, sized, store_tile, tall
+from lorakernels.kernels.tiles import (
+    NO_MATRIX,
+    Matrix,
+    drop,
+    load_tile,
+    matrix,
+    plane,
+    planes_for,
+    sized,
+    store_tile,
+    sum_planes,
+    tall,
+)
 
 
 @triton.jit(do_not_specialize=["M"])

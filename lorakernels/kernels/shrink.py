@@ -9,8 +9,17 @@ import triton.language as tl
 from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
-from lorakernels.kernels.sum_planes import planes_for, sum_planes
-from lorakernels.kernels.tiles import draw, load_tile, plane, sized, store_tile, tall, transposed
+from lorakernels.kernels.tiles import (
+    draw,
+    load_tile,
+    plane,
+    planes_for,
+    sized,
+    store_tile,
+    sum_planes,
+    tall,
+    transposed,
+)
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])

@@ -1,4 +1,4 @@
-"""What every kernel shares: matrices as values, the loader and the storer of their tiles, and dropout's bits."""
+"""What every kernel shares: matrices as values and their tiles, dropout's bits, and the sum of what programs split."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lorakernels.configs.config import KernelConfig
+from lorakernels.kernels.launch import cdiv, launch
 
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): seven rounds of
 # Philox4x32 are the fewest that pass BigCrush; the customary ten cost 40 % more.
 PHILOX_ROUNDS = tl.constexpr(7)
+_TMA_BYTES = 16  # what TMA asks of addresses and of the distance between rows
+_SUM_BLOCK = 1024
+_SUM_CONFIG = KernelConfig(num_warps=4)
 
 
 class Matrix(NamedTuple):
@@ -147,3 +154,48 @@ def finish(acc, epilogue, offs_n, N, part):
             epilogue.bias + offs_n, mask=offs_n < (N if part is None else tl.where(part == 0, N, 0)), other=0.0
         ).to(tl.float32)[None, :]
     return acc
+
+
+def fits_descriptor(x: torch.Tensor) -> bool:
+    """Whether a descriptor can hold x [rows, cols]: contiguous rows that start at multiples of 16 bytes."""
+    if x.numel() == 0 or x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        return False
+    row_bytes = x.stride(0) * x.element_size()
+    start = x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr()
+    return row_bytes % _TMA_BYTES == 0 and start % _TMA_BYTES == 0
+
+
+def descriptor(x: torch.Tensor, block: tuple[int, int]) -> Any:
+    """x [rows, cols] to be loaded and stored in tiles of `block`; what lies outside is zero, and not written."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+@triton.jit(do_not_specialize=["num_planes"])
+def sum_planes_kernel(planes_ptr, out_ptr, num_planes, numel, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < numel
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    # In order and in one program: the sum is bitwise the same on every run.
+    plane_ptr = planes_ptr
+    for _ in range(num_planes):
+        total += tl.load(plane_ptr + offs, mask=inside, other=0.0)
+        plane_ptr += numel
+    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def planes_for(out: torch.Tensor, num_planes: int) -> torch.Tensor:
+    """Where `num_planes` programs write their part of `out`: `out` itself when there is one."""
+    return out if num_planes == 1 else out.new_empty((num_planes, *out.shape), dtype=torch.float32)
+
+
+def sum_planes(planes: torch.Tensor, out: torch.Tensor) -> None:
+    """Add `planes` [P, *out.shape] float32 into `out`, contiguous and of any float dtype."""
+    if planes is out:
+        return
+    launch(
+        sum_planes_kernel,
+        (cdiv(out.numel(), _SUM_BLOCK),),
+        {"planes_ptr": planes, "out_ptr": out, "num_planes": planes.shape[0], "numel": out.numel()},
+        {"BLOCK": _SUM_BLOCK},
+        _SUM_CONFIG,
+    )

@@ -46,7 +46,7 @@ def adapted_linear(
             added = 0 if bias is None else bias.to(y.dtype)
             y = (y - added) * base_scale.to(y.dtype) + added
     elif base_scale is not None:
-        y = scale_product(base_scale, lambda x: F.linear(x, weight), x)
+        y = scale_product(base_scale, lambda x: ops.frozen_linear(x, weight, None), x)
         y = y if bias is None else y + bias.to(y.dtype)
     elif not any(term.p for term in terms):
         # Several adapters are one of their ranks' sum: still one pass over x.
@@ -67,17 +67,15 @@ def _is_small(x: torch.Tensor, weight: torch.Tensor, term: Term) -> bool:
     """Where `lora_linear` would come to `small_lora_linear` too: it takes 20 µs to, between the layers of a model."""
     A, B, bias, scaling, p, magnitude = term
     return (
-        not torch.compiler.is_compiling()
-        and x.is_cpu
-        and not p
+        not p
         and bias is None
         and magnitude is None
+        and ops.is_small(x, weight, A, B, "auto")
         and isinstance(scaling, (int, float))
         and scaling != 0
         and math.isfinite(scaling)
         and weight.dtype is x.dtype
         and weight.shape[1:] == x.shape[-1:]
-        and ops.is_small(x, weight, A, B, "auto")
     )
 
 

@@ -22,7 +22,7 @@ from lorakernels import functional
 from lorakernels.configs.table import FEW_TOKENS
 from lorakernels.nn.modules import runs_more_than_forward
 from lorakernels.nn.terms import Call
-from lorakernels.ops import small_linear
+from lorakernels.ops import linear as ops_linear
 
 Names = tuple[str, ...]
 _Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float | torch.Tensor, float]
@@ -191,7 +191,7 @@ def _parts(scope: _Scope, x: torch.Tensor, call: Call | None) -> _Parts | None:
     if x.is_cuda:
         pays = x.numel() > FEW_TOKENS * x.shape[-1]
     else:
-        pays = x.is_cpu and (p > 0 or x.numel() * weight.shape[0] >= small_linear.SMALL)
+        pays = x.is_cpu and (p > 0 or x.numel() * weight.shape[0] >= ops_linear.SMALL)
     plain = len(terms) == 1 and base_layer is None and lora_bias is None and magnitude is None
     return (weight, bias, A, B, scaling, p) if pays and plain and (not p or scope.groups.with_dropout) else None
 

@@ -1,8 +1,11 @@
 """The operators as torch sees them."""
 
 from lorakernels.ops.flops import register_flop_formulas
+from lorakernels.ops.linear import frozen_linear as frozen_linear
+from lorakernels.ops.linear import is_small as is_small
 from lorakernels.ops.linear import lora_linear as lora_linear
 from lorakernels.ops.linear import lora_linear_group as lora_linear_group
+from lorakernels.ops.linear import small_lora_linear as small_lora_linear
 from lorakernels.ops.linear_operators import autocast_arguments as autocast_arguments
 from lorakernels.ops.multi_embedding import multi_lora_embedding as multi_lora_embedding
 from lorakernels.ops.multi_linear import bound_update as bound_update
@@ -15,8 +18,6 @@ from lorakernels.ops.operator import as_output as as_output
 from lorakernels.ops.operator import linear_to_edit as linear_to_edit
 from lorakernels.ops.operator import runs_directly as runs_directly
 from lorakernels.ops.sharding import register_shardings
-from lorakernels.ops.small_linear import is_small as is_small
-from lorakernels.ops.small_linear import small_lora_linear as small_lora_linear
 from lorakernels.ops.weight_norm import lora_weight_norm as lora_weight_norm
 from lorakernels.ops.weight_norm import row_norm as row_norm
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lorakernels.quant.packed import Form
 from lorakernels.when_imported import when_imported
 
 Shape = Sequence[int]
@@ -35,20 +36,32 @@ def lora_linear_flops(x: Shape, weight: Shape, lora_A: Shape, *_: Any, **__: Any
     return 2 * tokens * (N * K + r * (N + K))
 
 
-def lora_linear_group_flops(x: Shape, weights: Sequence[Shape], lora_As: Sequence[Shape], *_: Any, **__: Any) -> int:
+def lora_linear_group_flops(
+    x: Shape, weights: Sequence[Shape], parts: Any, forms: Sequence[str], lora_As: Sequence[Shape], *_: Any, **__: Any
+) -> int:
     """What the members take one by one."""
-    return sum(lora_linear_flops(x, weight, lora_A) for weight, lora_A in zip(weights, lora_As, strict=True))
+    sizes = _sizes(weights, forms)
+    return sum(lora_linear_flops(x, weight, lora_A) for weight, lora_A in zip(sizes, lora_As, strict=True))
+
+
+def _sizes(weights: Sequence[Shape], forms: Sequence[str]) -> Sequence[Shape]:
+    """[N, K] of each weight, packed or not."""
+    return [
+        Form.read(form)[1:3] if form else weight
+        for weight, form in zip(weights, forms or [""] * len(weights), strict=True)
+    ]
 
 
 def lora_linear_backward_flops(dy: Shape, x: Shape | None, weight: Shape, lora_A: Shape, *rest: Any, **__: Any) -> int:
     """Of a group of one."""
     *_, needs, _ = rest
-    return lora_linear_group_backward_flops([dy], x, [weight], [lora_A], needs, "")
+    return lora_linear_group_backward_flops([dy], x, [weight], [], [], [lora_A], needs, "")
 
 
 def lora_linear_group_backward_flops(
-    dys: Sequence[Shape], x: Shape | None, weights: Sequence[Shape], lora_As: Sequence[Shape], *rest: Any, **__: Any
-) -> int:
+    dys: Sequence[Shape], x: Shape | None, weights: Sequence[Shape], parts: Any, forms: Sequence[str],
+    lora_As: Sequence[Shape], *rest: Any, **__: Any,
+) -> int:  # fmt: skip
     """dx and dW, and of rank r: G and dB over N, dx's part and dA over K; only what is asked for.
 
     Where one dA is, all are. The gradient of a row scale makes the forward's product again.
@@ -56,7 +69,7 @@ def lora_linear_group_backward_flops(
     *_, (need_dx, *flags), _ = rest
     n, total = len(dys), 0
     need_dA = any(flags[n : 2 * n])
-    for i, (dy, (N, K), lora_A) in enumerate(zip(dys, weights, lora_As, strict=True)):
+    for i, (dy, (N, K), lora_A) in enumerate(zip(dys, _sizes(weights, forms), lora_As, strict=True)):
         need_dW, _, need_dB, _, need_drow_scale = flags[i::n]
         full = N * K * (need_dx + need_dW + need_drow_scale)
         over_N, over_K = (need_dx or need_dA) + need_dB + need_drow_scale, need_dx + need_dA

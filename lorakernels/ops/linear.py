@@ -12,19 +12,40 @@ from lorakernels import formula
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import unpack_mask
+from lorakernels.eager.lora_linear import add_update
+from lorakernels.member import Member, columns
 from lorakernels.ops.linear_operators import (
     GROUP,
     GROUP_BACKWARD,
     LINEAR,
     LINEAR_BACKWARD,
+    Gradients,
     Maybe,
     Tensors,
     by_example,
     by_kind,
+    compute,
+    gradients,
+    members_of,
+    taken_apart,
 )
-from lorakernels.ops.operator import as_matrix, functorch_is_active, is_batched, one_by_one
+from lorakernels.ops.operator import (
+    as_matrix,
+    as_output,
+    functorch_is_active,
+    is_batched,
+    linear_to_edit,
+    one_by_one,
+    runs_directly,
+)
 from lorakernels.ops.sharding import draw_seed
-from lorakernels.ops.small_linear import is_small, small_lora_linear
+from lorakernels.quant.packed import PackedWeight
+from lorakernels.weight import linear
+
+# On a CPU, below this many multiplications M N K, what Python does around torch's own operators costs more than what
+# is saved by writing into them: 84 µs a training step where the Function takes 146 (4 × 16 × 16, the frozen layer 25),
+# 380 beside 435 at 128 × 256 × 256, 925 beside 793 at 16 × 1024 × 1024.
+SMALL = 1 << 24
 
 
 class _Numbers(NamedTuple):
@@ -32,19 +53,24 @@ class _Numbers(NamedTuple):
     dropout_p: float
     impl: str
     direct: bool  # whether the body runs as a function
+    forms: Sequence[str] = ()  # of packed weights, as `weights_of` takes them
 
 
-# A Function's inputs: x, the seed, the numbers, then every weight, every A, every B, every bias, every row scale.
+# A Function's inputs: x, the seed, the numbers, then every weight, every A, every B, every bias, every row scale, and
+# the parts of packed weights.
 
 
 def _forward(
     x: torch.Tensor, seed: torch.Tensor | None, numbers: _Numbers, flat: Sequence[Any]
 ) -> tuple[Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
     """y's, S and the mask; tensors all of them where nothing runs directly."""
-    scalings, dropout_p, impl, direct = numbers
-    if direct or len(scalings) > 1:
-        call = GROUP.body if direct else GROUP.dispatch  # a body that takes one as well
-        return call(x, *by_kind(flat), seed, scalings, dropout_p, impl)
+    scalings, dropout_p, impl, direct, forms = numbers
+    if direct:
+        return compute(x, members_of(flat, scalings, forms), seed, drop_threshold(dropout_p), impl)
+    n = len(scalings)
+    if n > 1 or forms:
+        weights, *kinds = by_kind(flat[: 5 * n], n)
+        return GROUP.dispatch(x, weights, flat[5 * n :], forms, *kinds, seed, scalings, dropout_p, impl)
     y, s, mask = LINEAR.dispatch(x, *flat, seed, *scalings, dropout_p, impl)
     return (y,), s, mask
 
@@ -95,18 +121,17 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], s: torch.Tensor | None, mask: torch
     n, flags = len(ctx.numbers.scalings), ctx.needs_input_grad[3:]
     ctx.set_materialize_grads(False)
     # dB needs S alone, until it is differentiated again: torch.func always asks for that.
-    need_x = any(flags[: 2 * n]) or any(flags[4 * n :]) or (any(flags[2 * n : 3 * n]) and functorch_is_active())
-    ctx.save_for_backward(x if need_x else None, s, mask, *flat[: 3 * n], *flat[4 * n :])
+    need_x = any(flags[: 2 * n]) or any(flags[4 * n : 5 * n]) or (any(flags[2 * n : 3 * n]) and functorch_is_active())
+    ctx.save_for_backward(x if need_x else None, s, mask, *flat[: 3 * n], *[None] * n, *flat[4 * n :])
 
 
 def _backward(ctx: Any, dys: Maybe) -> tuple[Any, ...]:
     """The gradients that are needed, in the order of a Function's inputs. An output nobody used takes no part."""
-    flags: Any
     need_dx, _, _, *flags = ctx.needs_input_grad
     n = len(dys)
     used = [i for i, dy in enumerate(dys) if dy is not None]
     if not used:
-        return (None,) * (3 + 5 * n)
+        return (None,) * len(ctx.needs_input_grad)
     try:
         x, s, mask, *flat = ctx.saved_tensors
     except RuntimeError as error:
@@ -116,71 +141,126 @@ def _backward(ctx: Any, dys: Maybe) -> tuple[Any, ...]:
             "layers of one x that are computed together have one backward, and it has run: keep it for another with "
             "retain_graph=True, or compute each layer by itself (group=False in inject and accelerate)"
         ) from error
+    scalings, dropout_p, impl, _, forms = ctx.numbers
     given: Any = dys
-    scalings: Any
-    scalings, dropout_p, impl, _ = ctx.numbers
-    parts = [s] if n == 1 else s.split([A.shape[0] for A in flat[n : 2 * n]], dim=1)
-    x_is_missing = x is None and any(flags[2 * n : 3 * n])
+    members: Any = members_of(flat, scalings, forms)
+    parts: Any = columns(s, members)
+    needs = [flags[i : 5 * n : n] for i in range(n)]
     if len(used) < n:
-        given, scalings, parts = ([each[i] for i in used] for each in (dys, scalings, parts))
-        flat, flags = ([each[k + i] for k in range(0, len(each), n) for i in used] for each in (flat, flags))
-    needs, batched = [need_dx, *flags], is_batched(given)
-    if torch.is_grad_enabled() or (batched and not x_is_missing):
-        if x_is_missing:
-            raise RuntimeError(
-                "the gradient of lora_B cannot be differentiated again: x is not kept when neither lora_A nor weight "
-                "needs a gradient; call lora_A.requires_grad_() before the forward"
-            )
-        found: Sequence[Any] = _differentiable(given, x, flat, mask, scalings, dropout_p)
+        given, members, parts = ([each[i] for i in used] for each in (dys, members, parts))
+        needs = [needs[i] for i in used]
+    batched = is_batched(given)
+    if torch.is_grad_enabled() or batched:
+        dx, found = _watched(given, x, members, parts, mask, dropout_p, need_dx, needs, impl, batched)
     else:
-        arguments = (x, flat, parts, mask, scalings, dropout_p, needs, impl)
-        found = one_by_one(lambda *dys: _computed(dys, *arguments), given) if batched else _computed(given, *arguments)
-    dx, *kept = [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
-    if len(used) < n:
-        places = (k + i for k in range(0, 5 * n, n) for i in used)
-        of_used = dict(zip(places, kept, strict=True))
-        kept = [of_used.get(i) for i in range(5 * n)]
-    return (dx, None, None, *kept)
+        dx, found = _computed(given, x, members, parts, mask, dropout_p, need_dx, needs, impl)
+    gradients: list[Any] = [None] * len(flags)
+    for i, own in zip(used, found, strict=True):
+        gradients[i : 5 * n : n] = own
+    return (dx, None, None, *gradients)
 
 
-def _computed(dys: Tensors, x: Any, flat: Any, parts: Any, mask: Any, scalings: Any, *rest: Any) -> Sequence[Any]:
-    """dx, then every dW, every dA, every dB, every dbias, every gradient of a row scale."""
-    call = GROUP_BACKWARD.pick(dys)
-    if len(dys) == 1 and call is not GROUP_BACKWARD.body:
-        return LINEAR_BACKWARD.dispatch(*dys, x, *flat, *parts, mask, *scalings, *rest)
-    dx, *kinds = call(dys, x, *by_kind(flat, 4), parts, mask, scalings, *rest)
-    return [dx, *itertools.chain.from_iterable(kinds)]
+def _computed(
+    dys: Tensors,
+    x: Any,
+    members: Sequence[Member],
+    s: Maybe,
+    mask: Any,
+    dropout_p: float,
+    need_dx: bool,
+    needs: list[list[bool]],
+    impl: str,
+) -> tuple[Any, Sequence[Gradients]]:
+    """dx, and of each member what `needs` asks for."""
+    if runs_directly(*dys):
+        return gradients(dys, x, members, s, mask, drop_threshold(dropout_p), need_dx, needs, impl)
+    tensors, As, Bs, _, row_scales, scalings = zip(*members, strict=True)
+    flags = [need_dx, *itertools.chain.from_iterable(zip(*needs, strict=True))]
+    rest = (mask, list(scalings), dropout_p, flags, impl)
+    found: Sequence[Any]
+    weights, packed, forms = taken_apart(tensors)
+    if len(dys) == 1 and not forms:
+        dx, *own = LINEAR_BACKWARD.dispatch(*dys, x, *weights, *As, *Bs, *row_scales, *s, mask, *scalings, *rest[2:])
+        found = [own]
+    else:
+        kinds = map(list, (As, Bs, row_scales, s))
+        dx, *kinds = GROUP_BACKWARD.dispatch(dys, x, weights, packed, forms, *kinds, *rest)
+        found = list(zip(*kinds, strict=True))
+    # Of what nobody asked for the dispatcher gives an empty tensor.
+    return dx if need_dx else None, list(map(_needed, found, needs))
+
+
+def _needed(found: Sequence[torch.Tensor | None], needs: Sequence[bool]) -> Gradients:
+    return [gradient if need else None for gradient, need in zip(found, needs, strict=True)]
+
+
+def _watched(
+    dys: Tensors,
+    x: Any,
+    members: Sequence[Member],
+    s: Maybe,
+    mask: Any,
+    dropout_p: float,
+    need_dx: bool,
+    needs: list[list[bool]],
+    impl: str,
+    batched: bool,
+) -> tuple[Any, Sequence[Gradients]]:
+    """`_computed` where the gradients may be differentiated again, or are batched by autograd."""
+    x_is_missing = x is None and any(need[2] for need in needs)
+    if batched and x_is_missing and not torch.is_grad_enabled():
+
+        def flat(*dys: torch.Tensor) -> list[torch.Tensor | None]:
+            dx, found = _computed(dys, x, members, s, mask, dropout_p, need_dx, needs, impl)
+            return [dx, *itertools.chain.from_iterable(found)]
+
+        dx, *rest = one_by_one(flat, dys)
+        return dx, by_kind(rest, 5)
+    if x_is_missing:
+        raise RuntimeError(
+            "the gradient of lora_B cannot be differentiated again: x is not kept when neither lora_A nor weight "
+            "needs a gradient; call lora_A.requires_grad_() before the forward"
+        )
+    dx, found = _differentiable(dys, x, members, mask, dropout_p)
+    return dx if need_dx else None, list(map(_needed, found, needs))
 
 
 def _differentiable(
-    dys: Tensors,
-    x: torch.Tensor | None,
-    flat: Sequence[Any],
-    mask: torch.Tensor | None,
-    scalings: Sequence[float],
-    dropout_p: float,
-) -> list[Any]:
+    dys: Tensors, x: torch.Tensor | None, members: Sequence[Member], mask: torch.Tensor | None, dropout_p: float
+) -> tuple[torch.Tensor, list[Sequence[torch.Tensor | None]]]:
     """The gradients as plain torch: for gradients of gradients and torch.func, whatever `impl` is."""
-    n, keep, K = len(dys), None, flat[0].shape[1]
+    keep, K = None, members[0].weight.shape[1]
+    if not all(isinstance(member.weight, torch.Tensor) for member in members):
+        raise RuntimeError(
+            "gradients of gradients, and torch.func, need the whole base weight, and a packed one is never made whole; "
+            "use a base layer that is not quantised"
+        )
     if mask is not None and mask.numel():
         keep = unpack_mask(mask, K).to(dys[0].dtype) * inverse_keep(drop_threshold(dropout_p))
     x2 = None if x is None else as_matrix(x)
-    members = [
-        formula.lora_linear_backward(
-            as_matrix(dy), x2, flat[i], flat[n + i], flat[2 * n + i], scaling, keep, flat[3 * n + i]
-        )
-        for i, (dy, scaling) in enumerate(zip(dys, scalings, strict=True))
-    ]
-    dxs, *kinds = zip(*members, strict=True)
-    dx = sum(dxs[1:], dxs[0]).reshape(*dys[0].shape[:-1], K)
-    return [dx, *itertools.chain.from_iterable(kinds)]
+    dxs: list[Any] = []
+    found: list[Sequence[torch.Tensor | None]] = []
+    for dy, (weight, A, B, _, row_scale, scaling) in zip(dys, members, strict=True):
+        dx, *own = formula.lora_linear_backward(as_matrix(dy), x2, weight, A, B, scaling, keep, row_scale)
+        dxs.append(dx)
+        found.append(own)
+    return sum(dxs[1:], dxs[0]).reshape(*dys[0].shape[:-1], K), found
 
 
 def _linears(
-    x: torch.Tensor, scalings: Sequence[float], dropout_p: float, impl: str, *flat: torch.Tensor | None
+    x: torch.Tensor,
+    scalings: Sequence[float],
+    dropout_p: float,
+    impl: str,
+    weights: Sequence[Any],
+    *others: torch.Tensor | None,
 ) -> Sequence[torch.Tensor]:
     """The y's; no autograd.Function when nothing needs a gradient."""
-    seed = None
+    seed, flat = None, (*weights, *others)
+    forms: Sequence[str] = ()
+    if PackedWeight in map(type, weights):
+        tensors, parts, forms = taken_apart(weights)
+        flat = (*tensors, *others, *parts)
     if dropout_p > 0:
         # On x's device, and read there: the host never waits. randint takes part in checkpointing's
         # stash of the generator, so a recomputed forward draws the same mask.
@@ -188,23 +268,21 @@ def _linears(
             seed = draw_seed(x)
         else:
             seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    direct = GROUP.pick((x, *flat[: 3 * len(scalings)])) is GROUP.body  # type: ignore[arg-type]
+    direct = runs_directly(x, *flat[: 3 * len(scalings)])  # type: ignore[arg-type]
     # Under torch.func and in forward mode always: the operator alone drops the tangents, where the Function raises.
     transformed = torch.autograd.forward_ad._current_level >= 0 or (not direct and functorch_is_active())
     if transformed or (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, *flat)])):
-        if transformed or torch.compiler.is_compiling():
-            return LoRALinearFunction.apply(x, seed, _Numbers(scalings, dropout_p, impl, False), *flat)[:-2]
+        if transformed or (not direct and torch.compiler.is_compiling()):
+            return LoRALinearFunction.apply(x, seed, _Numbers(scalings, dropout_p, impl, False, forms), *flat)[:-2]
         # Resolved once: the backward's reading of the environment took 2 µs.
-        numbers = _Numbers(scalings, dropout_p, resolve_impl(impl, x.device, x.dtype), direct)
+        numbers = _Numbers(scalings, dropout_p, resolve_impl(impl, x.device, x.dtype), direct, forms)
         return _EagerFunction.apply(x, seed, numbers, *flat)
-    if direct:
-        return GROUP.body(x, *by_kind(flat), seed, scalings, dropout_p, impl)[0]
-    return _forward(x, seed, _Numbers(scalings, dropout_p, impl, False), flat)[0]
+    return _forward(x, seed, _Numbers(scalings, dropout_p, impl, direct, forms), flat)[0]
 
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
@@ -216,12 +294,21 @@ def lora_linear(
     """The layer on checked arguments."""
     if dropout_p == 0 and row_scale is None and scaling != 0 and is_small(x, weight, lora_A, lora_B, impl):
         return small_lora_linear(x, weight, lora_A, lora_B, bias, scaling)
-    return _linears(x, [scaling], dropout_p, impl, weight, lora_A, lora_B, bias, row_scale)[0]
+    return _linears(x, [scaling], dropout_p, impl, (weight,), lora_A, lora_B, bias, row_scale)[0]
+
+
+def frozen_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + bias [..., N], with x's gradient: a layer that no adapter changes now."""
+    if isinstance(weight, torch.Tensor):
+        return torch.nn.functional.linear(x, weight, bias)
+    N, K = weight.shape
+    # An adapter of scaling 0, whose factors nobody reads.
+    return _linears(x, [0.0], 0.0, "auto", (weight,), x.new_zeros((1, K)), x.new_zeros((N, 1)), bias, None)[0]
 
 
 def lora_linear_group(
     x: torch.Tensor,
-    weights: Tensors,
+    weights: Sequence[Any],
     lora_As: Tensors,
     lora_Bs: Tensors,
     biases: Maybe,
@@ -235,4 +322,34 @@ def lora_linear_group(
     if small or hasattr(x, "device_mesh"):  # no layout of sharded tensors is registered for a group
         return [lora_linear(x, W, A, B, bias, None, c, dropout_p, impl) for W, A, B, bias, c in members]
     none = [None] * len(members)
-    return _linears(x, scalings, dropout_p, impl, *weights, *lora_As, *lora_Bs, *biases, *none)
+    return _linears(x, scalings, dropout_p, impl, weights, *lora_As, *lora_Bs, *biases, *none)
+
+
+def is_small(x: torch.Tensor, weight: Any, lora_A: torch.Tensor, lora_B: torch.Tensor, impl: str) -> bool:
+    """Whether torch's own operators compute the layer faster than the Function, and nobody would see a difference."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
+        and x.numel() * weight.shape[0] < SMALL
+        and lora_A.dtype is lora_B.dtype is x.dtype  # else their casts would be kept for the backward
+        and runs_directly(x, weight, lora_A, lora_B)
+        and torch.autograd.forward_ad._current_level < 0
+        and resolve_impl(impl, x.device, x.dtype) == "torch"
+    )
+
+
+def small_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """The layer where `is_small` says so, with a scaling that is not 0 and dtypes that fit."""
+    rows = as_matrix(x)
+    if torch.is_grad_enabled():
+        return as_output(add_update(linear(rows, weight, bias), rows, lora_A, lora_B, scaling), x)
+    y = linear_to_edit(x, weight, bias)
+    add_update(as_matrix(y), rows, lora_A, lora_B, scaling)
+    return y

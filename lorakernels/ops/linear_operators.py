@@ -6,7 +6,7 @@ of its own: DTensor shards no results that come as a list.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -16,8 +16,7 @@ import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold
-from lorakernels.eager.product import cast, scaled_linear, sum_rows
-from lorakernels.member import Member
+from lorakernels.member import Member, cast, columns, sum_rows
 from lorakernels.ops.flops import (
     lora_linear_backward_flops,
     lora_linear_flops,
@@ -30,186 +29,209 @@ from lorakernels.ops.operator import (
     as_output,
     implementation,
 )
+from lorakernels.quant.packed import Form, PackedWeight
+from lorakernels.weight import scaled_linear, sum_products
 
 Tensors = Sequence[torch.Tensor]
 Maybe = Sequence[torch.Tensor | None]
+Gradients = list[torch.Tensor | None]  # dW, dA, dB, dbias, drow_scale of one member; None for what is not asked for
 
 
-def _compute(
-    x: torch.Tensor,
-    weights: Tensors,
-    lora_As: Tensors,
-    lora_Bs: Tensors,
-    biases: Maybe,
-    row_scales: Maybe,
-    seed: torch.Tensor | None,
-    scalings: Sequence[float],
-    dropout_p: float,
-    impl: str,
+def compute(
+    x: torch.Tensor, members: Sequence[Member], seed: torch.Tensor | None, threshold: int, impl: str
 ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
     """y's [..., N], and for the backward S [M, Σ r] and the mask where there are any."""
-    if not any(scalings):
+    if not any([member.scaling for member in members]):
         # The base layers' own output to the bit, whatever the adapters hold.
-        ys = map(scaled_linear, [x] * len(weights), weights, biases, row_scales)
+        ys = [scaled_linear(x, member.weight, member.bias, member.row_scale) for member in members]
         return [torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y for y in ys], None, None  # as_output
     if seed is not None:
         seed = seed[:1]  # on sharded tensors there is one a rank
-    members = list(map(Member, weights, lora_As, lora_Bs, biases, row_scales, scalings))
-    ys, s, mask = implementation(impl, x).forward(as_matrix(x), members, seed, drop_threshold(dropout_p))
+    ys, s, mask = implementation(impl, x).forward(as_matrix(x), members, seed, threshold)
     return ys if x.dim() == 2 else [as_output(y, x) for y in ys], s, mask
 
 
 def _compute_fake(
-    x: torch.Tensor,
-    weights: Tensors,
-    lora_As: Tensors,
-    lora_Bs: Tensors,
-    biases: Maybe,
-    row_scales: Maybe,
-    seed: torch.Tensor | None,
-    scalings: Sequence[float],
-    dropout_p: float,
-    impl: str,
+    x: torch.Tensor, members: Sequence[Member], seed: torch.Tensor | None, threshold: int, impl: str
 ) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor | None]:
-    ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
-    if all(scaling == 0 for scaling in scalings):  # `any` knows no symbolic number
+    ys = [x.new_empty((*x.shape[:-1], member.weight.shape[0])) for member in members]
+    if all(member.scaling == 0 for member in members):  # `any` knows no symbolic number
         return ys, None, None
     on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
     tokens, K = math.prod(x.shape[:-1]), x.shape[-1]
-    s = x.new_empty((tokens, sum([A.shape[0] for A in lora_As])))
-    if drop_threshold(dropout_p) == 0:
+    s = x.new_empty((tokens, sum([member.lora_A.shape[0] for member in members])))
+    if threshold == 0:
         return ys, s, None
     return ys, s, x.new_empty((tokens, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
 
 
-def _gradients(
+def gradients(
     dys: Tensors,
-    x: Any,
-    weights: Tensors,
-    lora_As: Tensors,
-    lora_Bs: Tensors,
-    row_scales: Maybe,
-    s: Tensors,
+    x: torch.Tensor | None,
+    members: Sequence[Member],
+    s: Maybe,
     mask: torch.Tensor | None,
-    scalings: Sequence[float],
-    dropout_p: float,
-    needs: Sequence[bool],
+    threshold: int,
+    need_dx: bool,
+    needs: Sequence[Sequence[bool]],
     impl: str,
-) -> tuple[Any, ...]:
-    """dx, and lists of dW, dA, dB, dbias and drow_scale; None for what is not asked for. dA's are views of one tensor.
-
-    `needs` has a flag for x, then for each weight, each A, each B, each bias, each row scale. `s` is each member's.
-    """
-    need_dx, *flags = needs
-    need_dW, need_dA, need_dB, need_dbias, need_drow_scale = by_kind(flags)
-    n, body = len(dys), implementation(impl, dys[0])
-    rows: list[torch.Tensor] = list(map(as_matrix, dys))
+) -> tuple[torch.Tensor | None, list[Gradients]]:
+    """dx, and what `needs` asks for of each member; dA's are views of one tensor. `s` has each member's."""
+    body = implementation(impl, dys[0])
     x2: Any = None if x is None else as_matrix(x)
-    none: Any = [None] * n
-    dWs: Any = none
-    drow_scales: Any = none.copy()
-    apart: dict[int, torch.Tensor] = {}  # gradients of biases
-    for i, row_scale in enumerate(row_scales):
-        if row_scale is None:
-            continue
-        if need_drow_scale[i]:
-            low_rank = (s[i], lora_Bs[i]) if scalings[i] else None
-            drow_scales[i] = body.grad_row_scale(rows[i], x2, weights[i], low_rank, scalings[i]).to(row_scale.dtype)
-        if need_dbias[i]:
-            apart[i], need_dbias[i] = sum_rows(rows[i]).to(dys[i].dtype), False
-        # The gradient of what is scaled, once, for all the products below.
-        rows[i] = torch.mul(rows[i], row_scale, out=torch.empty_like(rows[i]))
-    if any(scalings):
-        members = list(map(Member, weights, lora_As, lora_Bs, none, none, scalings))
+    found: list[Gradients] = []
+    rows, need_dbias = [], []
+    for dy, (weight, _, lora_B, _, row_scale, scaling), s_i, need in zip(dys, members, s, needs, strict=True):
+        own: Gradients = [None, None, None, None, None]
+        dy2, dbias = as_matrix(dy), need[3]
+        if row_scale is not None:
+            if need[4]:
+                low_rank = (s_i, lora_B) if scaling else None
+                own[4] = body.grad_row_scale(dy2, x2, weight, low_rank, scaling).to(row_scale.dtype)
+            if dbias:
+                own[3], dbias = sum_rows(dy2).to(dy.dtype), False
+            # The gradient of what is scaled, once, for all the products below.
+            dy2 = torch.mul(dy2, row_scale, out=torch.empty_like(dy2))
+        found.append(own)
+        rows.append(dy2)
+        need_dbias.append(dbias)
+    if any([member.scaling for member in members]):
         dx, dA, dBs, dbiases = body.backward(
-            rows, x2, members, s, mask if mask is not None and mask.numel() else None, drop_threshold(dropout_p),
-            need_dx=need_dx, need_dA=any(need_dA), need_dB=need_dB, need_dbias=need_dbias,
+            rows, x2, members, s, mask if mask is not None and mask.numel() else None, threshold,
+            need_dx=need_dx, need_dA=any([need[1] for need in needs]), need_dB=[need[2] for need in needs],
+            need_dbias=need_dbias,
         )  # fmt: skip
-        dAs: list[torch.Tensor | None] = none
-        if dA is not None:
-            parts = [dA] if n == 1 else dA.split([A.shape[0] for A in lora_As])
-            dAs = [cast(part, A.dtype) if need else None for part, A, need in zip(parts, lora_As, need_dA, strict=True)]
+        dAs: Any = dA if dA is None else columns(dA, members, dim=0)
     else:
-        dx = functools.reduce(torch.add, map(torch.mm, rows, weights)) if need_dx else None
-        dAs, dBs = _zeros(lora_As, need_dA), _zeros(lora_Bs, need_dB)
-        dbiases = [sum_rows(dy).to(dy.dtype) if need else None for dy, need in zip(rows, need_dbias, strict=True)]
-    for i, dbias in apart.items():
-        dbiases[i] = dbias
-    if any(need_dW):
-        dWs = [cast(dy.t() @ x2, W.dtype) if need else None for dy, W, need in zip(rows, weights, need_dW, strict=True)]
+        dx = sum_products(rows, [member.weight.t() for member in members]) if need_dx else None
+        dAs, dBs = ([_zeros(factor) for factor in factors] for factors in list(zip(*members, strict=True))[1:3])
+        dbiases = [sum_rows(dy).to(dy.dtype) if dbias else None for dy, dbias in zip(rows, need_dbias, strict=True)]
+    for i, (own, need, member) in enumerate(zip(found, needs, members, strict=True)):
+        if need[0]:
+            own[0] = cast(rows[i].t() @ x2, member.weight.dtype)
+        if need[1]:
+            own[1] = cast(dAs[i], member.lora_A.dtype)
+        if need[2]:
+            own[2] = dBs[i]
+        if need_dbias[i]:
+            own[3] = dbiases[i]
     if dx is not None and dys[0].dim() != 2:
-        dx = dx.view(*dys[0].shape[:-1], weights[0].shape[1])
-    return dx, dWs, dAs, dBs, dbiases, drow_scales
+        dx = dx.view(*dys[0].shape[:-1], members[0].weight.shape[1])
+    return dx, found
 
 
 def _gradients_fake(
-    dys: Tensors,
-    x: torch.Tensor | None,
-    weights: Tensors,
-    lora_As: Tensors,
-    lora_Bs: Tensors,
-    row_scales: Maybe,
-    s: Tensors,
-    mask: torch.Tensor | None,
-    scalings: Sequence[float],
-    dropout_p: float,
-    needs: Sequence[bool],
-    impl: str,
-) -> tuple[Any, ...]:
-    need_dx, *flags = needs
-    dx = dys[0].new_empty((*dys[0].shape[:-1], weights[0].shape[1])) if need_dx else None
-    biases = [dy.new_empty(dy.shape[-1:]) for dy in dys]
-    tensors: tuple[Sequence[Any], ...] = (weights, lora_As, lora_Bs, biases, row_scales)
-    kinds = zip(tensors, by_kind(flags), strict=True)
-    return dx, *([t.new_empty(t.shape) if need else None for t, need in zip(*kind, strict=True)] for kind in kinds)
-
-
-def by_kind(flat: Sequence[Any], kinds: int = 5) -> list[list[Any]]:
-    """What there is of each member, a list a kind: weights, lora_As, lora_Bs, biases, row_scales."""
-    n = len(flat) // kinds
-    return [[each] for each in flat] if n == 1 else [list(flat[i : i + n]) for i in range(0, len(flat), n)]
-
-
-def _zeros(parameters: Tensors, needs: Sequence[bool]) -> list[torch.Tensor | None]:
-    contiguous = torch.contiguous_format
-    return [
-        torch.zeros_like(p, memory_format=contiguous) if n else None for p, n in zip(parameters, needs, strict=True)
+    dys: Tensors, x: Any, members: Sequence[Member], s: Any, mask: Any, threshold: int, need_dx: bool,
+    needs: Sequence[Sequence[bool]], impl: str,
+) -> tuple[torch.Tensor | None, list[Gradients]]:  # fmt: skip
+    dx = dys[0].new_empty((*dys[0].shape[:-1], members[0].weight.shape[1])) if need_dx else None
+    tensors: list[tuple[Any, ...]] = [
+        (weight, lora_A, lora_B, dy.new_empty(dy.shape[-1:]), row_scale)
+        for dy, (weight, lora_A, lora_B, _, row_scale, _) in zip(dys, members, strict=True)
     ]
+    return dx, [
+        [t.new_empty(t.shape) if need else None for t, need in zip(*own, strict=True)]
+        for own in zip(tensors, needs, strict=True)
+    ]
+
+
+def members_of(flat: Sequence[Any], scalings: Sequence[float], forms: Sequence[str] = ()) -> list[Member]:
+    """Of every weight, then every A, every B, every bias, every row scale, then the parts of packed weights."""
+    if not forms and len(scalings) == 1:
+        return [Member(*flat, *scalings)]
+    n = len(scalings)
+    weights, *kinds = by_kind(flat[: 5 * n], n)
+    return list(map(Member, weights_of(weights, flat[5 * n :], forms), *kinds, scalings))
+
+
+def weights_of(weights: Sequence[Any], parts: Sequence[Any], forms: Sequence[str]) -> Sequence[Any]:
+    """Weights as values, of what the schemas have: a text in `forms` for each, which is empty for a tensor."""
+    if not forms:
+        return weights
+    rest = iter(parts)
+    return [
+        PackedWeight(Form.read(form), weight, *itertools.islice(rest, len(PackedWeight._fields) - 2))
+        if form
+        else weight
+        for weight, form in zip(weights, forms, strict=True)
+    ]
+
+
+def taken_apart(weights: Sequence[Any]) -> tuple[list[Any], list[Any], list[str]]:
+    """Weights as the schemas have them: tensors, then the parts and the forms of those that are packed."""
+    parts: list[Any] = []
+    for weight in weights:
+        if isinstance(weight, PackedWeight):
+            parts += weight.parts
+    forms = [str(weight.form) if isinstance(weight, PackedWeight) else "" for weight in weights]
+    tensors = [weight.data if isinstance(weight, PackedWeight) else weight for weight in weights]
+    return tensors, parts, forms if parts else []
+
+
+def by_kind(flat: Sequence[Any], n: int) -> list[list[Any]]:
+    """Lists of n: weights, lora_As, lora_Bs, biases, row_scales."""
+    return [list(flat[i : i + n]) for i in range(0, len(flat), n)]
+
+
+def _zeros(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+
+
+# What the registry calls: tensors as the schemas have them, into members and back.
+
+
+def _group(
+    compute: Any, x: Any, weights: Any, parts: Any, forms: Any, lora_As: Any, lora_Bs: Any, biases: Any,
+    row_scales: Any, seed: Any, scalings: Any, dropout_p: float, impl: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    members = list(map(Member, weights_of(weights, parts, forms), lora_As, lora_Bs, biases, row_scales, scalings))
+    return compute(x, members, seed, drop_threshold(dropout_p), impl)
 
 
 def _one(
     compute: Any, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, row_scale: Any, seed: Any, scaling: Any,
-    *rest: Any,
+    dropout_p: float, impl: str,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """A group of one, without the lists."""
-    [y], s, mask = compute(x, [weight], [lora_A], [lora_B], [bias], [row_scale], seed, [scaling], *rest)
+    members = [Member(weight, lora_A, lora_B, bias, row_scale, scaling)]
+    [y], s, mask = compute(x, members, seed, drop_threshold(dropout_p), impl)
     return y, s, mask
+
+
+def _group_backward(
+    gradients: Any, dys: Any, x: Any, weights: Any, parts: Any, forms: Any, lora_As: Any, lora_Bs: Any,
+    row_scales: Any, s: Any, mask: Any, scalings: Any, dropout_p: float, needs: Any, impl: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """An operator's results share no memory, as the dA's do."""
+    need_dx, *flags = needs
+    n = len(dys)
+    members = list(map(Member, weights_of(weights, parts, forms), lora_As, lora_Bs, [None] * n, row_scales, scalings))
+    each = [flags[i::n] for i in range(n)]
+    dx, found = gradients(dys, x, members, s, mask, drop_threshold(dropout_p), need_dx, each, impl)
+    dWs, dAs, *rest = map(list, zip(*found, strict=True))
+    return dx, dWs, [None if dA is None else dA.clone() for dA in dAs], *rest
 
 
 def _one_backward(
     gradients: Any, dy: Any, x: Any, weight: Any, lora_A: Any, lora_B: Any, row_scale: Any, s: Any, mask: Any,
-    scaling: Any, *rest: Any,
+    scaling: Any, dropout_p: float, needs: Any, impl: str,
 ) -> tuple[Any, ...]:  # fmt: skip
-    dx, *kinds = gradients([dy], x, [weight], [lora_A], [lora_B], [row_scale], [s], mask, [scaling], *rest)
-    return dx, *[kind[0] for kind in kinds]
-
-
-def _own_memory(*arguments: Any) -> tuple[Any, ...]:
-    """`_gradients` as an operator's results have to be, which share no memory."""
-    dx, dWs, dAs, *rest = _gradients(*arguments)
-    return dx, dWs, [None if dA is None else dA.clone() for dA in dAs], *rest
+    need_dx, *flags = needs
+    members = [Member(weight, lora_A, lora_B, None, row_scale, scaling)]
+    dx, [own] = gradients([dy], x, members, [s], mask, drop_threshold(dropout_p), need_dx, [flags], impl)
+    return dx, *own
 
 
 def autocast_arguments(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
     """What autocast to `dtype` makes of a linear's arguments, as torch's; float64 is left alone, as torch leaves it.
 
-    The kernels cast A and B anyway.
+    The kernels cast A and B anyway, and unpack a weight into x's dtype.
     """
     if torch.float64 in (x.dtype, weight.dtype) or not x.is_floating_point():
         return x, weight, bias
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    weight = weight.to(dtype) if isinstance(weight, torch.Tensor) else weight
+    return x.to(dtype), weight, None if bias is None else bias.to(dtype)
 
 
 def _cast(dtype: torch.dtype, x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: Any, *rest: Any) -> tuple[Any, ...]:
@@ -218,10 +240,20 @@ def _cast(dtype: torch.dtype, x: Any, weight: Any, lora_A: Any, lora_B: Any, bia
 
 
 def _cast_group(
-    dtype: torch.dtype, x: Any, weights: Any, lora_As: Any, lora_Bs: Any, biases: Any, *rest: Any
+    dtype: torch.dtype,
+    x: Any,
+    weights: Any,
+    parts: Any,
+    forms: Any,
+    lora_As: Any,
+    lora_Bs: Any,
+    biases: Any,
+    *rest: Any,
 ) -> tuple[Any, ...]:
-    cast = [autocast_arguments(x, W, bias, dtype) for W, bias in zip(weights, biases, strict=True)]
-    return cast[0][0], [W for _, W, _ in cast], lora_As, lora_Bs, [bias for *_, bias in cast], *rest
+    values = weights_of(weights, parts, forms)
+    cast = [autocast_arguments(x, W, bias, dtype) for W, bias in zip(values, biases, strict=True)]
+    weights, biases = taken_apart([W for _, W, _ in cast])[0], [bias for *_, bias in cast]
+    return cast[0][0], weights, parts, forms, lora_As, lora_Bs, biases, *rest
 
 
 def by_example(
@@ -247,7 +279,7 @@ def by_example(
 LINEAR: Operator = Operator(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? row_scale, Tensor? seed, "
     "float scaling, float dropout_p, str impl) -> (Tensor, Tensor, Tensor)",
-    partial(_one, _compute),
+    partial(_one, compute),
     partial(_one, _compute_fake),
     flops=lora_linear_flops,
     cast=_cast,
@@ -257,24 +289,25 @@ LINEAR_BACKWARD = Operator(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? row_scale, "
     "Tensor? s, Tensor? mask, float scaling, float dropout_p, bool[] needs, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    partial(_one_backward, _gradients),
+    partial(_one_backward, gradients),
     partial(_one_backward, _gradients_fake),
     flops=lora_linear_backward_flops,
 )
 GROUP = Operator(
-    "lora_linear_group(Tensor x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor?[] biases, "
-    "Tensor?[] row_scales, Tensor? seed, float[] scalings, float dropout_p, str impl) -> (Tensor[], Tensor, Tensor)",
-    _compute,
-    _compute_fake,
+    "lora_linear_group(Tensor x, Tensor[] weights, Tensor?[] parts, str[] forms, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "Tensor?[] biases, Tensor?[] row_scales, Tensor? seed, float[] scalings, float dropout_p, str impl) "
+    "-> (Tensor[], Tensor, Tensor)",
+    partial(_group, compute),
+    partial(_group, _compute_fake),
     flops=lora_linear_group_flops,
     cast=_cast_group,
 )
 GROUP_BACKWARD = Operator(
-    "lora_linear_group_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, "
-    "Tensor?[] row_scales, Tensor[] s, Tensor? mask, float[] scalings, float dropout_p, bool[] needs, str impl) "
+    "lora_linear_group_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor?[] parts, str[] forms, "
+    "Tensor[] lora_As, Tensor[] lora_Bs, Tensor?[] row_scales, Tensor?[] s, Tensor? mask, float[] scalings, "
+    "float dropout_p, bool[] needs, str impl) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[], Tensor[], Tensor[])",
-    _gradients,
-    _gradients_fake,
+    partial(_group_backward, gradients),
+    partial(_group_backward, _gradients_fake),
     flops=lora_linear_group_backward_flops,
-    registered=_own_memory,
 )

@@ -10,7 +10,7 @@ import torch
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import LEVELS
 from lorakernels.eager import multi_lora as eager_multi_lora
-from lorakernels.eager.product import sum_rows
+from lorakernels.member import sum_rows
 from lorakernels.ops.flops import multi_lora_linear_backward_flops, multi_lora_linear_flops
 from lorakernels.ops.multi_shared import (
     PlanOperator,

@@ -19,10 +19,9 @@ from lorakernels.configs.device import assume
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.kernels import lora_linear as kernels_lora_linear
-from lorakernels.kernels.launch import record_launches
-from lorakernels.kernels.streams import side_stream
+from lorakernels.kernels.launch import record_launches, side_stream
 from lorakernels.member import Member, training_step
-from lorakernels.ops import small_linear
+from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import (
     LARGE_CASES,
@@ -82,7 +81,7 @@ def path(name: str, r: int = 1) -> Iterator[str]:
     few = "few" in form and r <= table.FEW_TOKENS_MAX_RANK
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(table, "FEW_TOKENS", 1 << 30 if few else -1)
-        patch.setattr(small_linear, "SMALL", 1 << 62 if form == "small" else 0)
+        patch.setattr(ops_linear, "SMALL", 1 << 62 if form == "small" else 0)
         if "tiny" in form:
             block_r = max(16, 1 << (r - 1).bit_length()) if few else 16
             flags = {flag: flag in form for flag in ("tma", "cublas")}

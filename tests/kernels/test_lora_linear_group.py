@@ -20,7 +20,7 @@ from lorakernels.eager.dropout import unpack_mask
 from lorakernels.kernels import lora_linear as kernels
 from lorakernels.kernels.launch import record_launches
 from lorakernels.member import Member, columns
-from lorakernels.ops import small_linear
+from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import leaves_of
 from lorakernels.testing.device import COMPILED, NUMBERS
@@ -48,7 +48,7 @@ SMALLEST = KernelConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_R=16, GROUP_M=
 @pytest.fixture(autouse=True)
 def _the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not torch's own operators, which small layers on a CPU are made of."""
-    monkeypatch.setattr(small_linear, "SMALL", 0)
+    monkeypatch.setattr(ops_linear, "SMALL", 0)
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def path(name: str, ranks: tuple[int, ...] = (1,)) -> Iterator[str]:
     impl, _, form = name.partition("-")
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(table, "FEW_TOKENS", 1 << 30 if form == "few" else -1)
-        patch.setattr(small_linear, "SMALL", 1 << 62 if form == "small" else 0)
+        patch.setattr(ops_linear, "SMALL", 1 << 62 if form == "small" else 0)
         if impl == "triton" and form != "shipped":
             whole = max(16, 1 << (max(ranks) - 1).bit_length())
             expand = dataclasses.replace(SMALLEST, tma=form == "tma", cublas=form == "cublas")

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import lorakernels as lk
 from lorakernels import functional
 from lorakernels.nn import siblings
-from lorakernels.ops import small_linear
+from lorakernels.ops import linear as ops_linear
 
 KINDS = ("inject", "peft")
 WIDTH = 16
@@ -79,7 +79,7 @@ def adapted(kind: str, group: bool | None = True, dropout: float = 0.0, dtype: t
 @pytest.fixture(autouse=True)
 def groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many members each group had that was computed; layers of any size may make one."""
-    monkeypatch.setattr(small_linear, "SMALL", 0)
+    monkeypatch.setattr(ops_linear, "SMALL", 0)
     sizes: list[int] = []
     real = functional.lora_linear_group
 

@@ -12,12 +12,12 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lorakernels as lk
-from lorakernels.ops import small_linear
+from lorakernels.ops import linear as ops_linear
 
 
-@pytest.fixture(autouse=True, params=[0, small_linear.SMALL], ids=["operator", "small"])
+@pytest.fixture(autouse=True, params=[0, ops_linear.SMALL], ids=["operator", "small"])
 def _both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(small_linear, "SMALL", request.param)
+    monkeypatch.setattr(ops_linear, "SMALL", request.param)
 
 
 def layer(**fields: object) -> lk.LoRALinear:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import lorakernels as lk
 from lorakernels.eager import lora_linear as eager_lora_linear
-from lorakernels.ops import small_linear
+from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
 
 IMPLS = ["torch", "triton"]
@@ -24,7 +24,7 @@ IMPLS = ["torch", "triton"]
 @pytest.fixture(autouse=True)
 def _the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not torch's own operators, which small layers on a CPU are made of."""
-    monkeypatch.setattr(small_linear, "SMALL", 0)
+    monkeypatch.setattr(ops_linear, "SMALL", 0)
 
 
 def leaves(dtype: torch.dtype = torch.float32, tokens: int = 20, device: str = "cpu", **fields: object) -> LinearInputs:

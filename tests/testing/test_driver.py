@@ -123,7 +123,7 @@ def test_what_a_driver_refuses_is_refused() -> None:
     found = in_a_process(
         """
         from lorakernels.kernels.launch import launch
-        from lorakernels.kernels.sum_planes import _CONFIG, sum_planes_kernel
+        from lorakernels.kernels.tiles import _CONFIG, sum_planes_kernel
 
         library, seen = checked._library, {}
 

@@ -18,7 +18,7 @@ ONE_KERNEL = """
 import torch
 from lorakernels.testing import driver
 driver.install("sm_90")
-from lorakernels.kernels.sum_planes import sum_planes
+from lorakernels.kernels.tiles import sum_planes
 sum_planes(torch.empty(2, 64), torch.empty(64))
 """
 

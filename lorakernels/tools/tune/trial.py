@@ -19,7 +19,7 @@ from lorakernels.kernels.multi_outer import multi_outer
 from lorakernels.kernels.multi_shrink import multi_shrink
 from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.shrink import shrink
-from lorakernels.kernels.sum_planes import sum_planes
+from lorakernels.kernels.tiles import sum_planes
 from lorakernels.plan import BatchPlan, PlanTensors
 from lorakernels.testing.budget import budget, error
 from lorakernels.tools.tune.problem import Problem
