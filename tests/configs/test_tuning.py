@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,7 @@ CPU = torch.device("cpu")
 TUNED = KernelConfig(BLOCK_M=32, BLOCK_K=128, BLOCK_R=16, SPLIT=2, num_warps=4, num_stages=3)
 SHRINK = Entry("shrink", 4096, 512, 512, 16, 2, TUNED, {"microseconds": 1.0})
 
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tables in a temporary folder, none read, and every warning seen anew."""
-    monkeypatch.setenv("LORAKERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(table_file, "SHIPPED", tmp_path / "shipped")
-    clear()
-    yield
-    clear()
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 @pytest.fixture

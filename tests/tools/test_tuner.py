@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from lorakernels.configs import table_file
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import UNKNOWN, assume, example_of
 from lorakernels.configs.heuristic import MULTI_OPERATIONS, OPERATIONS, Batch, heuristic
-from lorakernels.configs.table import clear, misfit
+from lorakernels.configs.table import misfit
 from lorakernels.configs.table_file import Entry, Table, read_table, write_table
 from lorakernels.tools.compile_report import CompileRow, table_launches
 from lorakernels.tools.tune import tuner
@@ -31,15 +30,7 @@ TUNED = KernelConfig(BLOCK_M=32, BLOCK_K=128, BLOCK_R=16, SPLIT=2, num_warps=4, 
 SHRINK = Entry("shrink", 4096, 512, 512, 16, 2, TUNED, {"microseconds": 1.0})
 TMA = KernelConfig(128, 128, 64, 16, num_warps=8, num_stages=3, tma=True)
 
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tables in a temporary folder, and none read."""
-    monkeypatch.setenv("LORAKERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(table_file, "SHIPPED", tmp_path / "shipped")
-    clear()
-    yield
-    clear()
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 def written(path: Path, *entries: Entry) -> Path:
