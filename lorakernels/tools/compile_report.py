@@ -248,25 +248,6 @@ def compile_report(
     return [dataclasses.replace(rows[key], config=config) for key, config in each]
 
 
-def shipped_report(
-    archs: Sequence[str] = tuple(ARCHS), jobs: int = 2, kernels: Sequence[str] | None = None
-) -> list[CompileRow]:
-    """A row for each launch that the shipped configurations make on each architecture.
-
-    Raises:
-        ValueError: an architecture, or one of `kernels`, is not known.
-        BackendError: Triton's interpreter is on.
-    """
-    tasks = []
-    for arch in archs:
-        with assume(arch):
-            tasks += [_specialise(launch, arch) for launch in shipped_launches() + table_launches(arch)]
-    names = sorted({task.source.name for task in tasks})
-    if unknown := [name for name in kernels or () if name not in names]:
-        raise ValueError(f"there is no kernel {unknown[0]!r}; kernels: {', '.join(names)}")
-    return list(_report([task for task in tasks if kernels is None or task.source.name in kernels], jobs).values())
-
-
 def table_launches(arch: str, folder: Path = SHIPPED) -> list[Launch]:
     """The launches of every entry of the tables that ship for this architecture, with and without dropout.
 
@@ -321,11 +302,22 @@ def report_table(rows: Iterable[CompileRow]) -> Table:
 
 
 def main(archs: Sequence[str] = (), kernels: Sequence[str] = (), as_json: bool = False, jobs: int = 2) -> int:
-    """Compile what ships, for the named architectures and kernels or all; print every row if they are named, or faults.
+    """Compile each launch of the shipped configs, for the named architectures and kernels or for all.
 
-    Returns 1 if a row is not ok.
+    Prints every row if they are named, or those that are not ok; returns 1 if there is one.
+
+    Raises:
+        ValueError: an architecture, or one of `kernels`, is not known.
+        BackendError: Triton's interpreter is on.
     """
-    rows = shipped_report(archs or tuple(ARCHS), jobs, kernels or None)
+    tasks = []
+    for arch in archs or ARCHS:
+        with assume(arch):
+            tasks += [_specialise(launch, arch) for launch in shipped_launches() + table_launches(arch)]
+    names = sorted({task.source.name for task in tasks})
+    if unknown := [name for name in kernels if name not in names]:
+        raise ValueError(f"there is no kernel {unknown[0]!r}; kernels: {', '.join(names)}")
+    rows = list(_report([task for task in tasks if task.source.name in (kernels or names)], jobs).values())
     faults = [row for row in rows if not row.ok]
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))

@@ -51,10 +51,7 @@ class Result:
 def current_gpu() -> torch.device:
     """Raises BackendError where there is none."""
     if not torch.cuda.is_available():
-        raise BackendError(
-            "tuning times kernels, and there is no GPU here: run it where there is one, "
-            "or see what it would measure with --dry-run"
-        )
+        raise BackendError("tuning times kernels, and there is no GPU here: run it where one is, or with --dry-run")
     return torch.device("cuda", torch.cuda.current_device())
 
 
