@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,11 +179,11 @@ def sanitizer(run: Run, seconds: float) -> None:
 
 def _bench(run: Run, seconds: float, sets: str, impl: str, rounds: int) -> None:
     from lorakernels.tools.bench import run as bench
-    from lorakernels.tools.bench.registry import Case, MultiCase, cases_of
+    from lorakernels.tools.bench.registry import Case, cases_of
 
     headline = {"headline": cases_of("headline")}
-    decode = (MultiCase(64, 4096, 4096, adapters) for adapters in (64, 8, 1))
-    mixed = (MultiCase(64, 4096, 4096, 64, 64, mixed=True), MultiCase(256, 4096, 4096, 64))
+    decode = (Case(64, 4096, 4096, adapters=adapters) for adapters in (64, 8, 1))
+    mixed = (Case(64, 4096, 4096, 64, adapters=64, mixed=True), Case(256, 4096, 4096, adapters=64))
     named = headline | {
         "decode": (*decode, *mixed),
         "tokens": tuple(Case(M, 4096, 4096) for M in (64, 256, 2048, 1)),
@@ -191,25 +191,47 @@ def _bench(run: Run, seconds: float, sets: str, impl: str, rounds: int) -> None:
     cases = [case for name in sets.split(",") for case in named[name]]
     if run.mode == "cpu":
         cases = list(cases_of("small-layer")[:2] + cases_of("small-multi")[:1])
+    if run.mode == "stub":
+        return _launch(run, cases, "triton,split,fused,stacks")
     wrong: list[str] = []
 
     def keep_row(row: bench.Row) -> None:
         run.row(kind="time", **row)
+        print(bench.line_of(row), flush=True)
         if row["status"] in ("wrong", "error") and row["peer"].startswith(("ours", "frozen")):
             wrong.append(f"{row['peer']}: {row['status']}: {row['reason']}")
 
     bench.run(
         cases,
-        impl=impl if run.mode == "gpu" else {"cpu": "torch,peft", "stub": "triton,split,fused,stacks"}[run.mode],
-        device=bench.default_device(),
+        impl=impl if run.mode == "gpu" else "torch,peft",
         rounds=rounds if run.mode == "gpu" else 2,
         limit_s=seconds - 10,
-        progress=lambda line: print(line, flush=True),
-        keep_row=keep_row,
-        launch_only=run.mode == "stub",
+        on_row=keep_row,
     )
     if wrong:
         raise RuntimeError(f"{len(wrong)} rows are not right; the first: {wrong[0]}")
+    return None
+
+
+def _launch(run: Run, cases: Sequence[Any], impl: str) -> None:
+    """One step each, neither checked nor timed. What one is refused does not hide the others' launches."""
+    from lorakernels.tools.bench.peer import make_tensors
+    from lorakernels.tools.bench.peers import choose_peers
+
+    wrong = []
+    for case in cases:
+        tensors = make_tensors(case, "cpu", 0)
+        for peer in choose_peers(impl, case.adapters is not None, tensors.x.device):
+            reason = peer.why_not(case, tensors.x.device)
+            try:
+                if reason is None:
+                    peer.make(tensors)()
+            except Exception as error:
+                wrong.append(f"{peer.name}, {case}: {type(error).__name__}: {error}")
+            run.row(kind="launch", peer=peer.name, **case.as_dict(), skipped=reason)
+            print(f"{case} {peer.name} {reason or 'launched'}", flush=True)
+    if wrong:
+        raise RuntimeError(f"{len(wrong)} steps are not right; the first: {wrong[0]}")
 
 
 def first_times(run: Run, seconds: float) -> None:
@@ -229,19 +251,16 @@ def tuned_times(run: Run, seconds: float) -> None:
 
 def make_steps(mode: str) -> dict[str, Callable[[], object]]:
     """The headline's training step, with and without dropout, and a decode step of 64 adapters."""
-    from lorakernels.tools.bench.operations import operation_of
-    from lorakernels.tools.bench.registry import MultiCase, cases_of
+    from lorakernels.tools.bench.peer import make_tensors
+    from lorakernels.tools.bench.peers import PEERS
+    from lorakernels.tools.bench.registry import Case, cases_of
     from lorakernels.tools.bench.run import default_device
 
-    cases = (*cases_of("headline"), MultiCase(64, 4096, 4096, 64))
+    cases = (*cases_of("headline"), Case(64, 4096, 4096, adapters=64))
     if mode == "cpu":
         cases = (cases_of("small-layer")[0], cases_of("small-multi")[0])
-    peer = "ours-torch" if mode == "cpu" else "ours-triton"
-    made = {}
-    for case in cases:
-        operation = operation_of(case)
-        made[str(case)] = operation.peers[peer].make(case, operation.make_tensors(case, default_device(), 0))
-    return made
+    peer = PEERS["ours-torch" if mode == "cpu" else "ours-triton"]
+    return {str(case): peer.make(make_tensors(case, default_device(), 0)) for case in cases}
 
 
 def profile(run: Run, seconds: float) -> None:

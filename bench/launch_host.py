@@ -13,7 +13,6 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from rich.console import Console
@@ -25,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from lorakernels.kernels import lora_linear, multi_lora
 from lorakernels.member import Member
 from lorakernels.plan import BatchPlan
-from lorakernels.tools.bench.timing import interleaved_seconds, percentiles
+from lorakernels.tools.bench.timing import interleaved_seconds, p20_50_80, spread
 
 _CALLS = 200  # in a row, of some 50 µs each
 _WIDTH, _R, _SLOTS = 64, 8, 4
@@ -112,7 +111,7 @@ def main() -> None:
         "forward", "µs a call: median (p20 … p80)", title=f"The host's part of a launch, triton {triton.__version__}"
     )
     for name, times in zip(tried, seconds, strict=True):
-        table.add_row(name, percentiles(np.asarray(times) * 1e6))
+        table.add_row(name, spread(p20_50_80(times * 1e6)))
     Console().print(table)
 
 

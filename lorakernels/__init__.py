@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorakernels.adapters.load_save import save_adapter as save_adapter
     from lorakernels.adapters.merge import merge as merge
     from lorakernels.adapters.merge import unmerge as unmerge
+    from lorakernels.adapters.quantize import quantize as quantize
     from lorakernels.adapters.switch import delete_adapter as delete_adapter
     from lorakernels.adapters.switch import set_adapter as set_adapter
     from lorakernels.adapters.switch import set_scale as set_scale
@@ -59,6 +60,7 @@ _HOMES = {
     "inject": "lorakernels.adapters.inject",
     "trainable_parameters": "lorakernels.adapters.inject",
     "merge": "lorakernels.adapters.merge",
+    "quantize": "lorakernels.adapters.quantize",
     "unmerge": "lorakernels.adapters.merge",
     "set_adapter": "lorakernels.adapters.switch",
     "set_scale": "lorakernels.adapters.switch",

@@ -68,6 +68,12 @@ def check_matrix(name: str, given: Any, expected: str) -> None:
         raise ValueError(f"{name} is {shape_of(given)}; expected {expected}")
 
 
+def check_weight(weight: Any) -> None:
+    """[N, K], a tensor or packed."""
+    if not isinstance(weight, PackedWeight):
+        check_matrix("weight", weight, "[N, K]")
+
+
 def check_alike(name: str, given: torch.Tensor, other: str, tensor: torch.Tensor) -> None:
     if given.dtype is not tensor.dtype or given.device != tensor.device:
         raise _unlike(name, given, other, tensor)
@@ -115,7 +121,7 @@ def check_adapter(weight: Any, lora_A: Any, lora_B: Any) -> None:
         raise _unlike("lora_B", lora_B, "weight", weight, cast=True)
 
 
-def check_of_rows(name: str, given: Any, weight: torch.Tensor) -> None:
+def check_of_rows(name: str, given: Any, weight: Any) -> None:
     """A number a row of the weight."""
     if not isinstance(given, torch.Tensor):
         raise no_tensor(name, given)
@@ -189,12 +195,13 @@ def listed(name: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def slices_of(name: str, given: Any) -> tuple[list[torch.Tensor], bool]:
+def slices_of(name: str, given: Any) -> tuple[list[Any], bool]:
     """Tensors of one argument as a list, and whether it was a tensor; [S, 1, …] as [S, …]."""
-    single = isinstance(given, torch.Tensor)
+    kinds = (torch.Tensor, PackedWeight) if name == "weight" else torch.Tensor
+    single = isinstance(given, kinds)
     tensors = [given] if single else listed(name, given)
     for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
+        if not isinstance(tensor, kinds):
             raise TypeError(f"{name} must be a tensor or a list of them; got a list with {type(tensor).__name__}")
     if not tensors:
         raise ValueError(f"{name} is an empty list; expected at least one tensor")

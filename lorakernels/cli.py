@@ -177,12 +177,13 @@ def tune(arguments: argparse.Namespace) -> int:
 
     from lorakernels.configs.device import device_of, example_of
     from lorakernels.configs.table_file import user_path
-    from lorakernels.tools.bench.registry import tuning_shapes
+    from lorakernels.tools.bench.registry import cases_of
     from lorakernels.tools.bench.timing import interleaved, timer
     from lorakernels.tools.tune import tuner
 
     if arguments.shapes is None:
-        shapes = [(*sizes, getattr(torch, dtype), dropout) for *sizes, dtype, dropout in tuning_shapes(arguments.set)]
+        cases = [case for case in cases_of(arguments.set) if case.adapters is None]
+        shapes = [(case.M, case.N, case.K, case.r, case.torch_dtype, case.dropout) for case in cases]
     else:
         dtype = getattr(torch, arguments.dtype or "bfloat16")
         shapes = [(*_sizes(text), dtype, arguments.dropout) for text in arguments.shapes]

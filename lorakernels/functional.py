@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 
@@ -142,14 +142,14 @@ def lora_linear_group(
     return [ys[i] for i in range(n)]
 
 
-def row_norm(weight: torch.Tensor) -> torch.Tensor:
+def row_norm(weight: Any) -> torch.Tensor:
     """‖W‖ by rows of weight [N, K]: [N] float32 (float64 for a float64 weight), for `lora_weight_norm`."""
-    arguments.check_matrix("weight", weight, "[N, K]")
+    arguments.check_weight(weight)
     return ops.row_norm(weight)
 
 
 def lora_weight_norm(
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     *,
@@ -176,7 +176,7 @@ def lora_weight_norm(
     Raises:
         ValueError, TypeError, BackendError: as `lora_linear`.
     """
-    arguments.check_matrix("weight", weight, "[N, K]")
+    arguments.check_weight(weight)
     base_norm = ops.row_norm(weight) if base_norm is None else base_norm
     arguments.check_adapter(weight, lora_A, lora_B)
     arguments.check_of_rows("base_norm", base_norm, weight)

@@ -57,7 +57,7 @@ TRITON_PLACES = ("kernels", "testing", "tools.tune", "tools.compile_report")
 TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
 HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})
 # Each only in integrations/<one of these>.py, and where it is measured.
-MEASURED = {"lorakernels.tools.bench.peers": "peft", "lorakernels.tools.bench.multi_peers": "vllm"}
+MEASURED = {"lorakernels.tools.bench.peers": {"peft", "vllm"}}
 MAX_LINES = 400
 
 ROW = {unit: row for row, units in enumerate(LADDER) for unit in units}
@@ -202,7 +202,7 @@ def hosts(module: str, imported: Import) -> str | None:
     root = imported.target.split(".")[0]
     if root not in HOSTS or module.startswith(tuple(f"lorakernels.integrations.{name}" for name in HOSTS)):
         return None
-    if MEASURED.get(module) == root:
+    if root in MEASURED.get(module, ()):
         return None
     return f"only {', '.join(f'integrations/{name}*.py' for name in sorted(HOSTS))} may import {root}"
 

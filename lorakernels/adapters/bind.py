@@ -18,7 +18,7 @@ from lorakernels.files.config_file import check_start, not_supported
 from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, updates_of
 from lorakernels.files.reading import AdapterFileError, Tensors, check_finite
 from lorakernels.files.update import Shapes, Update
-from lorakernels.nn.adapt import LAYERS
+from lorakernels.nn.adapt import LAYERS, layer_for
 from lorakernels.nn.layer import LoRALayer
 
 
@@ -144,7 +144,7 @@ def _layer(
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
     base = layer.base_layer if isinstance(layer, LoRALayer) else layer
-    kind = LAYERS.get(bases.get(type(base), type(base)))
+    kind = LAYERS.get(bases.get(type(base), type(base))) or layer_for(base)
     if kind is None:
         what = served(base) or f"is a {type(layer).__qualname__}; expected one of {adaptable()}"
         raise AdapterFileError(f"module {path!r} {what}")

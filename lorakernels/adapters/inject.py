@@ -13,11 +13,12 @@ from lorakernels.adapters.targets import find_modules_to_save, find_targets, war
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
-from lorakernels.nn.adapt import LAYERS, adapt
+from lorakernels.nn.adapt import LAYERS, adapt, layer_for
 from lorakernels.nn.base import DEFAULT, check_adapter_name
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+from lorakernels.quant.layers import why_refused
 
 
 def inject(
@@ -72,7 +73,7 @@ def inject(
     configs = {name: of_one_layer(config, ranks[name], alphas[name]) for name in targets}
     for name, module in targets.items():
         _check_target(name, module, configs[name])
-    linears = {module for module in targets.values() if isinstance(module, (nn.Linear, LoRALinear))}
+    linears = {m for m in targets.values() if isinstance(m, LoRALinear) or layer_for(m) is LoRALinear}
     siblings_of = siblings.find(model, lambda module: module in linears or isinstance(module, LoRALinear), groups)
     refuse_changed_base(model)
     if changes_base(config.init_lora_weights):
@@ -116,9 +117,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def _check_target(name: str, module: nn.Module, config: LoRAConfig) -> None:
     """Raise where a target cannot have the adapter that `config` describes."""
     base = module.base_layer if isinstance(module, LoRALayer) else module
-    kind = LAYERS.get(type(base))
+    kind = layer_for(base)
     if kind is None and served(base):
         raise TypeError(f"target {name!r} {served(base)}")
+    if kind is None and (why := why_refused(base)):
+        raise TypeError(f"target {name!r} is a {type(base).__module__}.{type(base).__qualname__}: {why}")
     if kind is None:
         raise TypeError(
             f"target {name!r} is a {type(module).__module__}.{type(module).__qualname__}; expected exactly one of "

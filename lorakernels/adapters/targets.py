@@ -12,8 +12,9 @@ from torch import nn
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
 from lorakernels.files.patterns import by_pattern, fullmatch
-from lorakernels.nn.adapt import LAYERS
+from lorakernels.nn.adapt import layer_for
 from lorakernels.nn.layer import LoRALayer
+from lorakernels.nn.linear import LoRALinear
 
 ALL_LINEAR = "all-linear"
 WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -28,7 +29,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
         raise ValueError('target_modules is None; expected names, suffixes, a regular expression or "all-linear"')
     modules = dict(plain_modules(model))
     if config.target_modules == ALL_LINEAR:
-        head = _output_layer(model)
+        head = output_layer(model)
         named = {name for name, module in modules.items() if _is_linear(module) and module is not head}
     else:
         named = {name for name in modules if matches(name, config.target_modules)}
@@ -109,17 +110,17 @@ def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or (isinstance(module, LoRALayer) and type(module.base_layer) is nn.Linear)
+    return layer_for(module.base_layer if isinstance(module, LoRALayer) else module) is LoRALinear
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
+def output_layer(model: nn.Module) -> nn.Module | None:
     """The head of a transformers model, which "all-linear" leaves alone as PEFT does."""
     get: Any = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None
 
 
 def _near_names(patterns: str | Iterable[str], modules: Mapping[str, nn.Module]) -> str:
-    layers = [name for name, module in modules.items() if type(module) in LAYERS or isinstance(module, LoRALayer)]
+    layers = [name for name, module in modules.items() if layer_for(module) or isinstance(module, LoRALayer)]
     suffixes = sorted({name.rpartition(".")[2] for name in layers} | set(layers))
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     near = [name for want in wanted for name in difflib.get_close_matches(want, suffixes, n=3, cutoff=0.5)]

@@ -38,6 +38,7 @@ from lorakernels.kernels.tiles import (
 from lorakernels.weight import sum_products
 
 MAX_PAIRS = 3  # of x and weight in one launch: q, k and v
+NO_PAIR = (NO_MATRIX, NO_MATRIX)
 
 
 class LowRank(NamedTuple):
@@ -211,15 +212,18 @@ def linear_expand(
     M = x.shape[0]
     N, R = lora_B.shape
     pairs = [(x, weight), *more]
-    w_is_nk = weight.stride(1) == 1
-    tma = M > 0 and all(fits_descriptor(x) and fits_descriptor(w if w_is_nk else w.t()) for x, w in pairs)
+    packed = any([not isinstance(w, torch.Tensor) for _, w in pairs])  # then torch multiplies what is unpacked
+    w_is_nk = packed or weight.stride(1) == 1
+    tma = (
+        M > 0 and not packed and all(fits_descriptor(x) and fits_descriptor(w if w_is_nk else w.t()) for x, w in pairs)
+    )
     tma = tma and (dot is not None or N * x.element_size() % 16 == 0)
     Ks = tuple(x.shape[1] for x, _ in pairs)
     config = choose("linear_expand", M, N, sum(Ks), R, x.element_size(), x.device, tma=tma)
     num_blocks_m = cdiv(M, config.BLOCK_M)
     num_tiles = num_blocks_m * cdiv(N, config.BLOCK_N)
     # More pairs than the kernel takes are rare, and a sum in y between two launches would be rounded there too.
-    base = (config.cublas and dot is None) or len(pairs) > MAX_PAIRS
+    base = (config.cublas and dot is None) or packed or len(pairs) > MAX_PAIRS
     if dot is not None:
         y = x.new_empty((N,), dtype=torch.float32)
         out = planes_for(y, num_blocks_m)
@@ -239,8 +243,8 @@ def linear_expand(
         grid = (min(num_tiles, device_of(x.device).processors * config.PROGRAMS_PER_SM),)
         launch(linear_expand_tma_kernel, grid, args, {"W_IS_NK": w_is_nk} | constexprs, config)
     else:
-        matrices = tuple((tall(x), transposed(w)) for x, w in (pairs[:1] if base else pairs))
-        args = {"pairs": matrices, "y_ptr": out} | args
+        matrices = (NO_PAIR,) if base else tuple((tall(x), transposed(w)) for x, w in pairs)
+        args = {"y_ptr": out, "pairs": matrices} | args
         launch(linear_expand_kernel, (num_tiles,), args, {"HAS_BASE": base} | constexprs, config)
     sum_planes(out, y)
     return y

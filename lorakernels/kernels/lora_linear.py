@@ -18,7 +18,7 @@ from lorakernels.kernels.launch import side_stream
 from lorakernels.kernels.linear_expand import linear_expand
 from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.shrink import shrink
-from lorakernels.member import Member, columns, grad_dtype, stacked
+from lorakernels.member import Member, columns, grad_dtype, stacked, sum_rows
 
 Tensors = Sequence[torch.Tensor]
 
@@ -31,7 +31,7 @@ def forward(
     Few tokens take a kernel a member: reading W is the cost, not x, and only that kernel splits its sum over the
     device. Of one seed each draws the same mask.
     """
-    if takes_few_tokens_form(x.shape[0], max([member.lora_A.shape[0] for member in members]), x.element_size()):
+    if _takes_few_tokens(x, members):
         results = [
             few_tokens(x, W, A, B, bias=bias, row_scale=row_scale, y_scale=scaling, seed=seed, threshold=threshold)
             for W, A, B, bias, row_scale, scaling in members
@@ -44,6 +44,12 @@ def forward(
         for s_i, (W, _, B, bias, row_scale, scaling) in zip(columns(s, members), members, strict=True)
     ]
     return ys, s, mask
+
+
+def _takes_few_tokens(x: torch.Tensor, members: Sequence[Member]) -> bool:
+    """Whether x or dy are so few rows that one kernel makes a member's product and its update."""
+    ranks = [member.lora_A.shape[0] for member in members if isinstance(member.weight, torch.Tensor)]
+    return len(ranks) == len(members) and takes_few_tokens_form(x.shape[0], max(ranks), x.element_size())
 
 
 def backward(
@@ -69,7 +75,7 @@ def backward(
     dx = dA = g = None
     if need_dx and len(members) == 1:
         [(W, A, B, *_, scaling)], [dy] = members, dys
-        if takes_few_tokens_form(dy.shape[0], A.shape[0], dy.element_size()):
+        if _takes_few_tokens(dy, members):
             dx, g, _ = few_tokens(dy, W.t(), B.t(), A.t(), s_scale=scaling, y_scale=keep, mask=mask)
     need_g = g is None and (need_dx or need_dA)
     passes = [
@@ -105,7 +111,9 @@ def grad_row_scale(
     scaling: float,
 ) -> torch.Tensor:
     """[N] float32 = Σ over tokens of dy ∘ (x Wᵀ + scaling · S Bᵀ), with `low_rank` = (S, B); nothing [M, N] is made."""
-    s, lora_B = low_rank or (x.new_empty((x.shape[0], 0)), weight.new_empty((weight.shape[0], 0)))
+    s, lora_B = low_rank or (x.new_empty((x.shape[0], 0)), x.new_empty((weight.shape[0], 0)))
+    if not isinstance(weight, torch.Tensor):
+        return sum_rows(linear_expand(x, weight, s, lora_B, scale=scaling).mul_(dy))
     return linear_expand(x, weight, s, lora_B, scale=scaling, dot=dy)
 
 

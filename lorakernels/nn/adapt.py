@@ -12,6 +12,7 @@ from lorakernels.nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lorakernels.nn.embedding import LoRAEmbedding
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+from lorakernels.quant.layers import kind_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -23,6 +24,11 @@ LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
 }
 
 
+def layer_for(base_layer: nn.Module) -> type[LoRALayer] | None:
+    """The adapted layer of a module: by its exact class, or because its weight is packed in a way that is known."""
+    return LAYERS.get(type(base_layer)) or (LoRALinear if kind_of(base_layer) else None)
+
+
 def adapt(
     base_layer: nn.Module,
     adapter_name: str = DEFAULT,
@@ -31,10 +37,10 @@ def adapt(
 ) -> LoRALayer:
     """The adapted layer around `base_layer`, see `LoRALayer.from_base`.
 
-    Raises TypeError unless it is exactly of a class in `LAYERS`: a subclass may hold its weight in another form, as
-    quantised layers do. When anything is raised `base_layer` is as it was.
+    Raises TypeError unless it is exactly of a class in `LAYERS`, or has a packed weight: another subclass may hold its
+    weight in any form. When anything is raised `base_layer` is as it was.
     """
-    kind = LAYERS.get(type(base_layer))
+    kind = layer_for(base_layer)
     if kind is None:
         names = ", ".join(f"torch.nn.{base.__name__}" for base in LAYERS)
         raise TypeError(

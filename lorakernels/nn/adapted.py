@@ -15,11 +15,12 @@ from lorakernels.functional import lora_linear
 from lorakernels.nn.dora import change_of_base, scale_product
 from lorakernels.nn.siblings import from_group
 from lorakernels.nn.terms import Term
+from lorakernels.quant.packed import PackedWeight
 
 
 def adapted_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     bias: torch.Tensor | None,
     terms: Sequence[Term],
     base_layer: nn.Module | None = None,
@@ -32,6 +33,10 @@ def adapted_linear(
 
     Raises what `lora_linear` does.
     """
+    if bias is not None and bias.dtype is not x.dtype and isinstance(weight, PackedWeight):
+        bias = bias.to(x.dtype)
+    if not terms:
+        return ops.frozen_linear(x, weight, bias)
     if len(terms) == 1 and base_layer is None:
         if _is_small(x, weight, terms[0]):
             A, B, _, scaling, *_ = terms[0]
@@ -52,7 +57,7 @@ def adapted_linear(
         # Several adapters are one of their ranks' sum: still one pass over x.
         A = torch.cat([term.A for term in terms])
         B = torch.cat([term.B * term.scaling for term in terms], dim=1)
-        return lora_linear(x, weight, A, B, bias=_sum_of_biases(bias, terms, weight.dtype))
+        return lora_linear(x, weight, A, B, bias=_sum_of_biases(bias, terms, x.dtype))
     else:
         y = _fused(x, weight, bias, terms[0])
         terms, scales = terms[1:], scales[1:]
@@ -63,7 +68,7 @@ def adapted_linear(
     return y
 
 
-def _is_small(x: torch.Tensor, weight: torch.Tensor, term: Term) -> bool:
+def _is_small(x: torch.Tensor, weight: Any, term: Term) -> bool:
     """Where `lora_linear` would come to `small_lora_linear` too: it takes 20 µs to, between the layers of a model."""
     A, B, bias, scaling, p, magnitude = term
     return (
@@ -79,14 +84,14 @@ def _is_small(x: torch.Tensor, weight: torch.Tensor, term: Term) -> bool:
     )
 
 
-def _fused(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, term: Term) -> torch.Tensor:
+def _fused(x: torch.Tensor, weight: Any, bias: torch.Tensor | None, term: Term) -> torch.Tensor:
     if term.bias is not None:
-        bias = _sum_of_biases(bias, [term], weight.dtype)
+        bias = _sum_of_biases(bias, [term], x.dtype)
     scale = None if term.magnitude is None else _row_scale(weight, term)
     return lora_linear(x, weight, term.A, term.B, bias=bias, row_scale=scale, scaling=term.scaling, dropout_p=term.p)
 
 
-def _row_scale(weight: torch.Tensor, term: Term) -> torch.Tensor | None:
+def _row_scale(weight: Any, term: Term) -> torch.Tensor | None:
     magnitude = term.magnitude
     return None if magnitude is None else magnitude.row_scale(weight, weight, term.A, term.B, term.scaling)
 

@@ -11,6 +11,7 @@ from torch import nn
 from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.nn.dora import change_of_base
 from lorakernels.nn.modules import parameter_of
+from lorakernels.quant.layers import kind_of, read
 
 DEFAULT = "default"
 MAGNITUDE = "lora_magnitude_vector"
@@ -75,6 +76,7 @@ class LoRABase(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
+        self._is_packed = bool(kind_of(base_layer))
         self.train(base_layer.training)
         self.lora_A = nn.ModuleDict()
         # In evaluation torch's TransformerEncoderLayer reads its linears' weights and calls none of them, unless a
@@ -117,7 +119,7 @@ class LoRABase(nn.Module):
     def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
         raise NotImplementedError("a layer makes its parameters")
 
-    def _matrix(self, weight: torch.Tensor) -> torch.Tensor:
+    def _matrix(self, weight: Any) -> Any:
         """A tensor of the base weight's shape as [N, K], a row for each output."""
         return weight
 
@@ -131,9 +133,10 @@ class LoRABase(nn.Module):
         return A.flatten(1), B.flatten(1)
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The base weight. Settable, as the bias is, but not while adapters are merged into it."""
-        return parameter_of(self._modules["base_layer"], "weight")
+    def weight(self) -> Any:
+        """The base weight, a tensor or a `PackedWeight`. Settable, as the bias is, while no adapter is merged."""
+        base = self._modules["base_layer"]
+        return read(base) if self._is_packed else parameter_of(base, "weight")
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -167,7 +170,7 @@ class LoRABase(nn.Module):
     def _check_mergeable(self) -> None:
         """Raise ValueError where no weight of the base layer does what its adapters do."""
 
-    def _row_scale(self, name: str, weight: torch.Tensor | None = None) -> torch.Tensor | None:
+    def _row_scale(self, name: str, weight: Any = None) -> torch.Tensor | None:
         """DoRA's factor of each row [N], None for an adapter without it or one that is off."""
         adapter = self.adapters[name]
         if not adapter.use_dora or adapter.is_off:

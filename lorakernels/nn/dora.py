@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from lorakernels.functional import lora_weight_norm, row_norm
+from lorakernels.quant.packed import PackedWeight
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,16 @@ class NormCache:
 
     def norm(
         self,
-        base: torch.Tensor,
-        matrix: torch.Tensor,
+        base: Any,
+        matrix: Any,
         A: torch.Tensor,
         B: torch.Tensor,
         scaling: float | torch.Tensor,
         keep: bool,
     ) -> torch.Tensor:
         """`base` is the weight itself and `matrix` the same as [N, K]; A [r, K], B [N, r] are parameters or views."""
+        if isinstance(base, PackedWeight):
+            base = base.data
 
         def compute() -> torch.Tensor:
             base_norm = self._get("base_norm", (base,), None, lambda: row_norm(matrix.detach()))
@@ -95,9 +98,7 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
         self._cache = NormCache()
 
-    def row_scale(
-        self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Any
-    ) -> torch.Tensor:
+    def row_scale(self, base: Any, matrix: Any, A: torch.Tensor, B: torch.Tensor, scaling: Any) -> torch.Tensor:
         """magnitude / ‖W + scaling · B A‖ [N], the norm without a gradient (section 4.3); a row of zeros stays one.
 
         The arguments are those of `NormCache.norm`.
@@ -107,9 +108,7 @@ class Magnitude(nn.Module):
         # Off is the base layer. Of a number the caller sees it; a tensor is not looked into.
         return torch.where(scaling == 0, 1.0, scale) if isinstance(scaling, torch.Tensor) else scale
 
-    def norm(
-        self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def norm(self, base: Any, matrix: Any, A: torch.Tensor, B: torch.Tensor, scaling: float) -> torch.Tensor:
         keep = not self.training and not torch.is_grad_enabled()
         return self._cache.norm(base, matrix, A, B, scaling, keep)
 

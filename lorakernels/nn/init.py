@@ -12,6 +12,7 @@ from lorakernels.config import check_init
 from lorakernels.nn.base import DEFAULT
 from lorakernels.nn.merging import Mergeable, product, wide
 from lorakernels.nn.modules import check_can_change, check_weight_type
+from lorakernels.quant.layers import weight_of
 
 
 class Initial(nn.Module):
@@ -33,8 +34,14 @@ def changes_base(init_lora_weights: bool | str) -> bool:
 
 def check_base(base_layer: nn.Module, init_lora_weights: bool | str) -> None:
     """Raise TypeError for a weight in another form, ValueError where a start needs and changes one that it cannot."""
-    weight: Any = base_layer.weight
-    check_weight_type(weight)
+    weight = weight_of(base_layer)
+    if isinstance(weight, torch.Tensor):
+        check_weight_type(weight)
+    elif changes_base(init_lora_weights):
+        raise ValueError(
+            f"init_lora_weights={init_lora_weights!r} changes the base weight, which is packed ({weight.form}); "
+            "expected another start, or a base layer that is not quantised"
+        )
     if changes_base(init_lora_weights):
         check_can_change(base_layer)
         if weight.device.type == "meta":

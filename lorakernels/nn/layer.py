@@ -11,6 +11,7 @@ from lorakernels.config import LoRAConfig, check_alpha, layer_config
 from lorakernels.nn import init
 from lorakernels.nn.base import DEFAULT, MAGNITUDE, Adapter, LoRABase, check_adapter_name
 from lorakernels.nn.dora import Magnitude
+from lorakernels.quant.layers import kind_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -38,7 +39,7 @@ class LoRALayer(init.Startable):
         Raises TypeError unless it is exactly of the class that this layer adapts: a subclass may hold its weight
         in another form, as quantised layers do. When anything is raised `base_layer` is as it was.
         """
-        if type(base_layer) is not cls.BASE:
+        if type(base_layer) is not cls.BASE and not (cls.BASE is nn.Linear and kind_of(base_layer)):
             raise TypeError(
                 f"from_base takes exactly torch.nn.{cls.BASE.__name__}; got {type(base_layer).__module__}."
                 f"{type(base_layer).__qualname__}, whose weight and forward may not be those of the plain layer"
@@ -87,7 +88,9 @@ class LoRALayer(init.Startable):
         self.adapters[adapter_name] = Adapter.of(config)
         if config.use_dora:
             shape = self.adapter_shapes(self.base_layer, config.r, True)[MAGNITUDE]
-            self.lora_magnitude_vector[adapter_name] = Magnitude(self.weight.new_empty(shape, dtype=dtype))
+            self.lora_magnitude_vector[adapter_name] = Magnitude(
+                torch.empty(shape, device=self.weight.device, dtype=dtype)
+            )
             self.lora_magnitude_vector[adapter_name].train(self.training)
         try:
             self.reset_lora_parameters(adapter_name, config.init_lora_weights)

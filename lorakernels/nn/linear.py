@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +12,7 @@ from lorakernels.nn.base import DEFAULT, MAGNITUDE
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import of_base_layer, parameter_of, runs_more_than_forward
 from lorakernels.nn.terms import Call, Term
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from lorakernels.config import AdapterFields
+from lorakernels.quant.layers import read, weight_of
 
 
 class LoRALinear(LoRALayer):
@@ -72,23 +68,27 @@ class LoRALinear(LoRALayer):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, adapter_name: str = DEFAULT, **fields: Unpack[AdapterFields]
+        cls,
+        linear: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 16,
+        *,
+        adapter_name: str = DEFAULT,
+        **fields: Any,
     ) -> LoRALinear:
         """An adapted layer around `linear`, which is kept, shared and frozen: nothing is copied.
 
-        The other arguments, all by name, are those of the class.
-
-        Raises TypeError unless `linear` is a plain `torch.nn.Linear`: a subclass may hold its weight in
-        another form, as quantised layers do.
+        The other arguments are those of the class. Raises TypeError unless `linear` is exactly a `torch.nn.Linear`,
+        or a quantised layer that is known: see docs/quantised.md.
         """
-        return cls.from_base(linear, adapter_name, **fields)
+        return cls.from_base(linear, adapter_name, r=r, lora_alpha=lora_alpha, **fields)
 
     @classmethod
     def adapter_shapes(
         cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False
     ) -> dict[str, tuple[int, ...]]:
         """lora_A [r, in_features], lora_B [out_features, r], a bias and DoRA's magnitude [out_features]."""
-        N, K = base_layer.weight.shape  # type: ignore[union-attr,misc]
+        N, K = weight_of(base_layer).shape
         shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, K), "lora_B.weight": (N, r)}
         return shapes | ({"lora_B.bias": (N,)} if lora_bias else {}) | ({MAGNITUDE: (N,)} if use_dora else {})
 
@@ -109,6 +109,9 @@ class LoRALinear(LoRALayer):
         if call is None:
             if self._merged:
                 self._refuse_training_while_merged()
+            if self._is_packed and not runs_more_than_forward(self._modules["base_layer"]):
+                # bitsandbytes' own forward packs its weight again in evaluation on a CPU, and training is wrong then.
+                return adapted_linear(x, self.weight, self.bias, ())
             return self.base_layer(x)
         return adapted_linear(x, *call, self)
 
@@ -123,7 +126,8 @@ class LoRALinear(LoRALayer):
         if self._merged or not names:
             return None
         terms = [self._term(name) for name in names]
-        return parameter_of(base, "weight"), parameter_of(base, "bias"), terms, base if watched else None
+        weight = read(base) if self._is_packed else parameter_of(base, "weight")
+        return weight, parameter_of(base, "bias"), terms, base if watched else None
 
     def _term(self, name: str) -> Term:
         adapter, (A, B) = self.adapters[name], self._factors(name)

@@ -23,9 +23,10 @@ from lorakernels.configs.table import FEW_TOKENS
 from lorakernels.nn.modules import runs_more_than_forward
 from lorakernels.nn.terms import Call
 from lorakernels.ops import linear as ops_linear
+from lorakernels.quant.packed import PackedWeight
 
 Names = tuple[str, ...]
-_Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, float | torch.Tensor, float]
+_Parts = tuple[Any, torch.Tensor | None, torch.Tensor, torch.Tensor, float | torch.Tensor, float]
 
 # What models call those children of one module that read the same x.
 FAMILIES: tuple[Names, ...] = (
@@ -249,7 +250,12 @@ def _state(*values: Any) -> list[Any] | None:
     state: list[Any] = []
     try:
         for value in values:
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, PackedWeight):
+                parts = _state(*value)
+                if parts is None:
+                    return None
+                state += parts
+            elif isinstance(value, torch.Tensor):
                 if type(value) not in _PLAIN:
                     return None
                 state += (id(value), value._version, value.data_ptr(), value.requires_grad)

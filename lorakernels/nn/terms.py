@@ -12,9 +12,7 @@ from torch import nn
 class RowScale(Protocol):
     """DoRA's part of a term."""
 
-    def row_scale(
-        self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Any
-    ) -> torch.Tensor:
+    def row_scale(self, base: Any, matrix: Any, A: torch.Tensor, B: torch.Tensor, scaling: Any) -> torch.Tensor:
         """The factor of each row [N], of a weight and of the same as [N, K]."""
         ...
 
@@ -33,4 +31,4 @@ class Term(NamedTuple):
 
 # What a layer does with an x: its weight [N, K], its bias [N], one or more terms, and its base layer where somebody
 # watches or changes what goes through that, so that it must run as a module. No NamedTuple, which takes 0.3 µs to make.
-Call = tuple[torch.Tensor, torch.Tensor | None, Sequence[Term], nn.Module | None]
+Call = tuple[Any, torch.Tensor | None, Sequence[Term], nn.Module | None]

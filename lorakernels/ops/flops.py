@@ -78,8 +78,8 @@ def lora_linear_group_backward_flops(
 
 
 def multi_lora_linear_flops(
-    x: Shape, weights: Sequence[Shape], biases: Any, lora_As: Sequence[Shape], lora_Bs: Any, plan: Shape, scales: Shape,
-    pages: Shape | None, *_: Any, **__: Any,
+    x: Shape, weights: Sequence[Shape], parts: Any, forms: Sequence[str], biases: Any, lora_As: Sequence[Shape],
+    lora_Bs: Any, plan: Shape, scales: Shape, pages: Shape | None, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Of each slice the base product and the two of rank R: 2 T (N K + R (N + K)).
 
@@ -87,12 +87,12 @@ def multi_lora_linear_flops(
     does not wait for it. So this is what a batch may take at most, on every device.
     """
     T, R = x[0], _width(lora_As, pages)
-    return sum(2 * T * (N * K + R * (N + K)) for N, K in weights)
+    return sum(2 * T * (N * K + R * (N + K)) for N, K in _sizes(weights, forms))
 
 
 def multi_lora_linear_backward_flops(
-    dys: Sequence[Shape], x: Shape | None, weights: Sequence[Shape], lora_As: Sequence[Shape], lora_Bs: Any,
-    plan: Shape, scales: Shape, pages: Shape | None, *rest: Any, **__: Any,
+    dys: Sequence[Shape], x: Shape | None, weights: Sequence[Shape], parts: Any, forms: Sequence[str],
+    lora_As: Sequence[Shape], lora_Bs: Any, plan: Shape, scales: Shape, pages: Shape | None, *rest: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Of each slice dx, and of rank R: G and dB over N, dx's part and dA over K; only what is asked for.
 
@@ -101,7 +101,7 @@ def multi_lora_linear_backward_flops(
     *_, need_dx, need_dA, need_dB, _ = rest
     T, R = dys[0][0], _width(lora_As, pages)
     over_N, over_K = (need_dx or need_dA) + need_dB, need_dx + need_dA
-    return sum(2 * T * (N * K * need_dx + R * (N * over_N + K * over_K)) for N, K in weights)
+    return sum(2 * T * (N * K * need_dx + R * (N * over_N + K * over_K)) for N, K in _sizes(weights, forms))
 
 
 def multi_lora_shrink_flops(

@@ -29,7 +29,7 @@ from lorakernels.ops.operator import (
     as_output,
     implementation,
 )
-from lorakernels.quant.packed import Form, PackedWeight
+from lorakernels.quant.packed import PackedWeight
 from lorakernels.weight import scaled_linear, sum_products
 
 Tensors = Sequence[torch.Tensor]
@@ -150,9 +150,7 @@ def weights_of(weights: Sequence[Any], parts: Sequence[Any], forms: Sequence[str
         return weights
     rest = iter(parts)
     return [
-        PackedWeight(Form.read(form), weight, *itertools.islice(rest, len(PackedWeight._fields) - 2))
-        if form
-        else weight
+        PackedWeight(form, weight, *itertools.islice(rest, len(PackedWeight._fields) - 2)) if form else weight
         for weight, form in zip(weights, forms, strict=True)
     ]
 
@@ -163,7 +161,7 @@ def taken_apart(weights: Sequence[Any]) -> tuple[list[Any], list[Any], list[str]
     for weight in weights:
         if isinstance(weight, PackedWeight):
             parts += weight.parts
-    forms = [str(weight.form) if isinstance(weight, PackedWeight) else "" for weight in weights]
+    forms = [weight.text if isinstance(weight, PackedWeight) else "" for weight in weights]
     tensors = [weight.data if isinstance(weight, PackedWeight) else weight for weight in weights]
     return tensors, parts, forms if parts else []
 

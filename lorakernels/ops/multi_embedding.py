@@ -46,7 +46,7 @@ class _Expand(torch.autograd.Function):
             ds = SHRINK.dispatch(dy, [by_rank], routing, impl)
         if need_B:
             _, _, [dB] = MULTI_BACKWARD.dispatch(
-                [dy], None, [lora_B], [by_rank], [lora_B], routing, s, None, False, False, True, impl
+                [dy], None, [lora_B], [], [], [by_rank], [lora_B], routing, s, None, False, False, True, impl
             )
         return (dy if need_y else None, ds, dB, *[None] * 5)
 

@@ -12,6 +12,7 @@ from lorakernels.dropout import LEVELS
 from lorakernels.eager import multi_lora as eager_multi_lora
 from lorakernels.member import sum_rows
 from lorakernels.ops.flops import multi_lora_linear_backward_flops, multi_lora_linear_flops
+from lorakernels.ops.linear_operators import taken_apart, weights_of
 from lorakernels.ops.multi_shared import (
     PlanOperator,
     Tensors,
@@ -29,6 +30,8 @@ from lorakernels.plan import BatchPlan, PlanTensors
 def _forward(
     x: torch.Tensor,
     weights: Tensors,
+    parts: list[torch.Tensor | None],
+    forms: list[str],
     biases: list[torch.Tensor | None],
     lora_As: Tensors,
     lora_Bs: Tensors,
@@ -41,13 +44,24 @@ def _forward(
 ) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     """y's, and for the backward S and the mask where there are any."""
     return implementation_of(impl, x).forward(
-        x, weights, biases, lora_As, lora_Bs, plan, keep_s=keep_s, seed=seed, thresholds=thresholds, **route
+        x,
+        weights_of(weights, parts, forms),
+        biases,
+        lora_As,
+        lora_Bs,
+        plan,
+        keep_s=keep_s,
+        seed=seed,
+        thresholds=thresholds,
+        **route,
     )
 
 
 def _forward_fake(
     x: torch.Tensor,
     weights: Tensors,
+    parts: list[torch.Tensor | None],
+    forms: list[str],
     biases: list[torch.Tensor | None],
     lora_As: Tensors,
     lora_Bs: Tensors,
@@ -59,7 +73,8 @@ def _forward_fake(
 ) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     T, K = x.shape
     on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
-    ys, s, mask = [x.new_empty((T, weight.shape[0])) for weight in weights], None, None
+    sizes = [weight.shape for weight in weights_of(weights, parts, forms)]
+    ys, s, mask = [x.new_empty((T, N)) for N, _ in sizes], None, None
     if keep_s:
         s = x.new_empty((len(ys), T, width_of(lora_As, plan.pages)), dtype=torch.float32 if on_triton else x.dtype)
     if thresholds is not None:
@@ -71,6 +86,8 @@ def _backward(
     dys: Tensors,
     x: torch.Tensor | None,
     weights: Tensors,
+    parts: list[torch.Tensor | None],
+    forms: list[str],
     lora_As: Tensors,
     lora_Bs: Tensors,
     plan: PlanTensors,
@@ -84,13 +101,16 @@ def _backward(
 ) -> tuple[torch.Tensor | None, Tensors, Tensors]:
     mask = mask if mask is not None and mask.numel() else None
     needs = {"need_dx": need_dx, "need_dA": need_dA, "need_dB": need_dB}
-    return implementation_of(impl, dys[0]).backward(dys, x, weights, lora_As, lora_Bs, plan, s, mask, **needs, **route)
+    values = weights_of(weights, parts, forms)
+    return implementation_of(impl, dys[0]).backward(dys, x, values, lora_As, lora_Bs, plan, s, mask, **needs, **route)
 
 
 def _backward_fake(
     dys: Tensors,
     x: torch.Tensor | None,
     weights: Tensors,
+    parts: list[torch.Tensor | None],
+    forms: list[str],
     lora_As: Tensors,
     lora_Bs: Tensors,
     plan: PlanTensors,
@@ -101,21 +121,23 @@ def _backward_fake(
     need_dB: bool,
     impl: str,
 ) -> tuple[torch.Tensor | None, Tensors, Tensors]:
-    dx = dys[0].new_empty((dys[0].shape[0], weights[0].shape[1])) if need_dx else None
+    K = weights_of(weights, parts, forms)[0].shape[1] if need_dx else 0
+    dx = dys[0].new_empty((dys[0].shape[0], K)) if need_dx else None
     dAs = [A.new_empty(A.shape) for A in lora_As] if need_dA else []
     return dx, dAs, [B.new_empty(B.shape) for B in lora_Bs] if need_dB else []
 
 
 MULTI = PlanOperator(
-    "multi_lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, PLAN, "
-    "Tensor? seed, Tensor? thresholds, bool keep_s, str impl) -> (Tensor[], Tensor, Tensor)",
+    "multi_lora_linear(Tensor x, Tensor[] weights, Tensor?[] parts, str[] forms, Tensor?[] biases, Tensor[] lora_As, "
+    "Tensor[] lora_Bs, PLAN, Tensor? seed, Tensor? thresholds, bool keep_s, str impl) -> (Tensor[], Tensor, Tensor)",
     _forward,
     _forward_fake,
     multi_lora_linear_flops,
 )
 MULTI_BACKWARD = PlanOperator(
-    "multi_lora_linear_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, PLAN, "
-    "Tensor? s, Tensor? mask, bool need_dx, bool need_dA, bool need_dB, str impl) -> (Tensor, Tensor[], Tensor[])",
+    "multi_lora_linear_backward(Tensor[] dys, Tensor? x, Tensor[] weights, Tensor?[] parts, str[] forms, "
+    "Tensor[] lora_As, Tensor[] lora_Bs, PLAN, Tensor? s, Tensor? mask, bool need_dx, bool need_dA, bool need_dB, "
+    "str impl) -> (Tensor, Tensor[], Tensor[])",
     _backward,
     _backward_fake,
     multi_lora_linear_backward_flops,
@@ -127,8 +149,9 @@ class _MultiLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, options: Any, *tensors: Any) -> tuple[torch.Tensor, ...]:
-        *sizes, num_slices, impl, where = options
+        *sizes, num_slices, forms, impl, where = options
         buffer, scales, pages, stamp, seed, thresholds, *rest = tensors
+        parts = rest[4 * num_slices :]
         weights, biases, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(4))
         need_x, _, *needs = ctx.needs_input_grad
         need_weights, need_biases, need_As, need_Bs = (
@@ -136,15 +159,15 @@ class _MultiLoRALinear(torch.autograd.Function):
         )
         call = MULTI.pick((x, *weights, *lora_As, *lora_Bs))
         ys, s, mask = call(
-            x, weights, biases, lora_As, lora_Bs, PlanTensors(buffer, scales, pages, *sizes), seed, thresholds, need_Bs,
-            impl, **(where if call is MULTI.body else {}),
+            x, weights, parts, forms, biases, lora_As, lora_Bs, PlanTensors(buffer, scales, pages, *sizes), seed,
+            thresholds, need_Bs, impl, **(where if call is MULTI.body else {}),
         )  # fmt: skip
         ctx.options = options
         ctx.needs = need_x, need_weights, need_biases, need_As, need_Bs
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in biases]
         kept_x = x if need_As or need_weights else None
         ctx.version = None if stamp is None else stamp.item()
-        ctx.save_for_backward(kept_x, buffer, scales, pages, stamp, s, mask, *weights, *lora_As, *lora_Bs)
+        ctx.save_for_backward(kept_x, buffer, scales, pages, stamp, s, mask, *weights, *lora_As, *lora_Bs, *parts)
         return tuple(ys)
 
     @staticmethod
@@ -153,15 +176,16 @@ class _MultiLoRALinear(torch.autograd.Function):
             raise RuntimeError("multi_lora_linear cannot be differentiated twice: use lora_linear for one adapter")
         if is_batched(dys):
             return tuple(one_by_one(lambda *dys: _MultiLoRALinear.backward(ctx, *dys), dys))
-        *sizes, num_slices, impl, where = ctx.options
+        *sizes, num_slices, forms, impl, where = ctx.options
         x, buffer, scales, pages, stamp, s, mask, *rest = ctx.saved_tensors
         check_stamp("multi_lora_linear", stamp, ctx.version)
         weights, lora_As, lora_Bs = (rest[i * num_slices : (i + 1) * num_slices] for i in range(3))
         need_x, need_weights, need_biases, need_As, need_Bs = ctx.needs
         call = MULTI_BACKWARD.pick(dys)
         dx, dAs, dBs = call(
-            list(dys), x, weights, lora_As, lora_Bs, PlanTensors(buffer, scales, pages, *sizes), s, mask,
-            need_x, need_As, need_Bs, impl, **(where if call is MULTI_BACKWARD.body else {}),
+            list(dys), x, weights, rest[3 * num_slices :], forms, lora_As, lora_Bs,
+            PlanTensors(buffer, scales, pages, *sizes), s, mask, need_x, need_As, need_Bs, impl,
+            **(where if call is MULTI_BACKWARD.body else {}),
         )  # fmt: skip
         none = [None] * num_slices
         dweights = [(dy.t() @ x).to(w.dtype) for dy, w in zip(dys, weights, strict=True)] if need_weights else none
@@ -171,8 +195,8 @@ class _MultiLoRALinear(torch.autograd.Function):
         ]
         grads = [*dweights, *dbiases, *(dAs or none), *(dBs or none)]
         needed = ctx.needs_input_grad[8:]
-        kept = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-        return (dx if need_x else None, *[None] * 7, *kept)
+        kept = [grad if need else None for grad, need in zip(grads, needed, strict=False)]  # of the parts none
+        return (dx if need_x else None, *[None] * 7, *kept, *[None] * (len(needed) - len(kept)))
 
 
 def multi_lora_linear(
@@ -186,6 +210,7 @@ def multi_lora_linear(
     impl: str,
 ) -> Tensors:
     """The ys [T, N] of checked arguments, x [T, K]; no autograd.Function when nothing needs a gradient."""
+    weights, parts, forms = taken_apart(weights)
     need_grad = is_transformed() or (
         torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (x, *weights, *biases, *lora_As, *lora_Bs))
@@ -200,11 +225,13 @@ def multi_lora_linear(
     # Dropout changes the scales, which are part of the route.
     where = on_host(plan, impl, x, call is MULTI.body and seed is None)
     if not need_grad:
-        return call(x, weights, biases, lora_As, lora_Bs, planned, seed, thresholds, False, impl, **where)[0]
+        return call(
+            x, weights, parts, forms, biases, lora_As, lora_Bs, planned, seed, thresholds, False, impl, **where
+        )[0]
     buffer, scales, pages, *sizes = planned
-    options = (*sizes, len(weights), impl, where)
+    options = (*sizes, len(weights), forms, impl, where)
     tensors = (buffer, scales, pages, stamp_of(plan), seed, thresholds, *weights, *biases, *lora_As, *lora_Bs)
-    return list(_MultiLoRALinear.apply(x, options, *tensors))
+    return list(_MultiLoRALinear.apply(x, options, *tensors, *parts))
 
 
 def bound_update(

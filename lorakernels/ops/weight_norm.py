@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lorakernels.eager import weight_norm
 from lorakernels.ops.operator import Operator, implementation
+from lorakernels.quant.packed import PackedWeight
+from lorakernels.weight import parts_of
 
 
 def _norm(
@@ -34,19 +38,25 @@ WEIGHT_NORM = Operator(
 
 
 @torch.no_grad()
-def row_norm(weight: torch.Tensor) -> torch.Tensor:
+def row_norm(weight: Any) -> torch.Tensor:
+    if isinstance(weight, PackedWeight):
+        return torch.cat([weight_norm.row_norm(part) for *_, part in parts_of(weight, torch.float32)])
     weight = weight.detach()
     return ROW_NORM((weight,), weight)
 
 
 @torch.no_grad()
 def lora_weight_norm(
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     base_norm: torch.Tensor,
     scaling: float,
     impl: str,
 ) -> torch.Tensor:
+    if isinstance(weight, PackedWeight):
+        wide = lora_A.detach().float()
+        projected = torch.cat([weight_norm.project(part, wide)[0] for *_, part in parts_of(weight, torch.float32)])
+        return weight_norm.from_projection(projected, wide, lora_B.detach(), base_norm, scaling)
     tensors = (weight.detach(), lora_A.detach(), lora_B.detach(), base_norm)
     return WEIGHT_NORM(tensors, *tensors, scaling, impl)

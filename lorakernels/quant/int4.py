@@ -27,7 +27,7 @@ def pack(weight: torch.Tensor, group: int = 64) -> PackedWeight:
         codes = torch.cat([codes.flatten(), codes.new_zeros(N % 2)])
     pairs = codes.flatten()
     form = Form("int4", N, K, 1, group, weight.dtype)
-    return PackedWeight(form, pairs[::2] << 4 | pairs[1::2], scale[:, :, 0], zero[:, :, 0])
+    return PackedWeight(str(form), pairs[::2] << 4 | pairs[1::2], scale[:, :, 0], zero[:, :, 0])
 
 
 def read_hqq(layer: Any) -> PackedWeight:
@@ -50,4 +50,4 @@ def read_hqq(layer: Any) -> PackedWeight:
         )
     form = Form("int4", N, K, 1, group, layer.compute_dtype, halves=True)
     scale, zero = meta["scale"].view(N, -1), meta["zero"].view(N, -1)
-    return PackedWeight(form, layer.W_q.data.view(torch.uint8).flatten(), scale, zero)
+    return PackedWeight(str(form), layer.W_q.data.view(torch.uint8).flatten(), scale, zero)

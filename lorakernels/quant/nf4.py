@@ -43,11 +43,11 @@ def read_bitsandbytes(weight: Any) -> PackedWeight:
         )
     form = Form(state.quant_type, N, K, 0, state.blocksize, state.dtype)
     if not state.nested:
-        return PackedWeight(form, data, state.absmax)
+        return PackedWeight(str(form), data, state.absmax)
     outer = state.state2
     if outer.blocksize != 256:
         raise ValueError(f"the scales of the base weight are nested in blocks of {outer.blocksize}; expected 256")
-    return PackedWeight(form, data, state.absmax, None, outer.code, outer.absmax, state.offset)
+    return PackedWeight(str(form), data, state.absmax, None, outer.code, outer.absmax, state.offset)
 
 
 @torch.no_grad()
@@ -76,4 +76,4 @@ def pack(weight: torch.Tensor, kind: str = "nf4", block: int = 64) -> PackedWeig
     if places.numel() % 2:
         places = torch.cat([places, places.new_tensor([0 if kind == "fp4" else 7])])
     data = places[::2] << 4 | places[1::2]
-    return PackedWeight(Form(kind, N, K, 0, block, weight.dtype), data, absmax)
+    return PackedWeight(str(Form(kind, N, K, 0, block, weight.dtype)), data, absmax)

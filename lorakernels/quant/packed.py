@@ -32,9 +32,18 @@ class Form(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> Form:
+        return cls._parsed(text) if torch.compiler.is_compiling() else _read(text)
+
+    @classmethod
+    def _parsed(cls, text: str) -> Form:
         kind, size, block, dtype, *halves = text.split()
         (N, K), (block_rows, columns) = (map(int, pair.split("x")) for pair in (size, block))
         return cls(kind, N, K, block_rows, columns, getattr(torch, dtype), bool(halves))
+
+
+@lru_cache(maxsize=4096)
+def _read(text: str) -> Form:
+    return Form._parsed(text)
 
 
 # Dettmers et al., "QLoRA" (arXiv 2305.14314), appendix E; FP4 as bitsandbytes has it, a sign and two bits of exponent.
@@ -54,13 +63,17 @@ class PackedWeight(NamedTuple):
     `nested` = (table [256], absmax, offset) it is table[scale] · absmax + offset, one absmax for 256 scales.
     """
 
-    form: Form
+    text: str  # its form; numbers in a tuple would be symbols to torch.compile
     data: torch.Tensor
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     table: torch.Tensor | None = None
     absmax: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+
+    @property
+    def form(self) -> Form:
+        return Form.read(self.text)
 
     @property
     def shape(self) -> torch.Size:

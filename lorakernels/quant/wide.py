@@ -20,7 +20,7 @@ def pack(weight: torch.Tensor, kind: str) -> PackedWeight:
     scale = (wide.abs().amax(1, keepdim=True) / most).clamp(min=1e-12)
     data = wide / scale
     data = data.round().to(torch.int8) if kind == "int8" else data.to(FP8)
-    return PackedWeight(Form(kind, N, K, 1, K, weight.dtype), data, scale)
+    return PackedWeight(str(Form(kind, N, K, 1, K, weight.dtype)), data, scale)
 
 
 def read_bitsandbytes(weight: Any) -> PackedWeight:
@@ -32,7 +32,7 @@ def read_bitsandbytes(weight: Any) -> PackedWeight:
             "first, which packs it"
         )
     N, K = data.shape
-    return PackedWeight(Form("int8", N, K, 1, K, torch.float16), data, (scale / 127)[:, None])
+    return PackedWeight(str(Form("int8", N, K, 1, K, torch.float16)), data, (scale / 127)[:, None])
 
 
 def read_blocks(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
@@ -44,4 +44,4 @@ def read_blocks(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = 
             f"the base weight is {list(weight.shape)} {weight.dtype} with scales {list(scale.shape)}; expected {FP8} "
             "and a scale for each block of 128 × 128"
         )
-    return PackedWeight(Form("fp8", N, K, block, block, dtype), weight, scale)
+    return PackedWeight(str(Form("fp8", N, K, block, block, dtype)), weight, scale)

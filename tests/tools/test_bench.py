@@ -16,29 +16,23 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from lorakernels import cli
 from lorakernels.backend import ENVIRONMENT, interpreter_on
 from lorakernels.configs.data_sheet import data_sheet
-from lorakernels.tools.bench import (
-    cost_model,
-    costs,
-    environment,
-    peers,
-    plot,
-    registry,
-    run,
-)
+from lorakernels.tools.bench import environment, plot, registry, run
 from lorakernels.tools.bench.compare import compare, print_comparison
-from lorakernels.tools.bench.multi_peers import MULTI_PEERS
-from lorakernels.tools.bench.operations import OPERATIONS, choose_peers
-from lorakernels.tools.bench.peer import Results, Step
-from lorakernels.tools.bench.peers import PEERS, make_tensors
-from lorakernels.tools.bench.registry import Case, MultiCase, case_of
-from lorakernels.tools.bench.verify import layer_checker
+from lorakernels.tools.bench.peer import SCALING, Layer, Peer, Results, Step, Tensors, checker, make_tensors
+from lorakernels.tools.bench.peers import PEERS, choose_peers
+from lorakernels.tools.bench.registry import Case, case_of
+from lorakernels.tools.tune import tuner
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+import cost_model
+
 TINY = (
     Case(9, 24, 40, 4, 0.0, "float32"),
     Case(33, 24, 40, 4, 0.0, "float32"),
@@ -46,12 +40,12 @@ TINY = (
     Case(33, 24, 40, 4, 0.1, "bfloat16"),
 )
 TINY_MULTI = (
-    MultiCase(12, 24, 40, 3, 4, dtype="float32"),
-    MultiCase(12, 24, 40, 6, 4, dtype="float32"),
-    MultiCase(12, 24, 40, 4, 32, True, "float32"),
+    Case(12, 24, 40, 4, dtype="float32", adapters=3),
+    Case(12, 24, 40, 4, dtype="float32", adapters=6),
+    Case(12, 24, 40, 32, dtype="float32", adapters=4, mixed=True),
 )
 CPU = torch.device("cpu")
-TORCH_PEERS = ("frozen", "ours-torch", "eager", "peft", "unsloth-order", "lorafusion-order")
+TORCH_PEERS = ("frozen", "ours-torch", "eager", "peft")
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +63,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def of_layer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["operation"] == Case.operation]
+    return [row for row in rows if row["operation"] == "lora_linear"]
 
 
 # ------------------------------------------------------------------------------------------- the registry
@@ -80,7 +74,7 @@ def test_every_set_has_cases_once() -> None:
         assert cases and len(set(cases)) == len(cases), name
         for case in cases:
             assert case.torch_dtype.is_floating_point
-            if isinstance(case, MultiCase):
+            if case.adapters is not None:
                 assert case.adapters <= case.M and len(case.slots().unique()) == case.adapters
             else:
                 assert 0 <= case.dropout < 1
@@ -91,19 +85,20 @@ def test_every_set_has_cases_once() -> None:
 
 
 def test_models_have_their_layers() -> None:
-    layers = {model.name: model.layers() for model in registry.MODELS}
-    assert layers["llama3-8b"]["down_proj"] == (14336, 4096) and layers["llama3-70b"]["k_proj"] == (8192, 1024)
-    parameters = {name: sum(K * N for K, N in sizes.values()) for name, sizes in layers.items()}
-    # Linear layers of a block, times the number of blocks: what the models are named after, less the embeddings.
-    assert parameters["llama3-8b"] * 32 == pytest.approx(7.0e9, rel=0.01)
-    assert parameters["llama3-70b"] * 80 == pytest.approx(68.5e9, rel=0.01)
-    assert parameters["qwen2.5-32b"] * 64 == pytest.approx(31.2e9, rel=0.01)
+    for name, blocks, parameters in (("llama3-8b", 32, 7.0e9), ("llama3-70b", 80, 68.5e9), ("qwen2.5-32b", 64, 31.2e9)):
+        hidden, inner, key_value = registry.MODELS[name]
+        sizes = {(case.N, case.K) for case in registry.SETS[name]}
+        assert sizes == {(hidden, hidden), (key_value, hidden), (inner, hidden), (hidden, inner)}
+        # The seven of a block, times the number of blocks: what the models are named after, less the embeddings.
+        block = 2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner
+        assert block * blocks == pytest.approx(parameters, rel=0.01)
 
 
-def test_tuning_shapes() -> None:
-    shapes = registry.tuning_shapes()
-    assert len(set(shapes)) == len(shapes) == sum(isinstance(case, Case) for case in registry.SETS["all"])
-    assert (8192, 4096, 4096, 16, "bfloat16", 0.1) in shapes and registry.SETS["small"][0].as_dict() not in shapes
+def test_the_tuner_takes_the_training_steps_of_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(tuner, "print_shortlists", lambda shapes, *_, **__: found.extend(shapes))
+    assert cli.main(["tune", "--dry-run", "--arch", "sm_90", "--set", "headline,small-multi"]) == 0
+    assert found == [(8192, 4096, 4096, 16, torch.bfloat16, p) for p in (0.0, 0.1)]
 
 
 # ------------------------------------------------------------------------------------------- a run
@@ -111,7 +106,7 @@ def test_tuning_shapes() -> None:
 
 def test_run_end_to_end(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     by_peer = {row["peer"]: row for row in of_layer(rows) if case_of(row) == TINY[0]}
-    assert set(by_peer) == {peer.name for peer in choose_peers(None, OPERATIONS[Case], CPU)}
+    assert set(by_peer) == {peer.name for peer in choose_peers(None, False, CPU)}
     for name in TORCH_PEERS:
         row = by_peer[name]
         assert row["status"] == "ok" and row["error_over_budget"] <= 1, row
@@ -137,7 +132,7 @@ def test_the_build_of_torch_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_cannot_run_says_why(rows: list[dict[str, Any]]) -> None:
     skipped = {row["peer"]: row["reason"] for row in of_layer(rows) if row["status"] == "skipped"}
-    assert "not installed" in skipped["lorafusion"] and "dropout" in skipped["unsloth-order"]
+    assert "not installed" in skipped["lorafusion"] and "dropout" in skipped["unsloth"]
     assert "one kernel" in skipped["ours-fused"]
     assert not any("seconds" in row for row in rows if row["status"] == "skipped")
     assert skipped["ours-triton"]  # no GPU, or the interpreter
@@ -146,10 +141,10 @@ def test_what_cannot_run_says_why(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("result", ["y", "x", "lora_A", "lora_B"])
 @pytest.mark.parametrize("fault", ["off by a thousandth", "NaN", "transposed"])
 def test_a_wrong_result_gets_no_time(result: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = PEERS["eager"]
+    right = Peer.make
 
-    def make(case: Case, tensors: peers.Tensors) -> Step:
-        step = eager.make(case, tensors)
+    def make(peer: Peer, tensors: Tensors) -> Step:
+        step = right(peer, tensors)
 
         def broken() -> Results:
             results = step()
@@ -157,9 +152,9 @@ def test_a_wrong_result_gets_no_time(result: str, fault: str, monkeypatch: pytes
             wrong = {"off by a thousandth": value * 1.001, "NaN": value / 0, "transposed": value.t()}
             return results | {result: wrong[fault]}
 
-        return broken
+        return broken if peer.name == "eager" else step
 
-    monkeypatch.setitem(PEERS, "eager", dataclasses.replace(eager, make=make))
+    monkeypatch.setattr(Peer, "make", make)
     frozen, broken = run.run(TINY[:1], impl="eager", device=CPU, rounds=1)[:2]
     assert frozen["status"] == "ok" and "seconds" in frozen
     assert broken["status"] == "wrong" and result in broken["reason"]
@@ -170,29 +165,34 @@ def test_a_wrong_mask_is_found() -> None:
     """Twice the probability, another mask in the backward, a forgotten scale."""
     case = TINY[3]
     tensors = make_tensors(case, CPU, 0)
-    check, eager = layer_checker(case, tensors), PEERS["eager"]
+    check, eager = checker(tensors), PEERS["eager"]
     assert check(eager)[1] is None
 
-    def often(_: Case, t: peers.Tensors) -> Step:
-        return eager.make(dataclasses.replace(case, dropout=0.2), t)
+    def often(t: Tensors) -> Layer:
+        return eager.layer(dataclasses.replace(t, case=dataclasses.replace(case, dropout=0.2)))
 
-    def two_masks(_: Case, t: peers.Tensors) -> Step:
-        first, second = (eager.make(case, t) for _ in range(2))
-        return lambda: second() | {"y": first()["y"]}
+    class TwoMasks(Peer):
+        def make(self, t: Tensors) -> Step:
+            first, second = eager.make(t), eager.make(t)
+            return lambda: second() | {"y": first()["y"]}
 
-    for wrong in (
-        dataclasses.replace(eager, make=often),
-        dataclasses.replace(eager, make=two_masks),
-        dataclasses.replace(eager, keep_scale=lambda p: 1.0),
-    ):
+    def unscaled(t: Tensors) -> Layer:
+        def layer() -> torch.Tensor:
+            dropped = torch.native_dropout(t.x, case.dropout, True)[0] * (1 - case.dropout)
+            A, B = t.adapters[0]
+            return torch.nn.functional.linear(t.x, t.weight) + SCALING * (dropped @ A.mT) @ B.mT
+
+        return layer
+
+    for wrong in (Peer("often", "", often), TwoMasks("two", "", eager.layer), Peer("unscaled", "", unscaled)):
         assert check(wrong)[1] is not None
 
 
 def test_a_broken_peer_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(case: Case, tensors: peers.Tensors) -> Step:
+    def layer(tensors: Tensors) -> Layer:
         raise RuntimeError("out\nof order")
 
-    monkeypatch.setitem(PEERS, "peft", dataclasses.replace(PEERS["peft"], make=make))
+    monkeypatch.setitem(PEERS, "peft", dataclasses.replace(PEERS["peft"], layer=layer))
     found = {row["peer"]: row for row in run.run(TINY[:1], impl="peft,torch", device=CPU, rounds=1)[:3]}
     assert found["peft"]["status"] == "error" and found["peft"]["reason"] == "RuntimeError: out of order"
     assert found["ours-torch"]["status"] == "ok"
@@ -209,11 +209,10 @@ def test_the_kernels_as_peers(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setitem(PEERS, name, dataclasses.replace(PEERS[name], why_not=lambda case, device: None))
     frozen, *own = run.run([case], impl=",".join(names), device=CPU, rounds=1)[: 1 + len(names)]
     assert [row["status"] for row in (frozen, *own)] == ["ok"] * (1 + len(names)), own
-    assert [row["graph"] for row in own] == (["fused"] if few else ["fused", "fused", "split"])
     operations = {"few_tokens", "outer"} if few else {"shrink", "linear_expand", "outer"}
-    for row in own:
+    for row, graph in zip(own, ("fused", "fused", "split"), strict=False):
         assert set(row["configs"]) == operations and all(isinstance(s, str) for s in row["configs"].values())
-        assert row["launches"] == costs.cost(row["graph"], case).launches
+        assert row["launches"] == 1 + cost_model.cost(graph, case).launches  # with the dropout's seed
         # x, S and a mask of a bit an element.
         assert row["kept_bytes"] == 4 * (9 * 40 + 9 * case.r) + 9 * 5
 
@@ -239,9 +238,7 @@ def test_pictures(rows: list[dict[str, Any]], tmp_path: Path) -> None:
         paths = plot.plot(some, tmp_path / kind)
         assert [path.name for path in paths] == names
         assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
-    assert set(plot.STYLES) == set(PEERS) | set(MULTI_PEERS)
-    for own in (PEERS, MULTI_PEERS):
-        assert len({plot.STYLES[name] for name in own}) == len(own)
+    assert list(plot.STYLES) == list(PEERS) and len(set(plot.STYLES.values())) == len(PEERS)
     only_layers = [path.name for path in plot.plot(of_layer(rows), tmp_path / "layers")]
     assert only_layers == names[:4]
     with pytest.raises(ValueError, match="2 devices"):
@@ -270,9 +267,9 @@ def scaled(rows: list[dict[str, Any]], factor: float, half_spread: float) -> lis
 )
 def test_compare(rows: list[dict[str, Any]], factor: float, half_spread: float, verdict: str) -> None:
     found = compare(scaled(rows, 1.0, half_spread), scaled(rows, factor, half_spread))
-    assert {change.verdict for change in found.changes} == {verdict}
-    assert all(change.change == pytest.approx(factor - 1) for change in found.changes)
-    assert not any(change.key[-1] == "frozen" for change in found.changes)
+    assert {change.verdict for change in found} == {verdict}
+    assert all(change.change == pytest.approx(factor - 1) for change in found)
+    assert not any(change.peer == "frozen" for change in found)
 
 
 def test_compare_what_is_in_one_only(rows: list[dict[str, Any]]) -> None:
@@ -280,11 +277,14 @@ def test_compare_what_is_in_one_only(rows: list[dict[str, Any]]) -> None:
     for row in wrong:
         if row["peer"] == "peft":
             row.pop("ratio", None)
-    verdicts = {change.key[-1]: change.verdict for change in compare(rows, wrong).changes}
+    verdicts = {change.peer: change.verdict for change in compare(rows, wrong)}
     assert verdicts["peft"] == "after: wrong, y"
     fewer = [row for row in rows if row["peer"] != "eager"]
-    verdicts = {change.key[-1]: change.verdict for change in compare(rows, fewer).changes}
+    verdicts = {change.peer: change.verdict for change in compare(rows, fewer)}
     assert verdicts["eager"] == "not in both"
+    elsewhere = [row | {"environment": row["environment"] | {"device": "another"}} for row in rows]
+    verdict = compare(rows, elsewhere)[0].verdict
+    assert verdict.startswith("timed by perf_counter on ") and verdict.endswith(", by perf_counter on another after")
 
 
 def test_what_is_timed_by_events_stands_apart(
@@ -298,19 +298,21 @@ def test_what_is_timed_by_events_stands_apart(
     changes = compare(captured, some)
     print_comparison(changes, console)
     printed = console.export_text()
-    for change in changes.changes:
-        apart = change.key.peer == "peft" and change.before is not None
-        assert (change.verdict == "timed by cuda graph before, by events after") is apart
+    for change in changes:
+        apart = change.peer == "peft" and change.before is not None
+        device = rows[0]["environment"]["device"]
+        timed = f"timed by cuda graph on {device} before, by events on {device} after"
+        assert (change.verdict == timed) is apart
         assert not apart or change.change is None
     assert "), events" in printed
     labels: list[str] = []
-    finish = plot._finish
+    save = Figure.savefig
 
-    def watched(figure: Any, axes: Any, *rest: Any) -> None:
-        labels.extend(axes.get_legend_handles_labels()[1])
-        finish(figure, axes, *rest)
+    def watched(figure: Any, path: Path) -> None:
+        labels.extend(figure.axes[0].get_legend_handles_labels()[1])
+        save(figure, path)
 
-    monkeypatch.setattr(plot, "_finish", watched)
+    monkeypatch.setattr(Figure, "savefig", watched)
     label = PEERS["peft"].label
     assert plot.plot(some, tmp_path) and f"{label} (events)" in labels and label not in labels
 
@@ -333,7 +335,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "ratio_by_tokens.png" in capsys.readouterr().out
     assert cli.main(["bench", "list"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in (*registry.SETS, *PEERS, *MULTI_PEERS))
+    assert all(name in out for name in (*registry.SETS, *PEERS))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +357,7 @@ def test_mistakes(argv: list[str], message: str, capsys: pytest.CaptureFixture[s
 
 def test_a_failing_result_is_a_failing_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(registry.SETS, "tiny", TINY[:1])
-    broken = dataclasses.replace(PEERS["ours-torch"], make=PEERS["frozen"].make)
+    broken = dataclasses.replace(PEERS["ours-torch"], layer=lambda t: lambda: 2 * PEERS["frozen"].layer(t)())
     monkeypatch.setitem(PEERS, "ours-torch", broken)
     argv = ["bench", "--set", "tiny", "--device", "cpu", "--rounds", "1", "--impl", "torch"]
     assert cli.main(argv) == 1
@@ -366,7 +368,7 @@ def test_a_failing_result_is_a_failing_status(monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.mark.parametrize("name", cost_model.TABLES)
 def test_tables_of_the_cost_model(name: str) -> None:
-    """To write them anew: python -m lorakernels.tools.bench.cost_model docs/cost-model.md"""
+    """To write them anew: python bench/cost_model.py docs/cost-model.md"""
     page = (ROOT / "docs" / "cost-model.md").read_text(encoding="utf-8")
     found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
     assert found is not None and found[1].strip() == cost_model.TABLES[name]().strip()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
@@ -14,13 +18,16 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.data_sheet import DATA_SHEETS, data_sheet
 from lorakernels.configs.device import assume
 from lorakernels.configs.table import choose, forced_configs, takes_few_tokens_form
-from lorakernels.dropout import drop_threshold
-from lorakernels.kernels import lora_linear
-from lorakernels.tools.bench import costs, multi
-from lorakernels.tools.bench.counting import Counted, count, own_multi, torch_step
-from lorakernels.tools.bench.multi_peers import MULTI_PEERS
-from lorakernels.tools.bench.registry import Case, MultiCase
+from lorakernels.eager import lora_linear as eager_lora_linear
+from lorakernels.kernels import lora_linear, multi_lora
+from lorakernels.tools.bench.counting import Counted, count
+from lorakernels.tools.bench.peer import make_tensors
+from lorakernels.tools.bench.peers import PEERS
+from lorakernels.tools.bench.registry import Case
 from lorakernels.tools.steps import layer_step
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
+import cost_model as costs
 
 MIB = 1 << 20
 HEADLINE = Case(8192, 4096, 4096)
@@ -29,9 +36,9 @@ assert H200 is not None
 ONE = KernelConfig(BLOCK_M=64, BLOCK_N=512, BLOCK_K=64, BLOCK_R=64)  # a block of columns and ranks, no split
 
 
-def group_step(Ns: tuple[int, ...], M: int, K: int, r: int, dropout: float = 0.0) -> list[Counted]:
+def group_step(Ns: tuple[int, ...], M: int, K: int, r: int) -> list[Counted]:
     with count() as counted:
-        layer_step(lora_linear, torch.bfloat16, M, K, [(N, r) for N in Ns], drop_threshold(dropout))
+        layer_step(lora_linear, torch.bfloat16, M, K, [(N, r) for N in Ns])
     return counted
 
 
@@ -131,8 +138,8 @@ def test_torch_path() -> None:
     products = 3 * (x + y + A + B) + 6 * s
     assert (found.extra, found.launches) == (products + x + y + 2 * s + 4 * B, 11)
     dropped = dataclasses.replace(case, dropout=0.1)
-    on_cpu = costs.cost("addmm", dropped, torch.device("cpu"))
-    assert found.launches < on_cpu.launches < 25 < costs.cost("addmm", dropped).launches
+    on_cpu = len(costs.of_layer(eager_lora_linear, dropped, "cpu"))
+    assert found.launches < on_cpu < 25 < costs.cost("addmm", dropped).launches
 
 
 @pytest.mark.parametrize(("Ns", "r"), [((4096, 1024, 1024), 16), ((14336, 14336), 64), ((131, 97, 33), 5)])
@@ -154,7 +161,7 @@ def test_known_figures_of_a_group() -> None:
     """q, k, v of 8192 tokens: less than the frozen layers move, whose dx are written one by one and added."""
     with assume("sm_90"):
         counted = group_step((4096, 1024, 1024), 8192, 4096, 16)
-    ours = sum(each.tall(8192, 512) for each in counted)
+    ours = costs.tall(counted, HEADLINE)
     frozen = 6 * 64 + 2 * 96 + 6 * 64  # MiB: the two products of each, and two additions of dx
     assert ours == (frozen + 64 + 96 + 64 - 2 * 64 - 6 * 64) * MIB
 
@@ -182,19 +189,20 @@ def test_known_figures(graph: str, dropout: float, extra_mib: int, low: float, h
 
 
 def test_known_operations() -> None:
-    assert costs.cost("frozen", HEADLINE).flops == costs.frozen_flops(HEADLINE) == pytest.approx(549.8e9, rel=1e-4)
-    assert costs.low_rank_flops(HEADLINE) == 6 * 8192 * 16 * (4096 + 4096) == pytest.approx(6.44e9, rel=1e-3)
+    assert costs.cost("frozen", HEADLINE).flops == HEADLINE.frozen_flops == pytest.approx(549.8e9, rel=1e-4)
+    assert HEADLINE.low_rank_flops == 6 * 8192 * 16 * (4096 + 4096) == pytest.approx(6.44e9, rel=1e-3)
     for sheet in (None, *DATA_SHEETS):
-        assert costs.floor(HEADLINE, sheet) == pytest.approx(1.012, abs=5e-4)
+        assert HEADLINE.floor(sheet) == pytest.approx(1.012, abs=5e-4)
     # One token: reading A and B beside W, three times each.
-    assert costs.floor(Case(1, 4096, 4096), H200) == pytest.approx(1 + 3 * 2 * 16 / (2 * 4096), rel=1e-3)
+    assert Case(1, 4096, 4096).floor(H200) == pytest.approx(1 + 3 * 2 * 16 / (2 * 4096), rel=1e-3)
 
 
-@pytest.mark.parametrize("graph", costs.GRAPHS)
-def test_every_product_is_made(graph: str) -> None:
-    extra = costs.cost(graph, HEADLINE).flops - costs.frozen_flops(HEADLINE)
-    again = {"frozen": -6, "unsloth": 2}.get(graph, 0)  # S and dy B once more
-    assert extra == costs.low_rank_flops(HEADLINE) * (6 + again) // 6
+@pytest.mark.parametrize("name", ["frozen", "ours-torch", "eager"])
+def test_every_product_is_made(name: str) -> None:
+    step = PEERS[name].make(make_tensors(HEADLINE, "meta", 0))
+    with FlopCounterMode(display=False) as flops:
+        step()
+    assert flops.get_total_flops() == HEADLINE.frozen_flops + (name != "frozen") * HEADLINE.low_rank_flops
 
 
 def test_no_dropout_where_there_is_none() -> None:
@@ -202,20 +210,26 @@ def test_no_dropout_where_there_is_none() -> None:
         costs.cost("unsloth", dataclasses.replace(HEADLINE, dropout=0.1))
 
 
-MULTI = [MultiCase(48, 96, 64, 6, 16), MultiCase(48, 96, 64, 8, 32, True), MultiCase(1024, 64, 96, 4, 40)]
+MULTI = [
+    Case(48, 96, 64, 16, adapters=6),
+    Case(48, 96, 64, 32, adapters=8, mixed=True),
+    Case(1024, 64, 96, 40, adapters=4),
+]
 
 
 @pytest.mark.parametrize("split", [1, 3])
 @pytest.mark.parametrize("height", [1, 16])
 @pytest.mark.parametrize("case", MULTI, ids=str)
-def test_kernels_of_many_adapters(case: MultiCase, height: int, split: int) -> None:
+def test_kernels_of_many_adapters(case: Case, height: int, split: int) -> None:
     """Beyond the frozen layer: x for each block of ranks, y and S's planes twice, each adapter once, and the plan."""
-    tensors = multi.make_multi_tensors(case, "cpu", 0)
+    tensors = make_tensors(case, "cpu", 0)
     plan = tensors.plan(paged=True).tensors
+    (A, B), rest = tensors.pages, {"keep_s": False, "seed": None, "thresholds": None}
     config = KernelConfig(BLOCK_M=height, BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, SPLIT=split)
-    with forced_configs(dict.fromkeys(("multi_shrink", "multi_expand"), config)):
-        base, shrink, expand = own_multi(tensors.x, tensors.weight, tensors.pages_A, tensors.pages_B, plan, "triton")
-    assert base.bytes == multi.frozen_bytes(case)
+    with forced_configs(dict.fromkeys(("multi_shrink", "multi_expand"), config)), count() as counted:
+        multi_lora.forward(tensors.x, [tensors.weight], [None], [A], [B], plan, **rest)
+    base, shrink, expand = counted
+    assert base.bytes == case.frozen_bytes
     S = split * case.M * case.r * 4
     assert plan.pages is not None
     routes = [t.numel() * t.element_size() for t in (plan.buffer, plan.scales, plan.pages)]
@@ -226,13 +240,21 @@ def test_kernels_of_many_adapters(case: MultiCase, height: int, split: int) -> N
 
 
 @pytest.mark.parametrize("case", MULTI, ids=str)
-def test_loop_over_adapters(case: MultiCase) -> None:
+def test_loop_over_adapters(case: Case) -> None:
     """A gather, two products and an addition for each adapter; of x and y only the rows that it has."""
-    tensors = multi.make_multi_tensors(case, "cpu", 0)
-    counted = torch_step(MULTI_PEERS["loop"].make(case, tensors))
+
+    def added(y: Any, a: Any, b: Any, **_: Any) -> int:  # addmm_ has no formula
+        return 2 * a[0] * a[1] * b[1]
+
+    step = PEERS["loop"].make(make_tensors(case, "cpu", 0))
+    with (
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as flops,
+        count() as counted,
+    ):
+        step()
     x, y, s = (case.M * columns * case.itemsize for columns in (case.K, case.N, 0))
     s = 2 * sum(case.ranks[slot] for slot in case.slots().tolist())
-    least = multi.frozen_bytes(case) + multi.own_bytes(case)
+    least = case.frozen_bytes + case.adapter_bytes()
     if case.together:
         assert len(counted) == 1 + 2 * case.adapters
         assert sum(row.bytes for row in counted) == least + x + 2 * y + 2 * s
@@ -240,4 +262,4 @@ def test_loop_over_adapters(case: MultiCase) -> None:
         assert len(counted) == 1 + 4 * case.adapters
         # The gather reads and writes; its rows are read, those of the update written, read, and added to y's.
         assert sum(row.bytes for row in counted) == least + 3 * x + 4 * y + 2 * s
-    assert sum(row.flops for row in counted) == multi.frozen_flops(case) + multi.low_rank_flops(case)
+    assert flops.get_total_flops() == case.frozen_flops + case.low_rank_flops

@@ -14,17 +14,16 @@ import torch
 
 from lorakernels.backend import ENVIRONMENT, interpreter_on
 from lorakernels.configs.data_sheet import data_sheet
-from lorakernels.tools.bench import multi, multi_peers, run
-from lorakernels.tools.bench.multi_peers import MULTI_PEERS
-from lorakernels.tools.bench.operations import OPERATIONS, choose_peers
-from lorakernels.tools.bench.peer import Step
-from lorakernels.tools.bench.registry import MultiCase, case_of
+from lorakernels.tools.bench import peers, run
+from lorakernels.tools.bench.peer import Peer, Step, Tensors, by_formula, make_tensors
+from lorakernels.tools.bench.peers import PEERS, choose_peers
+from lorakernels.tools.bench.registry import Case, case_of
 
 CASES = (
-    MultiCase(12, 24, 40, 3, 4, dtype="float32"),
-    MultiCase(12, 24, 40, 6, 4, dtype="float32"),
-    MultiCase(12, 24, 40, 4, 32, True, "float32"),
-    MultiCase(1024, 24, 40, 8, 4, dtype="bfloat16"),
+    Case(12, 24, 40, 4, dtype="float32", adapters=3),
+    Case(12, 24, 40, 4, dtype="float32", adapters=6),
+    Case(12, 24, 40, 32, dtype="float32", adapters=4, mixed=True),
+    Case(1024, 24, 40, 4, adapters=8),
 )
 CPU = torch.device("cpu")
 TORCH_PEERS = ("frozen", "ours-auto", "ours-torch", "ours-stacks", "loop", "bmm", "peft")
@@ -42,8 +41,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_run_of_many_adapters() -> None:
     rows = run.run(CASES, device=CPU, rounds=3)
     for case in CASES:
-        own = {row["peer"]: row for row in rows if row["operation"] == case.operation and case_of(row) == case}
-        assert list(own) == list(MULTI_PEERS)
+        own = {row["peer"]: row for row in rows if row["operation"] == "multi_lora_linear" and case_of(row) == case}
+        assert list(own) == [peer.name for peer in choose_peers(None, True, CPU)]
         for name in TORCH_PEERS:
             row = own[name]
             assert row["status"] == "ok" and row["error_over_budget"] <= 1, row
@@ -52,49 +51,50 @@ def test_run_of_many_adapters() -> None:
         assert own["vllm"]["status"] == "skipped" and "not installed" in own["vllm"]["reason"]
         assert own["ours-triton"]["status"] == "skipped" and own["frozen"]["memory_floor"] == 1.0
         assert f"memory floor {own['loop']['memory_floor']:.3f}" in run.line_of(own["loop"])
-        assert own["ours-auto"]["adapter_bytes"] == multi.paged_bytes(case)
-        assert own["ours-stacks"]["adapter_bytes"] == own["vllm"]["adapter_bytes"] == multi.padded_bytes(case)
+        assert own["ours-auto"]["adapter_bytes"] == case.paged_bytes()
+        assert own["ours-stacks"]["adapter_bytes"] == own["vllm"]["adapter_bytes"] == case.padded_bytes()
 
 
 def test_memory_floor() -> None:
     """4096 → 4096 in bfloat16 with r = 16: 64 tokens of so many adapters read so much more than the frozen layer."""
-    floors = [multi.memory_floor(MultiCase(64, 4096, 4096, adapters)) for adapters in (1, 8, 16, 32, 64)]
+    floors = [Case(64, 4096, 4096, adapters=adapters).memory_floor for adapters in (1, 8, 16, 32, 64)]
     assert floors == pytest.approx([1.008, 1.06, 1.12, 1.24, 1.48], abs=0.01)
-    decode, prefill = MultiCase(64, 4096, 4096, 64), MultiCase(8192, 4096, 4096, 64)
+    decode, prefill = (Case(tokens, 4096, 4096, adapters=64) for tokens in (64, 8192))
     h200 = data_sheet("NVIDIA H200")
-    assert multi.floor(decode, h200) == multi.memory_floor(decode)
-    operations_alone = 1 + multi.low_rank_flops(prefill) / multi.frozen_flops(prefill)
-    assert multi.floor(prefill, h200) == operations_alone == multi.floor(prefill) == 1 + 16 / 2048
+    assert decode.floor(h200) == decode.memory_floor
+    operations_alone = 1 + prefill.low_rank_flops / prefill.frozen_flops
+    assert prefill.floor(h200) == operations_alone == prefill.floor() == 1 + 16 / 2048
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_tensors_of_many_adapters(case: MultiCase) -> None:
-    tensors = multi.make_multi_tensors(case, CPU, 0)
+def test_tensors_of_many_adapters(case: Case) -> None:
+    tensors = make_tensors(case, CPU, 0)
     stacks = tensors.stacks
-    assert sum(stack.numel() * stack.element_size() for stack in stacks) == multi.padded_bytes(case)
-    pages = (tensors.pages_A, tensors.pages_B)
+    assert sum(stack.numel() * stack.element_size() for stack in stacks) == case.padded_bytes()
     table = tensors.plan(paged=True).tensors.pages
     assert table is not None
-    held = sum(tensor.numel() * tensor.element_size() for tensor in (*pages, table))
-    assert held == multi.paged_bytes(case) and multi.own_bytes(case) <= multi.paged_bytes(case)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors.pages, table))
+    assert held == case.paged_bytes() and case.adapter_bytes() <= case.paged_bytes()
     assert [A.shape[0] for A, _ in tensors.adapters] == list(case.ranks) and max(case.ranks) == case.r
-    together = torch.cat([torch.arange(case.M)[tokens] for tokens in tensors.tokens])
+    together = torch.cat([torch.arange(case.M)[tokens] for tokens in tensors.rows])
     assert together.sort().values.equal(torch.arange(case.M))
-    assert all((tensors.slots[tokens] == slot).all() for slot, tokens in enumerate(tensors.tokens))
+    assert all((tensors.slots[tokens] == slot).all() for slot, tokens in enumerate(tensors.rows))
 
 
 @pytest.mark.parametrize("fault", ["another's adapter", "NaN", "no adapter", "half the scaling"])
 def test_a_wrong_batch_gets_no_time(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = MULTI_PEERS["loop"]
+    right = Peer.make
 
-    def make(case: MultiCase, tensors: multi.MultiTensors) -> Step:
-        y, base = loop.make(case, tensors)()["y"], MULTI_PEERS["frozen"].make(case, tensors)()["y"]
+    def make(peer: Peer, tensors: Tensors) -> Step:
+        if peer.name != "loop":
+            return right(peer, tensors)
+        y, base = right(peer, tensors)()["y"], right(PEERS["frozen"], tensors)()["y"]
         if fault == "another's adapter":
-            y = loop.make(case, dataclasses.replace(tensors, slots=tensors.slots.roll(1)))()["y"]
+            y = right(peer, dataclasses.replace(tensors, slots=tensors.slots.roll(1)))()["y"]
         wrong = {"another's adapter": y, "NaN": y / 0, "no adapter": base, "half the scaling": (y + base) / 2}[fault]
         return lambda: {"y": wrong}
 
-    monkeypatch.setitem(MULTI_PEERS, "loop", dataclasses.replace(loop, make=make))
+    monkeypatch.setattr(Peer, "make", make)
     frozen, broken = run.run(CASES[:1], impl="loop", device=CPU, rounds=1)[:2]
     assert frozen["status"] == "ok" and "seconds" in frozen
     assert broken["status"] == "wrong" and broken["reason"].startswith("y: error")
@@ -102,13 +102,13 @@ def test_a_wrong_batch_gets_no_time(fault: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_gather_has_its_limit() -> None:
-    reason = MULTI_PEERS["bmm"].why_not(MultiCase(8192, 8192, 8192, 256, 128), CPU)
+    reason = PEERS["bmm"].why_not(Case(8192, 8192, 8192, 128, adapters=256), CPU)
     assert reason is not None and "32 GiB" in reason
 
 
 def test_names_of_one_operation_only() -> None:
     """An implementation that only the other operation has is left out."""
-    layer, many = (choose_peers("auto,eager,loop", operation, CPU) for operation in OPERATIONS.values())
+    layer, many = (choose_peers("auto,eager,loop", many, CPU) for many in (False, True))
     assert [peer.name for peer in layer] == ["frozen", "ours-auto", "eager"]
     assert [peer.name for peer in many] == ["frozen", "ours-auto", "loop"]
 
@@ -171,14 +171,14 @@ def test_vllm_on_a_gpu(newer: bool) -> None:
         lora_expand=lora_expand,
     )
     case = CASES[2]
-    tensors = multi.make_multi_tensors(case, CPU, 0)
-    step = multi_peers._vllm_triton(ops, case, tensors)
-    assert step()["y"].allclose(multi.looped(tensors, torch.float32)["y"], atol=1e-4)
+    tensors = make_tensors(case, CPU, 0)
+    layer = peers._vllm_triton(ops, tensors)
+    assert layer().allclose(by_formula(tensors, torch.float32)["y"], atol=1e-4)
 
 
 @pytest.mark.skipif(not interpreter_on(), reason="the kernels are not interpreted here")
 def test_kernels_of_many_adapters_as_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = dataclasses.replace(MULTI_PEERS["ours-triton"], why_not=lambda case, device: None)
-    monkeypatch.setitem(MULTI_PEERS, "ours-triton", peer)
+    peer = dataclasses.replace(PEERS["ours-triton"], why_not=lambda case, device: None)
+    monkeypatch.setitem(PEERS, "ours-triton", peer)
     _, row = run.run(CASES[2:3], impl="triton", device=CPU, rounds=1)[:2]
     assert row["status"] == "ok" and row["launches"] == 3, row

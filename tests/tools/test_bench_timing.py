@@ -200,7 +200,7 @@ def test_a_ratio_is_of_one_clock(fake: FakeCuda) -> None:
 
     def measured(**steps: Any) -> dict[str, dict[str, Any]]:
         heads: dict[str, dict[str, Any]] = {
-            name: {"operation": Case.operation, "label": name, "peer": name, "status": "ok", "floor": 1.0}
+            name: {"operation": "lora_linear", "label": name, "peer": name, "status": "ok", "floor": 1.0, "flops": 1}
             | Case(9, 24, 40, 4, 0.0, "float32").as_dict()
             for name in steps
         }

@@ -8,10 +8,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lorakernels.tools.bench.operations import OPERATIONS
+from lorakernels.tools.bench import run as runs
+from lorakernels.tools.bench.compare import compare, print_comparison
+from lorakernels.tools.bench.peers import PEERS
+from lorakernels.tools.bench.plot import plot
 from lorakernels.tools.bench.registry import SETS, cases_of
-
-FAILED = 1
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -20,70 +21,50 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: the files do not fit the action, or a name is not known.
     """
-    files = list(arguments.files)
-    if arguments.action in ("run", "list") and files:
-        raise ValueError(f"bench {arguments.action} takes no files; got {', '.join(files)}")
-    if arguments.action == "plot" and not files:
+    action, files = arguments.action, list(arguments.files)
+    if action in ("run", "list") and files:
+        raise ValueError(f"bench {action} takes no files; got {', '.join(files)}")
+    if action == "plot" and not files:
         raise ValueError("bench plot needs at least one file that lorakernels bench --out wrote")
-    if arguments.action == "compare" and len(files) != 2:
+    if action == "compare" and len(files) != 2:
         raise ValueError(f"bench compare needs two files, before and after; got {len(files)}")
-    if arguments.action == "list":
-        return _list()
-    if arguments.action == "plot":
-        return _plot(files, arguments.out or ".")
-    if arguments.action == "compare":
-        return _compare(*files)
-    return _run(arguments)
+    if action == "plot":
+        print(*plot([row for file in files for row in runs.read_rows(file)], arguments.out or "."), sep="\n")
+    elif action == "compare":
+        print_comparison(compare(*map(runs.read_rows, files)), Console())
+    elif action == "list":
+        _list(Console())
+    else:
+        return _run(arguments)
+    return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from lorakernels.tools.bench.run import default_device, run
-
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that torch can use; leave --device out to measure on the CPU")
-    device = torch.device("cpu") if arguments.device == "cpu" else default_device()
-    rows = run(
+    rows = runs.run(
         cases_of(arguments.set),
         impl=arguments.impl,
-        device=device,
+        device=torch.device("cpu") if arguments.device == "cpu" else runs.default_device(),
         rounds=arguments.rounds,
         limit_s=arguments.limit,
-        progress=lambda line: print(line, flush=True),
         out=arguments.out,
+        on_row=lambda row: print(runs.line_of(row), flush=True),
     )
     if arguments.out is not None:
         print(arguments.out)
-    failed = [row for row in rows if row["status"] in ("wrong", "error") and row["peer"].startswith(("ours", "frozen"))]
-    return FAILED if failed else 0
+    return int(any(row["status"] in ("wrong", "error") and row["peer"].startswith(("ours", "frozen")) for row in rows))
 
 
-def _plot(files: list[str], folder: str) -> int:
-    from lorakernels.tools.bench.plot import plot
-    from lorakernels.tools.bench.run import read_rows
-
-    for path in plot([row for file in files for row in read_rows(file)], folder):
-        print(path)
-    return 0
-
-
-def _compare(before: str, after: str) -> int:
-    from lorakernels.tools.bench.compare import compare, print_comparison
-    from lorakernels.tools.bench.run import read_rows
-
-    print_comparison(compare(read_rows(before), read_rows(after)), Console())
-    return 0
-
-
-def _list() -> int:
-    console = Console()
+def _list(console: Console) -> None:
     table = Table("set", "cases", "first", "last", title="Sets of shapes: tokens x N x K")
     for name, cases in SETS.items():
         table.add_row(name, str(len(cases)), str(cases[0]), str(cases[-1]))
     console.print(table)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for operation, case in ((OPERATIONS[type(case)], case) for case in (SETS["headline"][0], SETS["multi"][0])):
-        table = Table("implementation", "what", f"on {device}", title=f"Implementations: {operation.name}")
-        for peer in operation.peers.values():
-            table.add_row(peer.name, peer.label, peer.why_not(case, device) or "runs")
+    device = runs.default_device()
+    for name, case in (("one adapter", SETS["headline"][0]), ("many adapters", SETS["multi"][0])):
+        table = Table("implementation", "what", f"on {device}", title=f"Implementations: {name}")
+        for peer in PEERS.values():
+            if peer.many in (None, case.adapters is not None):
+                table.add_row(peer.name, peer.label, peer.why_not(case, device) or "runs")
         console.print(table)
-    return 0

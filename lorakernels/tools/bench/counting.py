@@ -7,7 +7,7 @@ programs read came out of L2, except a tall one that a kernel goes over several 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +15,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakernels.backend import triton_installed
-from lorakernels.eager import multi_lora as eager_multi_lora
-from lorakernels.plan import PlanTensors
 
 # These move nothing of their size, or only write.
-_FREE = ("aten::_unsafe_view", "aten::lift_fresh", "aten::detach", "aten::scalar_tensor")
-# These read or write the rows that they name, and no others: how often what is gathered or added is moved, and, for
-# those that write, where it is among the arguments.
-_GATHERS = ("aten::index", "aten::index_select")
-_SCATTERS = {"aten::index_add_": (3, 3), "aten::index_put_": (2, 2)}
-_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
-
-
-Shape = tuple[int, ...]
+_FREE = ("_unsafe_view", "lift_fresh", "detach", "detach_", "scalar_tensor", "resolve_conj", "resolve_neg")
+# These read or write the rows that they name, and no others: how often what is gathered or added is moved, and where it
+# is among the arguments (None: the result).
+_OF_ROWS = {"index": (2, None), "index_select": (2, None), "index_add_": (3, 3), "index_put_": (2, 2)}
 
 
 @dataclass(frozen=True)
@@ -35,98 +28,52 @@ class Counted:
     """One torch operation or kernel launch: its operands' shapes, and the bytes that it moves of each."""
 
     name: str
-    operands: tuple[tuple[Shape, int], ...]
-    flops: int = 0
+    operands: tuple[tuple[tuple[int, ...], int], ...]
 
     @property
     def bytes(self) -> int:
         return sum(moved for _, moved in self.operands)
 
-    def tall(self, tokens: int, least: int) -> int:
-        """Of `bytes` those of matrices with a row a token, of `least` columns or more."""
-        sizes = [(shape[-2:], moved) for shape, moved in self.operands]
-        return sum(n for s, n in sizes if len(s) == 2 and tokens in s and s[s[0] == tokens] >= least)
-
 
 class _Operations(TorchDispatchMode):
-    """Every operation of torch that is more than another view of its input."""
+    """Every operation of torch that is more than another view of its input, those in our operators' bodies too."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counted: list[Counted] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name
+        kwargs = kwargs or {}
+        with self:
+            if func.namespace == "lorakernels":
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+            # In such a body those come whole that elsewhere came in their parts.
+            if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return result
+        result, name = func(*args, **kwargs), func._schema.name.removeprefix("aten::")
         if func.is_view or name in _FREE or "empty" in name:
             return result
-        if name == "aten::addmm" and (kwargs or {}).get("beta") == 0:
+        if name == "addmm" and kwargs.get("beta") == 0:
             args = args[1:]  # the first is not read
-            name = "aten::mm"
-        if name in _GATHERS:
-            operands = _operands(result, 2)
-        elif name in _SCATTERS:
-            times, at = _SCATTERS[name]
-            operands = _operands(args[at], times)
-        else:
-            operands = _operands((args, result), 1)
-        self.counted.append(Counted(name, tuple(operands), _product_flops(name, args)))
+        times, at = _OF_ROWS.get(name, (1, None))
+        moved = (args, result) if times == 1 else result if at is None else args[at]
+        self.counted.append(Counted(name, tuple(_operands(moved, times))))
         return result
-
-
-def _product_flops(name: str, args: Any) -> int:
-    if name not in _PRODUCTS:
-        return 0
-    left, right = args[_PRODUCTS[name]], args[_PRODUCTS[name] + 1]
-    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
 
 
 @contextmanager
 def count() -> Iterator[list[Counted]]:
-    """Collect what happens inside the block, in order. Kernels are not started."""
-    with _recorded() as launches, _Operations() as operations:
-        counted: list[Counted] = []
+    """Collect what happens inside the block, in order: operations, then launches. Kernels are not started."""
+    recorded: Any = nullcontext([])
+    if triton_installed():  # else there are no kernels
+        from lorakernels.kernels.launch import record_launches
+
+        recorded = record_launches()
+    counted: list[Counted] = []
+    with recorded as launches, _Operations() as operations:
         yield counted
     counted += operations.counted
     counted += map(_of_launch, launches)
-
-
-def _recorded() -> AbstractContextManager[list[Any]]:
-    if not triton_installed():  # then there are no kernels
-        return nullcontext([])
-    from lorakernels.kernels.launch import record_launches
-
-    return record_launches()
-
-
-def own_multi(
-    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: PlanTensors, impl: str
-) -> list[Counted]:
-    """A forward of many adapters by the package's own "triton", counted on meta tensors, or "torch", which runs."""
-    rest: dict[str, Any] = {"keep_s": False, "seed": None, "thresholds": None}
-    with torch.no_grad():
-        if impl == "torch":
-            # What is read of the plan on the host is read once a batch, not once a layer.
-            rest["where"] = eager_multi_lora.route(plan, x.shape[0])
-            eager_multi_lora.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
-            with count() as counted:
-                eager_multi_lora.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
-            return counted
-        from lorakernels.kernels import multi_lora
-
-        x, weight, lora_A, lora_B = (tensor.to("meta") for tensor in (x, weight, lora_A, lora_B))
-        pages = None if plan.pages is None else plan.pages.to("meta")
-        plan = plan._replace(buffer=plan.buffer.to("meta"), scales=plan.scales.to("meta"), pages=pages)
-        with count() as counted:
-            multi_lora.forward(x, [weight], [None], [lora_A], [lora_B], plan, **rest)
-    return counted
-
-
-def torch_step(step: Callable[[], object]) -> list[Counted]:
-    """Everything that a step of plain torch asks for."""
-    with count() as counted:
-        step()
-    return counted
 
 
 # How often a kernel goes over an operand; 1 where it is not said. A launch has its grid and constexprs.
@@ -152,7 +99,7 @@ def _of_launch(launch: Any) -> Counted:
     return Counted(name, tuple(operands))
 
 
-def _operands(value: Any, times: int) -> Iterator[tuple[Shape, int]]:
+def _operands(value: Any, times: int) -> Iterator[tuple[tuple[int, ...], int]]:
     """Shape and bytes of every tensor in a value, each moved so often."""
     if isinstance(value, (tuple, list)):
         for each in value:

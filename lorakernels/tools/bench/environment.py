@@ -13,30 +13,28 @@ import torch
 
 from lorakernels.backend import interpreter_on
 
-PACKAGES = ("torch", "triton", "peft", "unsloth", "lorafusion", "lorakernels")
+_ROOT = Path(__file__).resolve().parents[3]
+_PACKAGES = ("torch", "triton", "peft", "unsloth", "lorafusion", "lorakernels")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Device, driver, versions and commit, for a row of JSON."""
-    found: dict[str, Any] = {
-        "device": cpu_name(),
-        "device_type": device.type,
+    on_gpu, in_checkout = device.type == "cuda", (_ROOT / ".git").exists()
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": torch.get_num_threads(),
-        "driver": None,
+        "driver": _output("nvidia-smi --query-gpu=driver_version --format=csv,noheader --id=0") if on_gpu else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         # torch's own tells builds apart (2.13.0+cu130), which the package's metadata does not.
-        "versions": {name: version_of(name) for name in PACKAGES} | {"torch": torch.__version__},
+        "versions": {name: version_of(name) for name in _PACKAGES} | {"torch": torch.__version__},
         "interpreter": interpreter_on(),
-        "commit": _commit(),
+        # Of the checkout that the package is in, marked when files were changed.
+        "commit": _output("git describe --always --abbrev=40 --exclude=* --dirty=+changes") if in_checkout else None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
-    return found
 
 
 def version_of(name: str) -> str | None:
@@ -55,20 +53,9 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def _commit() -> str | None:
-    """Of the checkout that the package is in, marked when files were changed; None outside one."""
-    root = str(Path(__file__).resolve().parents[3])
-    if not (Path(root) / ".git").exists():
-        return None
-    commit = _output("git", "-C", root, "rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return commit + ("+changes" if _output("git", "-C", root, "status", "--porcelain", "--untracked-files=no") else "")
-
-
-def _output(*command: str) -> str | None:
+def _output(command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command.split(), cwd=_ROOT, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout.strip() or None

@@ -1,275 +1,224 @@
-"""One training step, forward and backward, of each way to write the layer, on the same tensors.
+"""The ways to write the layer that are measured, by name, on the same tensors.
 
-Other projects' orders of products (`orders`) are measured as plain torch; the packages themselves where they are
-installed.
+What an engine does once a batch for all layers (the plan, vLLM's metadata) is made beforehand; what is done again in
+every layer is measured.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, partial
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
-from lorakernels.backend import resolve_impl
-from lorakernels.configs.config import KernelConfig
-from lorakernels.configs.table import choose_with_source, forced_configs, takes_few_tokens_form
-from lorakernels.dropout import drop_threshold, inverse_keep
-from lorakernels.functional import lora_linear
-from lorakernels.tools.bench.orders import SCALING, LoRAFusionOrder, UnslothOrder
-from lorakernels.tools.bench.peer import Peer, Results, Step, auto_why_not, kernels_why_not
+from lorakernels.backend import BackendError, interpreter_on, resolve_impl
+from lorakernels.configs.table import takes_few_tokens_form
+from lorakernels.functional import lora_linear, multi_lora_linear
+from lorakernels.tools.bench.peer import SCALING, Layer, Peer, Tensors
 from lorakernels.tools.bench.registry import Case
 
 
-@dataclass
-class Tensors:
-    """x [M, K], weight [N, K], lora_A [r, K], lora_B [N, r] and the gradient dy [M, N] that comes back."""
-
-    x: torch.Tensor
-    weight: torch.Tensor
-    lora_A: torch.Tensor
-    lora_B: torch.Tensor
-    dy: torch.Tensor
-
-    @property
-    def numbytes(self) -> int:
-        tensors = (self.x, self.weight, self.lora_A, self.lora_B, self.dy)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _ours(impl: str, t: Tensors, paged: bool = True) -> Layer:
+    if t.case.adapters is None:
+        p = t.case.dropout
+        return partial(lora_linear, t.x, t.weight, *t.adapters[0], scaling=SCALING, dropout_p=p, impl=impl)
+    factors = t.pages if paged else t.stacks
+    return partial(multi_lora_linear, t.x, t.weight, *factors, t.plan(paged), impl=impl)
 
 
-def make_tensors(case: Case, device: torch.device | str, seed: int) -> Tensors:
-    """Random tensors of the case, x, A and B needing gradients."""
-    generator = None if str(device) == "meta" else torch.Generator(device).manual_seed(seed)
-
-    def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
-        plain = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-        return plain.mul_(scale).to(case.torch_dtype)
-
-    return Tensors(
-        x=randn(case.M, case.K).requires_grad_(),
-        weight=randn(case.N, case.K, scale=case.K**-0.5),
-        lora_A=randn(case.r, case.K, scale=case.K**-0.5).requires_grad_(),
-        lora_B=randn(case.N, case.r, scale=case.r**-0.5).requires_grad_(),
-        dy=randn(case.M, case.N),
-    )
+def _ours_why_not(impl: str, case: Case, device: torch.device, general: bool = False) -> str | None:
+    """Why `impl` cannot run, or says nothing of a GPU; `general`: or takes one kernel, which has the base product."""
+    if general and takes_few_tokens_form(case.M, case.r, case.itemsize):
+        return f"{case.M} tokens are one kernel, which has the base product in it"
+    try:
+        resolved = resolve_impl(impl, device, case.torch_dtype)
+    except BackendError as error:
+        return str(error)
+    if resolved == "triton" and interpreter_on():
+        return "kernels run in Triton's interpreter (TRITON_INTERPRET is set): its time says nothing about a GPU"
+    return None
 
 
-def _gradients(y: torch.Tensor, tensors: Tensors) -> Results:
-    dx, dA, dB = torch.autograd.grad(y, (tensors.x, tensors.lora_A, tensors.lora_B), tensors.dy)
-    return {"y": y.detach(), "x": dx, "lora_A": dA, "lora_B": dB}
-
-
-def _step(layer: Callable[[Tensors], torch.Tensor]) -> Callable[[Case, Tensors], Step]:
-    return lambda case, tensors: lambda: _gradients(layer(tensors), tensors)
-
-
-# ------------------------------------------------------------------------------------------- frozen, plain
-
-
-def _frozen(case: Case, tensors: Tensors) -> Step:
-    def step() -> Results:
-        y = torch.nn.functional.linear(tensors.x, tensors.weight)
-        (dx,) = torch.autograd.grad(y, tensors.x, tensors.dy)
-        return {"y": y.detach(), "x": dx}
-
-    return step
-
-
-def _plain(
-    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, dropout: float
-) -> torch.Tensor:
+def _plain(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, dropout: float) -> Tensor:
     # Named: on a CPU functional.dropout is three operations where a GPU makes one.
     adapted = torch.native_dropout(x, dropout, True)[0] if dropout else x
     low_rank = (adapted @ lora_A.mT) @ lora_B.mT
-    return torch.nn.functional.linear(x, weight) + SCALING * low_rank
-
-
-def _eager(case: Case, tensors: Tensors) -> Step:
-    t = tensors
-    return lambda: _gradients(_plain(t.x, t.weight, t.lora_A, t.lora_B, case.dropout), t)
+    return linear(x, weight) + SCALING * low_rank
 
 
 @lru_cache(maxsize=1)
-def _compiled_for(case: Case) -> Callable[..., torch.Tensor]:
+def _compiled_for(case: Case) -> Callable[..., Tensor]:
     torch._dynamo.reset()  # it gives up after a few shapes of one function, and then runs eager torch
     return torch.compile(_plain, dynamic=False)
 
 
-def _compiled(case: Case, tensors: Tensors) -> Step:
-    compiled, t = _compiled_for(case), tensors
-    return lambda: _gradients(compiled(t.x, t.weight, t.lora_A, t.lora_B, case.dropout), t)
+def _formula(t: Tensors, compiled: bool = False) -> Layer:
+    function = _compiled_for(t.case) if compiled else _plain
+    return partial(function, t.x, t.weight, *t.adapters[0], t.case.dropout)
 
 
-# ------------------------------------------------------------------------------------------- ours
+def _loop(t: Tensors) -> Layer:
+    """Each adapter's tokens are gathered, multiplied twice, and added back; slices where they lie together."""
+    own = list(zip(t.rows, t.adapters, strict=True))
 
+    def layer() -> Tensor:
+        y = linear(t.x, t.weight)
+        for rows, (A, B) in own:
+            if isinstance(rows, slice):
+                y[rows].addmm_(t.x[rows] @ A.t(), B.t(), alpha=SCALING)
+            else:
+                y.index_add_(0, rows, (t.x.index_select(0, rows) @ A.t()) @ B.t(), alpha=SCALING)
+        return y
 
-def _ours(impl: str, cublas: bool | None = None) -> Callable[[Case, Tensors], Step]:
-    def make(case: Case, tensors: Tensors) -> Step:
-        t = tensors
-
-        def step() -> Results:
-            with base_product(case, t.x.device, cublas):
-                y = lora_linear(t.x, t.weight, t.lora_A, t.lora_B, scaling=SCALING, dropout_p=case.dropout, impl=impl)
-                return _gradients(y, t)
-
-        return step
-
-    return make
-
-
-def base_product(case: Case, device: torch.device, cublas: bool | None) -> AbstractContextManager[None]:
-    """The base product by cuBLAS (True), by the kernel (False), or as the table says (None)."""
-    config = _config(case, device)
-    if cublas in (None, config.cublas):
-        return nullcontext()
-    return forced_configs({"linear_expand": dataclasses.replace(config, cublas=cublas)})
-
-
-def _config(case: Case, device: torch.device) -> KernelConfig:
-    """Of the base product; whoever records what a step asks for does not see this."""
-    sizes = (case.M, case.N, case.K, case.r, case.itemsize)
-    return choose_with_source("linear_expand", *sizes, device, case.aligned).config
-
-
-def _general_why_not(case: Case, device: torch.device) -> str | None:
-    if takes_few_tokens_form(case.M, case.r, case.itemsize):
-        return f"{case.M} tokens are one kernel, which has the base product in it"
-    return kernels_why_not(case, device)
-
-
-def _kernel_graph(case: Case, device: torch.device) -> str:
-    if takes_few_tokens_form(case.M, case.r, case.itemsize):
-        return "fused"
-    return "split" if _config(case, device).cublas else "fused"
-
-
-def _auto_graph(case: Case, device: torch.device) -> str:
-    on_triton = resolve_impl("auto", device, case.torch_dtype) == "triton"
-    return _kernel_graph(case, device) if on_triton else "addmm"
-
-
-def _our_keep(p: float) -> float:
-    return inverse_keep(drop_threshold(p))
-
-
-# ------------------------------------------------------------------------------------------- other orders
-
-
-def _unsloth_order(tensors: Tensors) -> torch.Tensor:
-    return UnslothOrder.apply(tensors.x, tensors.weight, tensors.lora_A, tensors.lora_B)
-
-
-def _lorafusion_order(case: Case, tensors: Tensors) -> Step:
-    t = tensors
-    return lambda: _gradients(LoRAFusionOrder.apply(t.x, t.weight, t.lora_A, t.lora_B, case.dropout), t)
-
-
-# ------------------------------------------------------------------------------------------- packages
-
-
-def needs(module: str, cuda: bool = True, dropout: bool = True) -> Callable[[Any, torch.device], str | None]:
-    """Why a package's peer cannot run; `dropout`: whether it has any."""
-
-    def why_not(case: Any, device: torch.device) -> str | None:
-        if not dropout and case.dropout:
-            return "no dropout on its fast path"
-        if importlib.util.find_spec(module) is None:
-            return f"the package {module} is not installed"
-        if cuda and device.type != "cuda":
-            return f"the package {module} needs a GPU; the tensors are on {device.type}"
-        return None
-
-    return why_not
-
-
-class _OneLinear(torch.nn.Module):
-    def __init__(self, weight: torch.Tensor) -> None:
-        super().__init__()
-        N, K = weight.shape
-        self.linear = torch.nn.Linear(K, N, bias=False, device="meta")
-        self.linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-
-
-def peft_linear(
-    weight: torch.Tensor, adapters: Mapping[str, tuple[torch.Tensor, torch.Tensor]], dropout: float = 0.0
-) -> torch.nn.Module:
-    """PEFT's layer around `weight`, with A [r, K] and B [N, r] of each adapter as its parameters."""
-    import peft
-
-    model: peft.PeftModel | None = None
-    for name, (lora_A, _) in adapters.items():
-        r = lora_A.shape[0]
-        config = peft.LoraConfig(r=r, lora_alpha=SCALING * r, lora_dropout=dropout, target_modules=["linear"])
-        if model is None:
-            model = peft.get_peft_model(
-                _OneLinear(weight), config, adapter_name=name, autocast_adapter_dtype=False, low_cpu_mem_usage=True
-            )
-        else:
-            model.add_adapter(name, config, low_cpu_mem_usage=True)
-    assert model is not None
-    layer = model.base_model.model.linear
-    for name, (lora_A, lora_B) in adapters.items():
-        layer.lora_A[name].weight = torch.nn.Parameter(lora_A)
-        layer.lora_B[name].weight = torch.nn.Parameter(lora_B)
     return layer
 
 
-def _peft(case: Case, tensors: Tensors) -> Step:
-    layer: Any = peft_linear(tensors.weight, {"default": (tensors.lora_A, tensors.lora_B)}, case.dropout)
-    own = dataclasses.replace(tensors, lora_A=layer.lora_A["default"].weight, lora_B=layer.lora_B["default"].weight)
-    return lambda: _gradients(layer(own.x), own)
+def _bmm(t: Tensors) -> Layer:
+    A, B = t.stacks
+
+    def layer() -> Tensor:
+        y = linear(t.x, t.weight)
+        s = torch.bmm(A.index_select(0, t.slots), t.x[:, :, None])
+        return y.add_(torch.bmm(B.index_select(0, t.slots), s)[:, :, 0], alpha=SCALING)
+
+    return layer
 
 
-def _unsloth(tensors: Tensors) -> torch.Tensor:
+def _bmm_why_not(case: Case, device: torch.device) -> str | None:
+    copied = case.M * case.r * (case.K + case.N) * case.itemsize
+    if copied > 8 << 30:
+        return f"it would copy {copied / (1 << 30):.0f} GiB of adapters, one for every token"
+    return None
+
+
+def _needs(package: str, case: Case, device: torch.device, cuda: bool = False, dropout: bool = True) -> str | None:
+    """Why a package's layer cannot run; `cuda`: it needs a GPU; `dropout`: it has some."""
+    if not dropout and case.dropout:
+        return "no dropout on its fast path"
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if cuda and device.type != "cuda":
+        return f"the package {package} needs a GPU; the tensors are on {device.type}"
+    return None
+
+
+def _peft(t: Tensors) -> Layer:
+    """PEFT names an adapter for each sample: a token, or a sequence of tokens where an adapter's lie together."""
+    import peft
+
+    case, names = t.case, [f"adapter{slot}" for slot in range(len(t.adapters))]
+    base = torch.nn.Linear(case.K, case.N, bias=False, device="meta")
+    base.weight = torch.nn.Parameter(t.weight, requires_grad=False)
+    settings: dict[str, Any] = {"lora_dropout": case.dropout, "target_modules": ["0"]}
+    configs = [peft.LoraConfig(r=r, lora_alpha=SCALING * r, **settings) for r in case.ranks]
+    options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
+    model = peft.get_peft_model(torch.nn.Sequential(base), configs[0], adapter_name=names[0], **options)
+    for name, config in zip(names[1:], configs[1:], strict=True):
+        model.add_adapter(name, config, **options)
+    layer = model.base_model.model[0]
+    for name, (A, B) in zip(names, t.adapters, strict=True):
+        layer.lora_A[name].weight, layer.lora_B[name].weight = A, B
+    if case.adapters is None:
+        return lambda: layer(t.x)
+    layer.eval()
+    if case.together and case.M % case.adapters == 0:
+        x = t.x.view(case.adapters, -1, case.K)
+        return lambda: layer(x, adapter_names=names).view(case.M, case.N)
+    of_tokens = [names[slot] for slot in t.slots.tolist()]
+    return lambda: layer(t.x, adapter_names=of_tokens)
+
+
+def _unsloth(t: Tensors) -> Layer:
     function = importlib.import_module("unsloth.kernels.fast_lora").LoRA_W
     # It writes dx into no input here: only its q, k, v and MLP forms do.
-    y = function.apply(tensors.x[None], tensors.weight, None, tensors.lora_A, tensors.lora_B, SCALING)
-    return y[0]
+    return lambda: function.apply(t.x[None], t.weight, None, *t.adapters[0], SCALING)[0]
 
 
-def _lorafusion(case: Case, tensors: Tensors) -> Step:
+def _lorafusion(t: Tensors) -> Layer:
     function = importlib.import_module("lorafusion.ops.lora_v1").fused_linear_lora
-    t = tensors
-
-    def step() -> Results:
-        # It draws from its own seed; ours makes a run repeatable.
-        seed = int(torch.initial_seed() % 1_000_000)
-        y = function(t.x[None], t.weight, t.lora_A, t.lora_B, SCALING, seed=seed, dropout_p=case.dropout)
-        return _gradients(y[0], t)
-
-    return step
+    # It draws from its own seed; ours makes a run repeatable.
+    own = partial(function, t.x[None], t.weight, *t.adapters[0], SCALING, dropout_p=t.case.dropout)
+    return lambda: own(seed=int(torch.initial_seed() % 1_000_000))[0]
 
 
-def _always(graph: str) -> Callable[[Case, torch.device], str | None]:
-    return lambda case, device: graph
+def _vllm(t: Tensors) -> Layer:
+    """vLLM's own operators on its stacks. They are not a public interface: where they changed, the row says so."""
+    if t.x.is_cuda:
+        return _vllm_triton(importlib.import_module("vllm.lora.ops.triton_ops"), t)
+    ops, (A, B) = importlib.import_module("vllm.lora.ops.torch_ops"), t.stacks
+
+    def layer() -> Tensor:
+        y = linear(t.x, t.weight)
+        s = torch.zeros(t.case.M, t.case.r, dtype=torch.float32)
+        ops.bgmv_shrink(t.x, A, s, t.slots, SCALING)
+        ops.bgmv_expand(s, B, y, t.slots, add_inputs=True)
+        return y
+
+    return layer
 
 
-_ROWS: tuple[Peer[Case, Tensors], ...] = (
-    Peer("frozen", "frozen layer", _frozen, graph=_always("frozen"), adapted=False),
-    Peer("ours-auto", "ours", _ours("auto"), auto_why_not, _auto_graph, _our_keep),
-    Peer("ours-torch", "ours, plain torch", _ours("torch"), graph=_always("addmm"), keep_scale=_our_keep),
-    Peer("ours-triton", "ours, Triton", _ours("triton"), kernels_why_not, _kernel_graph, _our_keep),
-    Peer("ours-fused", "ours, fused", _ours("triton", False), _general_why_not, _always("fused"), _our_keep),
-    Peer("ours-split", "ours, split", _ours("triton", True), _general_why_not, _always("split"), _our_keep),
-    Peer("eager", "the formula in eager torch", _eager, graph=_always("plain")),
+def _vllm_triton(ops: ModuleType, t: Tensors) -> Layer:
+    """By `ops`, vLLM's `triton_ops`."""
+    M, (A, B) = t.case.M, t.stacks
+    meta = ops.LoRAKernelMeta.make(len(t.adapters), M, device=t.x.device)
+    meta.prepare_tensors(t.slots.int())
+    # The second argument, which came later: launch for the adapters of this batch only.
+    more: tuple[Any, ...] = (True,) if len(inspect.signature(meta.meta_args).parameters) > 1 else ()
+    args = meta.meta_args(M, *more)
+
+    def layer() -> Tensor:
+        y = linear(t.x, t.weight)
+        s = torch.empty(1, M, t.case.r, dtype=torch.float32, device=t.x.device)
+        ops.lora_shrink(t.x, [A], s, *args, SCALING)
+        ops.lora_expand(s, [B], y, *args, offset_start=0, add_inputs=True)
+        return y
+
+    return layer
+
+
+_auto, _triton = (partial(_ours_why_not, impl) for impl in ("auto", "triton"))
+_general = partial(_ours_why_not, "triton", general=True)
+_ROWS = (
+    Peer("frozen", "frozen layer", lambda t: partial(linear, t.x, t.weight), adapted=False, adapter_bytes=lambda _: 0),
+    Peer("ours-auto", "ours", partial(_ours, "auto"), _auto, adapter_bytes=Case.paged_bytes),
+    Peer("ours-torch", "ours, plain torch", partial(_ours, "torch"), adapter_bytes=Case.paged_bytes),
+    Peer("ours-triton", "ours, Triton", partial(_ours, "triton"), _triton, adapter_bytes=Case.paged_bytes),
+    Peer("ours-fused", "ours, fused", partial(_ours, "triton"), _general, many=False, cublas=False),
+    Peer("ours-split", "ours, split", partial(_ours, "triton"), _general, many=False, cublas=True),
+    Peer("ours-stacks", "ours, padded stacks", partial(_ours, "auto", paged=False), _auto, True, Case.padded_bytes),
+    Peer("eager", "the formula in eager torch", _formula, many=False),
     # Building takes longer than measuring on a CPU.
-    Peer("compile", "the formula, torch.compile", _compiled, by_default=lambda device: device.type == "cuda"),
-    Peer("peft", "PEFT", _peft, needs("peft", cuda=False), _always("plain")),
-    Peer(
-        "unsloth-order",
-        "Unsloth's order, in torch",
-        _step(_unsloth_order),
-        lambda case, device: "no dropout on its fast path" if case.dropout else None,
-        _always("unsloth"),
-    ),
-    Peer("lorafusion-order", "LoRAFusion's order, in torch", _lorafusion_order),
-    Peer("unsloth", "Unsloth", _step(_unsloth), needs("unsloth", dropout=False), _always("unsloth")),
-    Peer("lorafusion", "LoRAFusion", _lorafusion, needs("lorafusion"), _always("lorafusion")),
+    Peer("compile", "the formula, compiled", partial(_formula, compiled=True), many=False, counted=False, on_cpu=False),
+    Peer("peft", "PEFT", _peft, partial(_needs, "peft")),
+    Peer("unsloth", "Unsloth", _unsloth, partial(_needs, "unsloth", cuda=True, dropout=False), False, counted=False),
+    Peer("lorafusion", "LoRAFusion", _lorafusion, partial(_needs, "lorafusion", cuda=True), False, counted=False),
+    Peer("loop", "a loop over adapters", _loop, many=True),
+    Peer("bmm", "gathered, then bmm", _bmm, _bmm_why_not, True, Case.padded_bytes),
+    Peer("vllm", "vLLM's operators", _vllm, partial(_needs, "vllm"), True, Case.padded_bytes, counted=False),
 )
 PEERS = {peer.name: peer for peer in _ROWS}
+
+
+def choose_peers(names: str | None, many: bool, device: torch.device) -> list[Peer]:
+    """Those among the named, joined by commas ("torch" is short for "ours-torch"), that are of a batch of many adapters
+    or of one adapter, after the frozen layer; None: the usual.
+
+    Raises:
+        ValueError: there is no such peer.
+    """
+    if names is None:
+        chosen = [name for name, peer in PEERS.items() if peer.on_cpu or device.type == "cuda"]
+    else:
+        chosen = ["frozen", *(name if name in PEERS else f"ours-{name}" for name in names.split(","))]
+    for name in chosen:
+        if name not in PEERS:
+            name = name.removeprefix("ours-")
+            raise ValueError(f"there is no implementation {name!r}; there are: {', '.join(PEERS)}")
+    return [PEERS[name] for name in dict.fromkeys(chosen) if PEERS[name].many in (None, many)]

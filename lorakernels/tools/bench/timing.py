@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,24 +12,11 @@ import torch
 EVENTS = "events"
 
 
-class Timer(Protocol):
-    """Runs a step once and says how long it took."""
-
-    how: str
-
-    def start(self, turn: int) -> None: ...
-
-    def seconds(self) -> float:
-        """Of the latest start. May wait for the device."""
-
-
-@dataclass
 class WallClock:
     """On the CPU: one step a turn, on the next of the rotated buffers."""
 
-    steps: Sequence[Callable[[], object]]
-    how: str = "perf_counter"
-    _seconds: float = 0.0
+    def __init__(self, steps: Sequence[Callable[[], object]]) -> None:
+        self.steps, self.how, self._seconds = steps, "perf_counter", 0.0
 
     def start(self, turn: int) -> None:
         step = self.steps[turn % len(self.steps)]
@@ -39,6 +25,7 @@ class WallClock:
         self._seconds = time.perf_counter() - before
 
     def seconds(self) -> float:
+        """Of the latest start."""
         return self._seconds
 
 
@@ -46,20 +33,18 @@ class GpuEvents:
     """On a GPU: a turn goes over every buffer, as one CUDA graph where the step can be captured."""
 
     def __init__(self, steps: Sequence[Callable[[], object]], capture: bool = True) -> None:
-        self.steps = steps
-        self.how = EVENTS
+        self.steps, self.how = steps, EVENTS
         self._graph: Any = None
         self._before, self._after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if capture:
-            stream: Any = torch.cuda.current_stream()
-            try:
+        stream: Any = torch.cuda.current_stream()
+        try:
+            if capture:
                 self._graph = self._captured()
                 self.how = "cuda graph"
-            except Exception as error:
-                torch.cuda.set_stream(stream)  # torch.cuda.graph does not leave its own where the capture's end raises
-                torch.cuda.synchronize()
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                self.how = f"{EVENTS} (no CUDA graph: {reason[:120]})"
+        except Exception as error:
+            torch.cuda.set_stream(stream)  # torch.cuda.graph does not leave its own where the capture's end raises
+            torch.cuda.synchronize()
+            self.how = f"{EVENTS} (no CUDA graph: {one_line(error, 120)})"
 
     def _all(self) -> None:
         for step in self.steps:
@@ -71,7 +56,14 @@ class GpuEvents:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._all()
-            self._all_without_waiting()
+            # A step that waits for the device raises here, where it does no harm: a capture that breaks leaves the
+            # allocator and the random generator capturing, for the whole process.
+            mode = torch.cuda.get_sync_debug_mode()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self._all()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -82,39 +74,27 @@ class GpuEvents:
         torch.cuda.synchronize()
         return graph
 
-    def _all_without_waiting(self) -> None:
-        """A step that waits for the device raises here, where it does no harm.
-
-        A capture that breaks leaves the allocator and the random generator capturing, for the whole process.
-        """
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            self._all()
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-
     def start(self, turn: int) -> None:
         self._before.record()
-        if self._graph is None:
-            self._all()
-        else:
-            self._graph.replay()
+        (self._all if self._graph is None else self._graph.replay)()
         self._after.record()
 
     def seconds(self) -> float:
+        """Of the latest start, a step. Waits for the device."""
         self._after.synchronize()
         return self._before.elapsed_time(self._after) / 1e3 / len(self.steps)
+
+
+Timer = WallClock | GpuEvents
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
 
 
 def clock(how: str) -> str:
     """What a timer's `how` measures with, less its reason: only times by the same clock make a ratio."""
     return how.partition(" (")[0]
-
-
-def by_events(captured: Timer) -> Timer | None:
-    """The same steps without their CUDA graph; None for a timer that has none."""
-    return GpuEvents(captured.steps, capture=False) if isinstance(captured, GpuEvents) else None
 
 
 def timer(device: torch.device, steps: Sequence[Callable[[], object]]) -> Timer:
@@ -142,6 +122,6 @@ def p20_50_80(values: np.ndarray) -> list[float]:
     return [float(value) for value in np.percentile(values, [20, 50, 80])]
 
 
-def percentiles(ratios: np.ndarray) -> str:
-    low, middle, high = p20_50_80(ratios)
+def spread(percentiles: Sequence[float]) -> str:
+    low, middle, high = percentiles
     return f"{middle:.3f} ({low:.3f} … {high:.3f})"

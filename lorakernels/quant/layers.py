@@ -1,0 +1,56 @@
+"""Which layers hold a packed weight, and that weight: by the names of their types, so that nothing is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorakernels.quant import int4, nf4
+from lorakernels.quant.packed import PackedWeight
+
+# Layers and weights that are known and cannot be taken, and why.
+_REFUSED = {
+    "bitsandbytes.nn.modules.Linear8bitLt": "its forward rounds the activations to int8 too, so that an adapter would "
+    'train beside another layer; load the model in 4 bits, or a plain one and call lorakernels.quantize(model, "int8")',
+    "auto_gptq": "GPTQ's integer zeros and its order of columns are not read; use a bitsandbytes, HQQ or plain model",
+    "gptqmodel": "GPTQ's integer zeros and its order of columns are not read; use a bitsandbytes, HQQ or plain model",
+    "awq": "AWQ's packing is not read; use a bitsandbytes, HQQ or plain model",
+}
+
+
+def kind_of(layer: Any) -> str:
+    """ "bitsandbytes", "hqq", "own", or nothing for a layer whose weight is not known to be packed."""
+    for kind in type(layer).__mro__:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if name == "bitsandbytes.nn.modules.Linear4bit":
+            return "bitsandbytes"
+        if name == "hqq.core.quantize.HQQLinear":
+            return "hqq"
+        if name == "lorakernels.nn.quantized.QuantizedLinear":
+            return "own"
+    return ""
+
+
+def read(layer: Any) -> PackedWeight:
+    """The packed weight of a layer that has one, of tensors that it shares with it.
+
+    Raises ValueError where it cannot be read, saying why.
+    """
+    kind = kind_of(layer)
+    if kind == "own":
+        return layer.packed
+    return nf4.read_bitsandbytes(layer._parameters["weight"]) if kind == "bitsandbytes" else int4.read_hqq(layer)
+
+
+def weight_of(layer: Any) -> torch.Tensor | PackedWeight:
+    """The weight of any layer as a value."""
+    return read(layer) if kind_of(layer) else layer.weight
+
+
+def why_refused(layer: Any) -> str:
+    """Why a quantised layer that is known cannot be adapted; nothing for any other layer."""
+    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__}
+    return next(
+        (why for known, why in _REFUSED.items() if any(n == known or n.startswith(f"{known}.") for n in names)), ""
+    )

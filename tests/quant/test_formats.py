@@ -1,0 +1,191 @@
+"""Packed weights read, made and unpacked, bit for bit as each format's formula; what is wrong is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lorakernels.nn.quantized import FORMATS, QuantizedLinear, pack
+from lorakernels.quant import int4, layers, nf4, wide
+from lorakernels.quant.packed import CODES, Form, PackedWeight
+
+bnb = pytest.importorskip("bitsandbytes")
+bnb_functional = pytest.importorskip("bitsandbytes.functional")
+
+COLUMNS = (33, 64, 70, 96, 100, 192)
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def by_formula(weight: PackedWeight) -> torch.Tensor:
+    """[N, K] float32: a code of each number, times the scale of its place, for blocks of the flattened weight."""
+    N, K = weight.shape
+    nibbles = torch.stack([weight.data.flatten() >> 4, weight.data.flatten() & 15], 1).flatten()[: N * K]
+    blocks = torch.arange(N * K) // weight.form.block
+    return (torch.tensor(CODES[weight.form.kind])[nibbles.int()] * weight.scale[blocks]).view(N, K)
+
+
+def special(N: int, K: int) -> torch.Tensor:
+    """Random numbers, a row of zeros, and numbers of very different size."""
+    weight = torch.randn(N, K) * 10 ** torch.randn(N, 1)
+    weight[0] = 0
+    return weight
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("K", COLUMNS)
+def test_unpacking_is_the_formula(kind: str, K: int) -> None:
+    for block in BLOCKS:
+        packed = nf4.pack(special(7, K), kind, block)
+        expected = by_formula(packed)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            assert torch.equal(packed.dense(dtype), expected.to(dtype))
+        for rows, cols in ((slice(1, 6), slice(0, K)), (slice(0, 7), slice(3, K - 2)), (slice(2, 3), slice(32, 33))):
+            part = expected[rows, cols]
+            out = torch.full_like(part, torch.nan)
+            packed.unpack(rows.start, rows.stop, cols.start, cols.stop, out)
+            assert torch.equal(out, part)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_the_quantiser_is_bitsandbytes(kind: str) -> None:
+    """Bytes and scales: partial blocks, odd sizes, zeros."""
+    for seed in range(150):
+        torch.manual_seed(seed)
+        N, K = torch.randint(1, 40, (1,)).item(), torch.randint(1, 200, (1,)).item()
+        weight, block = special(int(N), int(K)), BLOCKS[seed % len(BLOCKS)]
+        data, state = bnb_functional.quantize_4bit(weight.clone(), quant_type=kind, blocksize=block)
+        packed = nf4.pack(weight, kind, block)
+        assert torch.equal(packed.data, data.flatten()) and torch.equal(packed.scale, state.absmax)
+
+
+def four_bits(weight: torch.Tensor, kind: str = "nf4", nested: bool = False, storage: Any = torch.uint8) -> Any:
+    """bitsandbytes' layer around a weight [N, K], packed."""
+    N, K = weight.shape
+    layer = bnb.nn.Linear4bit(K, N, quant_type=kind, compress_statistics=nested, quant_storage=storage)
+    parameter = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type=kind, compress_statistics=nested, quant_storage=storage
+    )
+    layer.weight = parameter._quantize("cpu")
+    return layer
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+def test_bitsandbytes_is_read(nested: bool, storage: torch.dtype) -> None:
+    layer = four_bits(torch.randn(64, 128).bfloat16(), nested=nested, storage=storage)
+    packed = layers.read(layer)
+    expected = bnb_functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert packed.dtype is torch.bfloat16 and torch.equal(packed.dense(), expected)
+    assert packed.data.data_ptr() == layer.weight.data_ptr()  # shared, not copied
+
+
+def test_bitsandbytes_own_fault() -> None:
+    """Its CPU kernel is wrong where K is a multiple of 16 and a row no whole number of blocks; ours is the formula."""
+    weight = torch.randn(96, 96)
+    data, _ = bnb_functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    packed = nf4.pack(weight)
+    assert torch.equal(packed.data, data.flatten())
+    assert torch.equal(packed.dense(), by_formula(packed))
+    assert (packed.dense() - weight).norm() <= 0.1 * weight.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"packing_format_for_cpu": True}, "packed again by bitsandbytes"),
+        ({"quant_type": "int3"}, "int3 in blocks of 64"),
+        ({"blocksize": 48}, "in blocks of 48"),
+        ({"absmax": torch.ones(3)}, "3 scales"),
+        ({"shape": torch.Size([64, 64])}, "expected 2048"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_a_wrong_state_is_refused(change: dict[str, Any], message: str) -> None:
+    layer = four_bits(torch.randn(64, 128))
+    for name, value in change.items():
+        setattr(layer.weight.quant_state, name, value)
+    with pytest.raises(ValueError, match=message):
+        layers.read(layer)
+
+
+def test_a_layer_that_is_not_packed_yet_is_refused() -> None:
+    with pytest.raises(ValueError, match="not quantised yet"):
+        layers.read(bnb.nn.Linear4bit(8, 8, quant_type="nf4"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hqq_is_read(dtype: torch.dtype) -> None:
+    hqq = pytest.importorskip("hqq.core.quantize")
+    plain = torch.nn.Linear(128, 32)
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    layer = hqq.HQQLinear(plain, config, compute_dtype=dtype, device="cpu", del_orig=False)
+    packed = layers.read(layer)
+    assert packed.form == Form("int4", 32, 128, 1, 64, dtype, halves=True)
+    codes = torch.cat([layer.W_q >> 4, layer.W_q & 15]).float()
+    expected = ((codes - layer.meta["zero"].float()) * layer.meta["scale"].float()).view(32, 128)
+    assert torch.equal(packed.dense(torch.float32), expected)
+    layer.meta["nbits"] = 8
+    with pytest.raises(ValueError, match="HQQ's with"):
+        layers.read(layer)
+
+
+def test_float8_in_blocks_as_deepseek_has_it() -> None:
+    weight, scale = torch.randn(200, 300).to(wide.FP8), torch.rand(2, 3)
+    packed = wide.read_blocks(weight, scale)
+    of_each = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+    expected = weight.float() * of_each
+    assert torch.equal(packed.dense(torch.float32), expected)
+    out = torch.empty(50, 101)
+    packed.unpack(120, 170, 99, 200, out)
+    assert torch.equal(out, expected[120:170, 99:200])
+    with pytest.raises(ValueError, match=r"expected torch\.float8_e4m3fn and a scale for each block"):
+        wide.read_blocks(weight, torch.rand(7, 7))
+
+
+# A step over √12: of int4 a 15th of some 5 deviations, of int8 a 127th of 3; fp8 has 3 bits of mantissa.
+@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.1), ("fp4", 0.13), ("int4", 0.1), ("int8", 0.01), ("fp8", 0.03)])
+def test_packing_is_near(kind: str, most: float) -> None:
+    weight = torch.randn(48, 128)
+    packed = pack(weight, kind)
+    assert (packed.dense() - weight).norm() <= most * weight.norm()
+    assert packed.nbytes <= weight.numel() * (1.1 if packed.form.bits == 8 else 0.64)
+
+
+def test_int4_is_within_half_a_step() -> None:
+    weight = special(9, 70)
+    packed = int4.pack(weight, 35)
+    steps = packed.scale.repeat_interleave(35, 1)
+    assert ((packed.dense() - weight).abs() <= steps * 0.5001).all()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_form_is_a_text_and_back(kind: str) -> None:
+    form = pack(torch.randn(8, 64, dtype=torch.bfloat16), kind).form
+    assert Form.read(str(form)) == form
+    assert Form.read(str(form._replace(halves=True))) == form._replace(halves=True)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match="groups of 48; expected a divisor"):
+        pack(torch.randn(4, 64), "int4", 48)
+    with pytest.raises(ValueError, match="nf4 in blocks of 48"):
+        pack(torch.randn(4, 64), "nf4", 48)
+    with pytest.raises(ValueError, match="the format is 'int3'"):
+        pack(torch.randn(4, 64), "int3")
+    gptq = type("QuantLinear", (torch.nn.Module,), {"__module__": "auto_gptq.nn_modules.qlinear"})()
+    assert layers.kind_of(gptq) == "" and "GPTQ" in layers.why_refused(gptq)
+    assert "activations" in layers.why_refused(bnb.nn.Linear8bitLt(8, 8))
+    assert layers.why_refused(torch.nn.Linear(2, 2)) == ""
+
+
+def test_a_layer_has_plain_tensors() -> None:
+    """They move, save, load and are copied as any others, on the meta device too."""
+    layer = QuantizedLinear(nf4.pack(torch.randn(8, 64)), torch.randn(8))
+    x = torch.randn(3, 64)
+    other = QuantizedLinear(nf4.pack(torch.randn(8, 64)), torch.zeros(8))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x))
+    assert {type(tensor) for tensor in layer.state_dict().values()} == {torch.Tensor}
+    assert layer.to("meta")(x.to("meta")).shape == (3, 8)
