@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -25,18 +25,26 @@ _ONEDNN_FROM = 1 << 24
 SCRATCH_BYTES = 12 << 20
 
 
-def linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+# (weight, row, last row, column, last column, out): `PackedWeight.unpack`, or a kernel that does it.
+Unpack = Callable[[PackedWeight, int, int, int, int, torch.Tensor], None]
+
+
+def linear(
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, unpack: Unpack = PackedWeight.unpack
+) -> torch.Tensor:
     """x Wᵀ + bias of x [..., K]: what the frozen layer gives, to the bit where its weight is a tensor."""
     if not isinstance(weight, torch.Tensor):
-        y = multiply(x.reshape(-1, x.shape[-1]), weight, bias)
+        y = multiply(x.reshape(-1, x.shape[-1]), weight, bias, unpack)
         return y.view(*x.shape[:-1], y.shape[1])
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def multiply(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+def multiply(
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None, unpack: Unpack = PackedWeight.unpack
+) -> torch.Tensor:
     """x Wᵀ + bias of x [M, K], as a new tensor, by the fastest route that torch has."""
     if not isinstance(weight, torch.Tensor):
-        return _multiply_packed(x, weight, bias)
+        return _multiply_packed(x, weight, bias, None, unpack)
     if x.is_cpu:
         if x.dtype is torch.float16 and not weight.is_contiguous():
             # torch multiplies a transposed float16 matrix by a plain loop: 10.7 s where the copy and
@@ -49,10 +57,10 @@ def multiply(x: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> 
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def add_multiply(y: torch.Tensor, x: torch.Tensor, weight: Any) -> torch.Tensor:
+def add_multiply(y: torch.Tensor, x: torch.Tensor, weight: Any, unpack: Unpack = PackedWeight.unpack) -> torch.Tensor:
     """y + x Wᵀ, in y's memory where torch has such a product as fast as `multiply`; y is given up."""
     if not isinstance(weight, torch.Tensor):
-        return _multiply_packed(x, weight, None, y)
+        return _multiply_packed(x, weight, None, y, unpack)
     if x.is_cpu:
         if x.dtype is torch.float16 and not weight.is_contiguous():
             weight = weight.contiguous()
@@ -61,21 +69,27 @@ def add_multiply(y: torch.Tensor, x: torch.Tensor, weight: Any) -> torch.Tensor:
     return y.addmm_(x, weight.t())
 
 
-def sum_products(xs: Sequence[torch.Tensor], weights: Iterable[Any]) -> torch.Tensor:
+def sum_products(
+    xs: Sequence[torch.Tensor], weights: Iterable[Any], unpack: Unpack = PackedWeight.unpack
+) -> torch.Tensor:
     """Σ x Wᵀ over pairs of x [M, K] and weight [N, K]: dx of several dy's by their transposed weights."""
     first, *more = zip(xs, weights, strict=True)
-    y = multiply(*first)
+    y = multiply(*first, unpack=unpack)
     for x, weight in more:
-        y = add_multiply(y, x, weight)
+        y = add_multiply(y, x, weight, unpack)
     return y
 
 
 def _multiply_packed(
-    x: torch.Tensor, weight: PackedWeight | Transposed, bias: torch.Tensor | None, onto: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: PackedWeight | Transposed,
+    bias: torch.Tensor | None,
+    onto: torch.Tensor | None,
+    unpack: Unpack,
 ) -> torch.Tensor:
     """x Wᵀ + bias, or added to `onto`, by parts of the columns of y."""
     y = x.new_empty((x.shape[0], weight.shape[0])) if onto is None else onto
-    for first, last, part in parts_of(weight, x.dtype):
+    for first, last, part in parts_of(weight, x.dtype, unpack):
         columns = y[:, first:last]
         if onto is not None:
             add_multiply(columns, x, part) if columns is y else columns.addmm_(x, part.t())
@@ -88,7 +102,9 @@ def _multiply_packed(
     return y
 
 
-def parts_of(weight: PackedWeight | Transposed, dtype: torch.dtype) -> Iterator[tuple[int, int, torch.Tensor]]:
+def parts_of(
+    weight: PackedWeight | Transposed, dtype: torch.dtype, unpack: Unpack = PackedWeight.unpack
+) -> Iterator[tuple[int, int, torch.Tensor]]:
     """The rows of a packed weight, or of its transpose, a few at a time: (first, last, [rows, columns] in `dtype`).
 
     The part is valid until the next one is asked for.
@@ -105,11 +121,11 @@ def parts_of(weight: PackedWeight | Transposed, dtype: torch.dtype) -> Iterator[
         out = scratch[: (last - first) * width]
         if by_columns:
             out = out.view(width, last - first)
-            packed.unpack(0, width, first, last, out)
+            unpack(packed, 0, width, first, last, out)
             yield first, last, out.t()
         else:
             out = out.view(last - first, width)
-            packed.unpack(first, last, 0, width, out)
+            unpack(packed, first, last, 0, width, out)
             yield first, last, out
 
 

@@ -8,6 +8,8 @@ kernel is dx = dy W + D'((dy B) A), and the dy B it stores is what dA needs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ import triton.language as tl
 from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
+from lorakernels.kernels.packed import form_of, load_weight, weight_matrix
 from lorakernels.kernels.tiles import (
     draw,
     drop,
@@ -29,12 +32,13 @@ from lorakernels.kernels.tiles import (
     tall,
     transposed,
 )
+from lorakernels.quant.packed import Transposed
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def few_tokens_kernel(
     x,  # [M, K]
-    w,  # [K, N]
+    w,  # [K, N], or packed
     a,  # [K, R]
     b,  # [R, N]
     epilogue,
@@ -46,6 +50,8 @@ def few_tokens_kernel(
     threshold,
     s_scale,
     y_scale,
+    W_FORM: tl.constexpr,
+    PER: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,8 +64,8 @@ def few_tokens_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
-    K, N, R = x.cols, w.cols, a.cols
-    x, w, a, b = sized(x, M, K), sized(w, K, N), sized(a, K, R), sized(b, R, N)
+    K, N, R = x.cols, b.cols, a.cols
+    x, a, b = sized(x, M, K), sized(a, K, R), sized(b, R, N)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -68,7 +74,8 @@ def few_tokens_kernel(
     for k in range(pid_k * BLOCK_K, K, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
         x_tile = load_tile(x, offs_m, offs_k)
-        y = tl.dot(x_tile, load_tile(w, offs_k, offs_n), y, input_precision=INPUT_PRECISION)
+        w_tile = load_weight(w, offs_k, offs_n, k, pid_n * BLOCK_N, x_tile.dtype, K, N, W_FORM, PER)
+        y = tl.dot(x_tile, w_tile, y, input_precision=INPUT_PRECISION)
         if seed_ptr is not None:
             x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_n == 0)
         a_tile = load_tile(a, offs_k, offs_r).to(x_tile.dtype)
@@ -89,7 +96,7 @@ def few_tokens_kernel(
 @retried("few_tokens")
 def few_tokens(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     *,
@@ -118,7 +125,7 @@ def few_tokens(
         (cdiv(N, config.BLOCK_N), cdiv(M, config.BLOCK_M), config.SPLIT),
         {
             "x": tall(x),
-            "w": transposed(weight),
+            "w": weight_matrix(weight),
             "a": transposed(lora_A),
             "b": transposed(lora_B),
             "epilogue": epilogue(row_scale, bias),
@@ -131,7 +138,8 @@ def few_tokens(
             "s_scale": s_scale * inverse_keep(threshold),
             "y_scale": y_scale,
         },
-        {"INPUT_PRECISION": input_precision(x)},
+        form_of(weight, x.dtype, config.BLOCK_N if isinstance(weight, Transposed) else config.BLOCK_K)
+        | {"INPUT_PRECISION": input_precision(x)},
         config,
     )
     sum_planes(y_planes, y)

@@ -19,6 +19,7 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
 from lorakernels.configs.table import choose
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
+from lorakernels.kernels.packed import unpack
 from lorakernels.kernels.tiles import (
     NO_MATRIX,
     descriptor,
@@ -228,7 +229,7 @@ def linear_expand(
         y = x.new_empty((N,), dtype=torch.float32)
         out = planes_for(y, num_blocks_m)
     else:
-        y = out = sum_products(*zip(*pairs, strict=True)) if base else x.new_empty((M, N))
+        y = out = sum_products([x for x, _ in pairs], [w for _, w in pairs], unpack) if base else x.new_empty((M, N))
     args = {
         "low_rank": LowRank(tall(s), transposed(lora_B), mask, scale),
         "epilogue": epilogue(row_scale, bias),

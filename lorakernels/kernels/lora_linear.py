@@ -17,6 +17,7 @@ from lorakernels.kernels.few_tokens import few_tokens
 from lorakernels.kernels.launch import side_stream
 from lorakernels.kernels.linear_expand import linear_expand
 from lorakernels.kernels.outer import dy_pass, grad_A
+from lorakernels.kernels.packed import fits_kernel
 from lorakernels.kernels.shrink import shrink
 from lorakernels.member import Member, columns, grad_dtype, stacked, sum_rows
 
@@ -48,8 +49,9 @@ def forward(
 
 def _takes_few_tokens(x: torch.Tensor, members: Sequence[Member]) -> bool:
     """Whether x or dy are so few rows that one kernel makes a member's product and its update."""
-    ranks = [member.lora_A.shape[0] for member in members if isinstance(member.weight, torch.Tensor)]
-    return len(ranks) == len(members) and takes_few_tokens_form(x.shape[0], max(ranks), x.element_size())
+    if not takes_few_tokens_form(x.shape[0], max([member.lora_A.shape[0] for member in members]), x.element_size()):
+        return False
+    return all([isinstance(member.weight, torch.Tensor) or fits_kernel(member.weight) for member in members])
 
 
 def backward(

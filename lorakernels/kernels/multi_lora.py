@@ -8,6 +8,7 @@ from lorakernels.kernels.adapters import factor_A, factor_B
 from lorakernels.kernels.multi_expand import multi_expand
 from lorakernels.kernels.multi_outer import multi_outer
 from lorakernels.kernels.multi_shrink import multi_shrink
+from lorakernels.kernels.packed import unpack
 from lorakernels.kernels.tiles import sum_planes
 from lorakernels.plan import PlanTensors
 from lorakernels.weight import linear, sum_products
@@ -28,7 +29,7 @@ def forward(
     thresholds: torch.Tensor | None,
 ) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     """A y [T, N] for each slice, S [slices, T, R] if it is to be kept, and dropout's mask [T, ceil(K / 8)] uint8."""
-    ys = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    ys = [linear(x, weight, bias, unpack) for weight, bias in zip(weights, biases, strict=True)]
     planes, mask = multi_shrink(
         [x] * len(ys), [factor_A(A) for A in lora_As], plan, plan.scales, _width(lora_As, plan), seed, thresholds
     )
@@ -58,7 +59,7 @@ def backward(
         factors = [factor_B(B) for B in lora_Bs]
         planes, _ = multi_shrink(dys, factors, plan, plan.scales, _width(lora_As, plan))
         if need_dx:
-            dx = sum_products(dys, [weight.t() for weight in weights])
+            dx = sum_products(dys, [weight.t() for weight in weights], unpack)
             multi_expand(planes, [factor_A(A) for A in lora_As], plan, [dx], mask)
         if need_dA:
             assert x is not None

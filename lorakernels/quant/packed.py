@@ -158,7 +158,7 @@ class PackedWeight(NamedTuple):
             low = rows >= N // 2
             data = self.data.view(N // 2, K)[rows - low * (N // 2), col:last_col]
             codes = torch.where(low[:, None], data & 15, data >> 4)
-            return _table(self.form.kind, self.device).index_select(0, codes.flatten().int()).view(codes.shape)
+            return table_of(self.form.kind, self.device).index_select(0, codes.flatten().int()).view(codes.shape)
         data = self.data.view(N, K // 2)[row:last_row, col // 2 : last_col // 2]
         # A pair of float32 is one number of 64 bits: index_select takes 3.1 ms for 2048 × 2048, of rows of two 22.
         pairs = _pairs(self.form.kind, self.device).index_select(0, data.flatten().int())
@@ -176,7 +176,7 @@ class PackedWeight(NamedTuple):
         else:
             low, at = places % 2 == 1, places // 2
         data = self.data.flatten()[at]
-        numbers = _table(self.form.kind, self.device)[torch.where(low, data & 15, data >> 4).int()]
+        numbers = table_of(self.form.kind, self.device)[torch.where(low, data & 15, data >> 4).int()]
         blocks = places // block if block_rows == 0 else rows // block_rows * -(-K // block) + cols // block
         scale, zero = self._by_block(lambda values: values.flatten()[blocks])
         return (numbers if zero is None else numbers - zero) * scale
@@ -209,7 +209,7 @@ class Transposed(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _table(kind: str, device: torch.device) -> torch.Tensor:
+def table_of(kind: str, device: torch.device) -> torch.Tensor:
     return torch.tensor(CODES[kind], dtype=torch.float32, device=device)
 
 

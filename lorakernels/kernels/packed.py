@@ -1,0 +1,216 @@
+"""Tiles of a packed weight: unpacked in registers inside a product, or into a scratch that torch multiplies.
+
+Of pairs of 4 bits in blocks that do not cross rows, and of 8 bits. NF4 in bfloat16 on NVIDIA is looked up by byte
+permutations, eight numbers of a word in 23 operations; anything else by a load from a table of 16, which stays in a
+cache (issue slots a weight on sm_90, counted from the machine code: 5.7 and 12.3).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lorakernels.backend import interpreter_on
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import device_of
+from lorakernels.kernels.launch import cdiv, launch
+from lorakernels.kernels.tiles import Matrix, load_tile, matrix, plane, sized, store_tile, transposed
+from lorakernels.quant.packed import CODES, PackedWeight, Transposed, table_of
+
+# How a kernel reads a weight: a matrix of numbers, codes of 4 bits, codes of 8 bits, or NF4 by permutations; and what
+# is added where the columns of W are those of the product, as in dx = dy W.
+DENSE, NIBBLES, BYTES, PERMUTED, TURNED = 0, 1, 2, 3, 4
+_FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120")  # Triton converts float8_e4m3fn there
+_UNPACK = KernelConfig(BLOCK_M=32, BLOCK_K=128, num_warps=4)
+
+
+class PackedMatrix(NamedTuple):
+    """A packed weight [rows, cols] as it goes into a kernel."""
+
+    ptr: Any
+    rows: Any
+    cols: Any
+    codes: Any  # [16] float32
+    scale: Any  # [rows / block_rows, cols / block]
+    zero: Any
+    table: Any  # of nested scales, None of others
+    absmax: Any
+    offset: Any
+    block_rows: Any
+    block: Any
+
+
+def fits_kernel(weight: Any) -> bool:
+    """Whether a kernel can unpack it: rows that begin with a word and a block, and numbers that the device converts."""
+    packed = packed_of(weight)
+    form, arch = packed.form, device_of(packed.device).arch
+    if form.kind == "fp8" and not (interpreter_on() or arch in _FP8_ARCHS):
+        return False
+    return not form.halves and form.K % form.block == 0 and (form.bits == 8 or form.block % 8 == 0)
+
+
+def packed_of(weight: PackedWeight | Transposed) -> PackedWeight:
+    return weight.weight if isinstance(weight, Transposed) else weight
+
+
+def form_of(weight: Any, dtype: torch.dtype, block_cols: int) -> dict[str, int]:
+    """How a kernel reads a weight, by tiles of so many columns: its constexprs W_FORM, and the columns a scale, PER."""
+    if isinstance(weight, torch.Tensor):
+        return {"W_FORM": DENSE, "PER": 1}
+    packed = packed_of(weight)
+    kind, block, turned = packed.form.kind, packed.form.block, TURNED if isinstance(weight, Transposed) else 0
+    per = min(block_cols, block & -block)  # a power of two
+    if packed.form.bits == 8:
+        return {"W_FORM": BYTES + turned, "PER": per}
+    nvidia = device_of(packed.device).arch.startswith("sm_") and not interpreter_on()
+    permutes = nvidia and kind == "nf4" and dtype is torch.bfloat16 and per >= 8
+    return {"W_FORM": (PERMUTED if permutes else NIBBLES) + turned, "PER": per}
+
+
+def weight_matrix(weight: Any) -> Matrix | PackedMatrix:
+    """A weight [N, K] as [K, N]; packed as it lies."""
+    if isinstance(weight, torch.Tensor):
+        return transposed(weight)
+    packed = packed_of(weight)
+    form = packed.form
+    return PackedMatrix(
+        packed.data, form.N, form.K, table_of(form.kind, packed.device) if form.bits == 4 else None, packed.scale,
+        packed.zero, packed.table, packed.absmax, packed.offset, max(1, form.block_rows), form.block,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scales(w, values, nested, offs_rows, offs_cols):
+    """Of each row and column: scales, or zeros, in float32."""
+    blocks = (offs_rows // w.block_rows).to(tl.int64)[:, None] * (w.cols // w.block) + (offs_cols // w.block)[None, :]
+    inside = (offs_rows < w.rows)[:, None] & (offs_cols < w.cols)[None, :]
+    scale = tl.load(values + blocks, mask=inside, other=0)
+    if nested:
+        scale = tl.load(w.table + scale.to(tl.int32)) * tl.load(w.absmax + blocks // 256, mask=inside, other=0.0)
+        return scale + tl.load(w.offset)
+    return scale.to(tl.float32)
+
+
+@triton.jit
+def _blockwise(w, numbers, offs_rows, first_col, BLOCK: tl.constexpr, PER: tl.constexpr):
+    """(number - zero) · scale of a tile whose columns have one scale for each PER of them."""
+    firsts = first_col + tl.arange(0, BLOCK // PER) * PER
+    scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts)
+    blocks = tl.reshape(numbers, (numbers.shape[0], BLOCK // PER, PER))
+    if w.zero is not None:
+        blocks -= _scales(w, w.zero, False, offs_rows, firsts)[:, :, None]
+    return tl.reshape(blocks * scale[:, :, None], numbers.shape)
+
+
+@triton.jit
+def load_weight(w, offs_k, offs_n, k, n, dtype, K, N, W_FORM: tl.constexpr, PER: tl.constexpr):
+    """The tile [K, N] of a weight's transpose [K, N] from row k and column n on; dense or packed."""
+    if W_FORM == 0:
+        return load_tile(sized(w, K, N), offs_k, offs_n)
+    if W_FORM < 4:
+        return tl.trans(load_packed(w, offs_n, k, dtype, offs_k.shape[0], W_FORM, PER))
+    return load_packed(w, offs_k, n, dtype, offs_n.shape[0], W_FORM - 4, PER)
+
+
+@triton.jit
+def load_packed(w, offs_rows, first_col, dtype, BLOCK: tl.constexpr, W_FORM: tl.constexpr, PER: tl.constexpr):
+    """The tile [rows, BLOCK] of a packed weight in `dtype`, zero outside. `first_col` is a multiple of BLOCK."""
+    in_rows = (offs_rows < w.rows)[:, None]
+    if W_FORM == 2:
+        offs_cols = first_col + tl.arange(0, BLOCK)
+        places = offs_rows.to(tl.int64)[:, None] * w.cols + offs_cols[None, :]
+        codes = tl.load(w.ptr + places, mask=in_rows & (offs_cols < w.cols)[None, :], other=0.0)
+        return _blockwise(w, codes.to(tl.float32), offs_rows, first_col, BLOCK, PER).to(dtype)
+    if W_FORM == 3:
+        words = w.ptr.to(tl.pointer_type(tl.uint32))
+        offs = first_col // 8 + tl.arange(0, BLOCK // 8)
+        inside = in_rows & (offs < w.cols // 8)[None, :]
+        word = tl.load(words + offs_rows.to(tl.int64)[:, None] * (w.cols // 8) + offs[None, :], mask=inside, other=0)
+        n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
+            _ASM, _CONSTRAINTS, [word], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
+        )
+        even = tl.join(tl.join(n0, n4), tl.join(n2, n6))
+        odd = tl.join(tl.join(n1, n5), tl.join(n3, n7))
+        numbers = tl.reshape(tl.join(even, odd), (offs_rows.shape[0], BLOCK))
+        firsts = first_col + tl.arange(0, BLOCK // PER) * PER
+        scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts).to(tl.bfloat16)
+        blocks = tl.reshape(numbers, (offs_rows.shape[0], BLOCK // PER, PER)) * scale[:, :, None]
+        return tl.reshape(blocks, (offs_rows.shape[0], BLOCK))
+    offs = first_col // 2 + tl.arange(0, BLOCK // 2)
+    inside = in_rows & (offs < w.cols // 2)[None, :]
+    places = offs_rows.to(tl.int64)[:, None] * (w.cols // 2) + offs[None, :]
+    pair = tl.load(w.ptr + places, mask=inside, other=0).to(tl.int32)
+    numbers = tl.join(tl.load(w.codes + (pair >> 4)), tl.load(w.codes + (pair & 15)))
+    numbers = tl.reshape(numbers, (offs_rows.shape[0], BLOCK))
+    return _blockwise(w, numbers, offs_rows, first_col, BLOCK, PER).to(dtype)
+
+
+@triton.jit(do_not_specialize=["row", "num_rows"])
+def unpack_kernel(
+    w,
+    out,  # [rows, columns], those of w from `row` and `first_col` on
+    row,
+    num_rows,
+    first_col,
+    W_FORM: tl.constexpr,
+    PER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = tl.program_id(1) * BLOCK_K
+    dtype = out.ptr.dtype.element_ty
+    rows = tl.where(offs_m < num_rows, row + offs_m, w.rows)
+    tile = load_packed(w, rows, first_col + col, dtype, BLOCK_K, W_FORM, PER)
+    store_tile(plane(out.ptr, 0, num_rows, out.cols), tile, offs_m, col + tl.arange(0, BLOCK_K))
+
+
+def unpack(weight: PackedWeight, row: int, last_row: int, col: int, last_col: int, out: torch.Tensor) -> None:
+    """`PackedWeight.unpack` by a kernel, where one can; `out` is contiguous."""
+    constexprs = form_of(weight, out.dtype, _UNPACK.BLOCK_K)
+    if not fits_kernel(weight) or col % constexprs["PER"] or col % 8:
+        return weight.unpack(row, last_row, col, last_col, out)
+    grid = (cdiv(last_row - row, _UNPACK.BLOCK_M), cdiv(last_col - col, _UNPACK.BLOCK_K))
+    args = {"w": weight_matrix(weight), "out": matrix(out), "row": row, "num_rows": last_row - row, "first_col": col}
+    launch(unpack_kernel, grid, args, constexprs, _UNPACK)
+
+
+def _bfloat16(value: float) -> int:
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 & 0xFFFF
+
+
+def _assembly() -> str:
+    """A word of eight codes to eight bfloat16, number 0 in the low byte's high nibble.
+
+    A selector of `prmt` picks a byte of eight by three bits: of the sixteen low bytes, and of the sixteen high ones, by
+    two of them, between which the codes' fourth bits choose. One more joins low and high bytes.
+    """
+    codes = [_bfloat16(value) for value in CODES["nf4"]]
+    low, high = (
+        [sum((code >> shift & 255) << 8 * i for i, code in enumerate(codes[at : at + 4])) for at in (0, 4, 8, 12)]
+        for shift in (0, 8)
+    )
+    lines = [
+        "{ .reg .b32 s, f, m, p, q, l, h, r0, r1, r2, r3;",
+        "and.b32 s, $8, 0x77777777; shr.b32 f, $8, 3; and.b32 f, f, 0x11111111;",
+    ]
+    for half in (0, 1):
+        if half:
+            lines.append("shr.b32 s, s, 16; shr.b32 f, f, 16;")
+        lines.append("prmt.b32 m, 0x0000ff00, 0, f;")
+        for name, table in (("l", low), ("h", high)):
+            lines.append(f"prmt.b32 p, {table[0]:#x}, {table[1]:#x}, s; prmt.b32 q, {table[2]:#x}, {table[3]:#x}, s;")
+            lines.append(f"lop3.b32 {name}, p, q, m, 0xd8;")  # q where m, else p
+        # A byte's high nibble is the even number.
+        lines.append(f"prmt.b32 r{2 * half}, l, h, 0x4051; prmt.b32 r{2 * half + 1}, l, h, 0x6273;")
+    lines += [f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, r{i};" for i in range(4)]
+    return " ".join(lines) + " }"
+
+
+_ASM = tl.constexpr(_assembly())
+_CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r")
