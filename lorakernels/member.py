@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ import torch
 class Member(NamedTuple):
     """y = row_scale ∘ (x Wᵀ + scaling · (D(x) Aᵀ) Bᵀ) + bias, of weight [N, K], lora_A [r, K] and lora_B [N, r]."""
 
-    weight: torch.Tensor
+    weight: Any  # a tensor, or packed
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     bias: torch.Tensor | None = None  # [N]

@@ -110,43 +110,54 @@ def _blockwise(w, numbers, offs_rows, first_col, BLOCK: tl.constexpr, PER: tl.co
 def load_weight(w, offs_k, offs_n, k, n, dtype, K, N, W_FORM: tl.constexpr, PER: tl.constexpr):
     """The tile [K, N] of a weight's transpose [K, N] from row k and column n on; dense or packed."""
     if W_FORM == 0:
-        return load_tile(sized(w, K, N), offs_k, offs_n)
-    if W_FORM < 4:
-        return tl.trans(load_packed(w, offs_n, k, dtype, offs_k.shape[0], W_FORM, PER))
-    return load_packed(w, offs_k, n, dtype, offs_n.shape[0], W_FORM - 4, PER)
+        tile = load_tile(sized(w, K, N), offs_k, offs_n)
+    elif W_FORM < 4:
+        tile = tl.trans(load_packed(w, offs_n, k, dtype, offs_k.shape[0], W_FORM, PER))
+    else:
+        tile = load_packed(w, offs_k, n, dtype, offs_n.shape[0], W_FORM - 4, PER)
+    return tile
 
 
 @triton.jit
 def load_packed(w, offs_rows, first_col, dtype, BLOCK: tl.constexpr, W_FORM: tl.constexpr, PER: tl.constexpr):
     """The tile [rows, BLOCK] of a packed weight in `dtype`, zero outside. `first_col` is a multiple of BLOCK."""
-    in_rows = (offs_rows < w.rows)[:, None]
-    if W_FORM == 2:
-        offs_cols = first_col + tl.arange(0, BLOCK)
-        places = offs_rows.to(tl.int64)[:, None] * w.cols + offs_cols[None, :]
-        codes = tl.load(w.ptr + places, mask=in_rows & (offs_cols < w.cols)[None, :], other=0.0)
-        return _blockwise(w, codes.to(tl.float32), offs_rows, first_col, BLOCK, PER).to(dtype)
     if W_FORM == 3:
-        words = w.ptr.to(tl.pointer_type(tl.uint32))
-        offs = first_col // 8 + tl.arange(0, BLOCK // 8)
-        inside = in_rows & (offs < w.cols // 8)[None, :]
-        word = tl.load(words + offs_rows.to(tl.int64)[:, None] * (w.cols // 8) + offs[None, :], mask=inside, other=0)
-        n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
-            _ASM, _CONSTRAINTS, [word], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
-        )
-        even = tl.join(tl.join(n0, n4), tl.join(n2, n6))
-        odd = tl.join(tl.join(n1, n5), tl.join(n3, n7))
-        numbers = tl.reshape(tl.join(even, odd), (offs_rows.shape[0], BLOCK))
         firsts = first_col + tl.arange(0, BLOCK // PER) * PER
         scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts).to(tl.bfloat16)
+        numbers = _permuted(w, offs_rows, first_col, BLOCK)
         blocks = tl.reshape(numbers, (offs_rows.shape[0], BLOCK // PER, PER)) * scale[:, :, None]
-        return tl.reshape(blocks, (offs_rows.shape[0], BLOCK))
-    offs = first_col // 2 + tl.arange(0, BLOCK // 2)
-    inside = in_rows & (offs < w.cols // 2)[None, :]
-    places = offs_rows.to(tl.int64)[:, None] * (w.cols // 2) + offs[None, :]
-    pair = tl.load(w.ptr + places, mask=inside, other=0).to(tl.int32)
-    numbers = tl.join(tl.load(w.codes + (pair >> 4)), tl.load(w.codes + (pair & 15)))
-    numbers = tl.reshape(numbers, (offs_rows.shape[0], BLOCK))
-    return _blockwise(w, numbers, offs_rows, first_col, BLOCK, PER).to(dtype)
+        tile = tl.reshape(blocks, (offs_rows.shape[0], BLOCK))
+    else:
+        if W_FORM == 2:
+            offs_cols = first_col + tl.arange(0, BLOCK)
+            numbers = _load_packed(w.ptr, offs_rows, offs_cols, w.rows, w.cols).to(tl.float32)
+        else:
+            offs = first_col // 2 + tl.arange(0, BLOCK // 2)
+            pair = _load_packed(w.ptr, offs_rows, offs, w.rows, w.cols // 2).to(tl.int32)
+            numbers = tl.join(tl.load(w.codes + (pair >> 4)), tl.load(w.codes + (pair & 15)))
+            numbers = tl.reshape(numbers, (offs_rows.shape[0], BLOCK))
+        tile = _blockwise(w, numbers, offs_rows, first_col, BLOCK, PER).to(dtype)
+    return tile
+
+
+@triton.jit
+def _load_packed(ptr, offs_rows, offs_cols, rows, cols):
+    """Bytes or words of rows of so many of them."""
+    inside = (offs_rows < rows)[:, None] & (offs_cols < cols)[None, :]
+    return tl.load(ptr + offs_rows.to(tl.int64)[:, None] * cols + offs_cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _permuted(w, offs_rows, first_col, BLOCK: tl.constexpr):
+    """NF4's codes, not scaled, bfloat16: eight of a word."""
+    offs = first_col // 8 + tl.arange(0, BLOCK // 8)
+    word = _load_packed(w.ptr.to(tl.pointer_type(tl.uint32)), offs_rows, offs, w.rows, w.cols // 8)
+    n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
+        _ASM, _CONSTRAINTS, [word], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
+    )
+    even = tl.join(tl.join(n0, n4), tl.join(n2, n6))
+    odd = tl.join(tl.join(n1, n5), tl.join(n3, n7))
+    return tl.reshape(tl.join(even, odd), (offs_rows.shape[0], BLOCK))
 
 
 @triton.jit(do_not_specialize=["row", "num_rows"])

@@ -12,6 +12,7 @@ import torch
 
 from lorakernels.member import Member, training_step
 from lorakernels.plan import BatchPlan
+from lorakernels.quant.packed import CODES, Form, PackedWeight
 
 # float16 compiles to the same instructions as bfloat16, with the other operand type.
 DTYPES = (torch.bfloat16, torch.float32)
@@ -23,6 +24,7 @@ ALIGNED, ODD = (4096, 4096), (131, 97)
 # Many adapters: tokens and slots of each form (a program a token, tiles of 16, tiles of 64), and the widths of q, k, v.
 BATCHES = ((64, 64), (256, 32), (2048, 8))
 QKV = (4096, 1024, 1024)
+PACKED = ("nf4-nested", "int4", "int8", "fp8")
 _THRESHOLD = 6554  # of p = 0.1
 
 
@@ -42,6 +44,9 @@ def shipped_launches() -> list[Any]:
         for dtype, M, threshold in itertools.product(DTYPES, TOKENS[1:], (0, _THRESHOLD)):
             step(dtype, M, K, [(N, 16) for N in QKV], threshold, factor_dtype=single)
         step(torch.bfloat16, TOKENS[-1], odd_K, [(N, 5) for N in (odd_N, 33, 33)], _THRESHOLD, factor_dtype=single)
+        for kind, M in itertools.product(PACKED, TOKENS):
+            step(torch.bfloat16, M, K, [(N, 16)], factor_dtype=single, packed=kind)
+        step(single, TOKENS[1], K, [(N, 16)], packed="nf4")
         for T, slots in BATCHES:
             multi_step(torch.bfloat16, T, slots, 16, 4096, QKV, train=False)
             multi_step(torch.bfloat16, T, slots, 64, 4096, (4096,), paged=True, train=False)
@@ -66,6 +71,7 @@ def layer_step(
     factor_dtype: torch.dtype | None = None,
     bias: bool = False,
     row_scale: bool = False,
+    packed: str = "",
     device: str = "meta",
 ) -> None:
     """A training step of one or several linears (N, r) of one x [M, K], by the kernels' `lora_linear` or eager's."""
@@ -76,12 +82,25 @@ def layer_step(
     x, dys, own = empty(M, K), [empty(M, N) for N, _ in sizes], factor_dtype or dtype
     members = [
         Member(
-            empty(N, K), empty(r, K, of=own), empty(N, r, of=own), empty(N) if bias else None,
-            empty(N, of=torch.float32) if row_scale else None, 0.5,
+            packed_weight(packed, N, K) if packed else empty(N, K), empty(r, K, of=own), empty(N, r, of=own),
+            empty(N) if bias else None, empty(N, of=torch.float32) if row_scale else None, 0.5,
         )
         for N, r in sizes
     ]  # fmt: skip
     training_step(implementation, x, dys, members, threshold, need_dbias=bias)
+
+
+def packed_weight(kind: str, N: int, K: int) -> PackedWeight:
+    """One on the meta device, of a name in `PACKED`."""
+    kind, _, nested = kind.partition("-")
+    meta, block = partial(torch.empty, device="meta"), 64 if kind in CODES else K
+    form = Form(kind, N, K, 0 if kind in ("nf4", "fp4") else 1, block, torch.bfloat16)
+    scale = meta((N, K // block), dtype=torch.uint8 if nested else torch.float32)
+    if kind not in CODES:
+        return PackedWeight(str(form), meta((N, K), dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn), scale)
+    data, zero = meta((N, K // 2), dtype=torch.uint8), meta(scale.shape) if kind == "int4" else None
+    outer = (meta(256), meta(-(-scale.numel() // 256)), meta(())) if nested else ()
+    return PackedWeight(str(form), data, scale, zero, *outer)
 
 
 def multi_step(

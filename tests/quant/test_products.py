@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakernels as lk
 from lorakernels import formula, ops, weight
+from lorakernels.configs import table
 from lorakernels.nn.quantized import FORMATS, pack
 from lorakernels.quant.packed import PackedWeight
 from lorakernels.testing.budget import assert_within_budget
+from lorakernels.testing.device import NUMBERS
 
 N, K, R, TOKENS = 70, 96, 5, 11
 DTYPES = (torch.float32, torch.bfloat16)
@@ -34,11 +36,14 @@ def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("way", ["torch", "triton-few", "triton-general"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", FORMATS)
-def test_against_float64(kind: str, variant: str, dtype: torch.dtype, impl: str, device: str) -> None:
+def test_against_float64(
+    kind: str, variant: str, dtype: torch.dtype, way: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "FEW_TOKENS", -1 if way == "triton-general" else 256)
     given, base = {name: t.to(device) for name, t in inputs(dtype).items()}, packed(kind)
     base = PackedWeight(base.text, *(None if t is None else t.to(device) for t in base[1:]))
     if not VARIANTS[variant].get("bias", True):
@@ -49,7 +54,7 @@ def test_against_float64(kind: str, variant: str, dtype: torch.dtype, impl: str,
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in given.items()}
     x, A, B = (leaves[name] for name in ("x", "lora_A", "lora_B"))
     optional = {name: leaves[name] for name in ("bias", "row_scale") if name in leaves}
-    y = lk.lora_linear(x, base, A, B, scaling=0.7, impl=impl, **optional)
+    y = lk.lora_linear(x, base, A, B, scaling=0.7, impl=way.partition("-")[0], **optional)
     y.backward(dy)
 
     def expected(dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -65,7 +70,8 @@ def test_against_float64(kind: str, variant: str, dtype: torch.dtype, impl: str,
     results = {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
     for name, result in results.items():
         assert result is not None
-        assert_within_budget(result, eager[name], exact[name], dtype, name)
+        if NUMBERS:
+            assert_within_budget(result, eager[name], exact[name], dtype, name)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
