@@ -96,7 +96,9 @@ def keep_of(case: GroupCase, inputs: GroupInputs, impl: str) -> torch.Tensor | N
     lists = [[getattr(member, name) for member in inputs.members] for name in ("weight", "lora_A", "lora_B", "bias")]
     scalings = list(case.scalings[: len(case.Ns)])
     none = [None] * len(scalings)
-    _, _, mask = torch.ops.lorakernels.lora_linear_group(inputs.x, *lists, none, seed, scalings, case.dropout_p, impl)
+    weights, *others = lists
+    arguments = (inputs.x, weights, [], [], *others, none, seed, scalings, case.dropout_p, impl)  # none is packed
+    _, _, mask = torch.ops.lorakernels.lora_linear_group(*arguments)
     return unpack_mask(mask, case.K) * inverse_keep(drop_threshold(case.dropout_p))
 
 
@@ -265,14 +267,14 @@ def test_opcheck(impl: str, dropout_p: float, device: str) -> None:
     seed = torch.tensor([5], device=device) if dropout_p else None
     numbers = ([0.5, 2.0], dropout_p)
     scales = [None, torch.rand(8, device=device)]
-    arguments = (inputs.x, weights, As, Bs, [biases[0], None], scales, seed, *numbers, impl)
+    arguments = (inputs.x, weights, [], [], As, Bs, [biases[0], None], scales, seed, *numbers, impl)
     torch.library.opcheck(torch.ops.lorakernels.lora_linear_group.default, arguments)
     _, s, mask = torch.ops.lorakernels.lora_linear_group(*arguments)
     parts = [part.contiguous() for part in s.split([3, 2], dim=1)]
     for needs in ([True] * 8 + [False, False, True], [False] * 5 + [True] + [False] * 5):
         torch.library.opcheck(
             torch.ops.lorakernels.lora_linear_group_backward.default,
-            (dys, inputs.x, weights, As, Bs, scales, parts, mask, *numbers, needs, impl),
+            (dys, inputs.x, weights, [], [], As, Bs, scales, parts, mask, *numbers, needs, impl),
         )
 
 
