@@ -299,7 +299,7 @@ def sweep(run: Run, seconds: float) -> None:
     from lorakernels.tools.bench.run import default_device
     from lorakernels.tools.bench.timing import interleaved, timer
     from lorakernels.tools.tune import tuner
-    from lorakernels.tools.tune.candidates import first_candidates
+    from lorakernels.tools.tune.candidates import candidates
     from lorakernels.tools.tune.problem import problems_of
     from lorakernels.tools.tune.trial import make_inputs
     from lorakernels.tools.tune.trial import run as launch
@@ -316,7 +316,7 @@ def sweep(run: Run, seconds: float) -> None:
         if run.mode == "stub":
             for problem in problems_of([shape], slots):
                 inputs = make_inputs(problem, device)
-                for config in first_candidates(problem, device_of(device)):
+                for config in candidates(problem, device_of(device), neighbours=False):
                     launch(problem, config, inputs)
                 print(problem, flush=True)
             continue

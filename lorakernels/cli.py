@@ -1,4 +1,4 @@
-"""The command line. A command is a row of COMMANDS: a function that names its arguments, and one that runs it.
+"""The command line. A command is a function with its arguments above it.
 
 Everything heavy is imported inside the functions that run, so that `lorakernels --help` starts no torch.
 """
@@ -9,7 +9,8 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from subprocess import CalledProcessError
+from typing import Any, NamedTuple
 
 from lorakernels import __version__
 
@@ -18,26 +19,43 @@ MISTAKE = 2  # the command could not do what was asked: argparse's own status
 INTERRUPTED = 130
 
 
-@dataclass(frozen=True)
-class Command:
+Argument = tuple[tuple[str, ...], dict[str, Any]]  # of argparse's add_argument
+Run = Callable[[argparse.Namespace], int]
+
+
+class Command(NamedTuple):
     """A sub-command. `run` returns the exit status; the first line of its docstring is the help."""
 
     name: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
+    arguments: tuple[Argument, ...]
+    run: Run
 
 
-def demo_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", default="lorakernels-demo", metavar="FOLDER", help="for adapters and picture (%(default)s)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same numbers (%(default)s)")
-    parser.add_argument(
+COMMANDS: list[Command] = []
+
+
+def argument(*names: str, **options: Any) -> Argument:
+    return names, options
+
+
+def command(*arguments: Argument) -> Callable[[Run], Run]:
+    """The function below is the command of its name."""
+
+    def add(run: Run) -> Run:
+        COMMANDS.append(Command(run.__name__.replace("_", "-"), arguments, run))
+        return run
+
+    return add
+
+
+@command(
+    argument("--out", default="lorakernels-demo", metavar="FOLDER", help="for adapters and picture (%(default)s)"),
+    argument("--seed", type=int, default=0, metavar="N", help="same seed, same numbers (%(default)s)"),
+    argument(
         "--impl", choices=("auto", "torch", "triton"), help="what every layer runs (as LORAKERNELS_IMPL says, or auto)"
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="train each adapter for N steps only, to try it out")
-
-
+    ),
+    argument("--steps", type=int, metavar="N", help="train each adapter for N steps only, to try it out"),
+)
 def demo(arguments: argparse.Namespace) -> int:
     """train adapters on real handwritten digits, and check what the package promises"""
     from lorakernels.tools.demo import run_demo
@@ -48,28 +66,51 @@ def demo(arguments: argparse.Namespace) -> int:
     return FAILED if result.failures else 0
 
 
-def doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, for a bug report or a script")
-
-
+@command(
+    argument("--json", action="store_true", help="print JSON, for a bug report or a script"),
+)
 def doctor(arguments: argparse.Namespace) -> int:
     """say what this machine can run and why, what is missing, and check the results"""
-    from lorakernels.tools.doctor import as_json, examine, print_diagnosis
+    import json
 
-    diagnosis = examine()
+    from lorakernels.tools.doctor import examine, print_diagnosis
+
+    found = examine()
     if arguments.json:
-        print(as_json(diagnosis))
+        print(json.dumps(found, indent=2, allow_nan=False))
     else:
-        print_diagnosis(diagnosis)
-    return 0 if diagnosis.ok else FAILED
+        print_diagnosis(found)
+    return 0 if found["ok"] else FAILED
 
 
-def inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder (PEFT, mlx-lm) or .safetensors file (kohya)")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the singular values of every update")
-    parser.add_argument("--json", action="store_true", help="print JSON, with every module and singular value")
+@command(
+    argument(
+        "action",
+        nargs="?",
+        choices=("run", "plot", "compare", "list"),
+        default="run",
+        help="run (the default), draw results, compare two of them, or list sets and implementations",
+    ),
+    argument("files", nargs="*", metavar="FILE.json", help="results to plot (any number) or compare (two)"),
+    argument("--set", default="small", metavar="NAMES", help="sets of shapes, with commas (%(default)s)"),
+    argument("--impl", metavar="NAMES", help="what is measured beside the frozen layer (all that can run)"),
+    argument("--out", metavar="PATH", help="JSON that run writes, or the folder for plot's pictures (.)"),
+    argument("--device", choices=("cpu", "cuda"), help="where run measures (a GPU, if there is one)"),
+    argument("--rounds", type=int, default=30, metavar="N", help="times each is measured (%(default)s)"),
+    argument("--limit", type=float, metavar="SECONDS", help="start no further shape after so long"),
+)
+def bench(arguments: argparse.Namespace) -> int:
+    """measure a training step beside the frozen layer, PEFT and others; draw and compare results"""
+    from lorakernels.tools.bench import command
+
+    return command.main(arguments)
 
 
+@command(
+    argument("adapter", metavar="ADAPTER", help="folder (PEFT, mlx-lm) or .safetensors file (kohya)"),
+    argument("--plot", metavar="FILE.png", help="draw the singular values of every update"),
+    argument("--json", action="store_true", help="print JSON, with every module and singular value"),
+)
 def inspect(arguments: argparse.Namespace) -> int:
     """say what an adapter's files hold: kind, ranks, and how large each update is"""
     from lorakernels.files.inspect import as_json, inspect_adapter, plot_spectra, print_report
@@ -84,13 +125,12 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="a kohya .safetensors file, or an mlx-lm folder")
-    parser.add_argument("--to", required=True, metavar="OUT", help="new folder for PEFT's files")
-    parser.add_argument("--model", metavar="DIR", help="the model's folder, which tells a kohya file's module names")
-    parser.add_argument("--prefix", metavar="NAME", help="part of a kohya file to take, such as lora_unet")
-
-
+@command(
+    argument("source", metavar="SOURCE", help="a kohya .safetensors file, or an mlx-lm folder"),
+    argument("--to", required=True, metavar="OUT", help="new folder for PEFT's files"),
+    argument("--model", metavar="DIR", help="the model's folder, which tells a kohya file's module names"),
+    argument("--prefix", metavar="NAME", help="part of a kohya file to take, such as lora_unet"),
+)
 def convert(arguments: argparse.Namespace) -> int:
     """write a kohya or mlx-lm adapter as PEFT's folder, number for number"""
     from lorakernels.files.convert import convert as convert_files
@@ -99,15 +139,12 @@ def convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def merge_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder with config.json and safetensors")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter's folder")
-    parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the merged model")
-    parser.add_argument(
-        "--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of every weight (as they are)"
-    )
-
-
+@command(
+    argument("--model", required=True, metavar="DIR", help="folder with config.json and safetensors"),
+    argument("--adapter", required=True, metavar="DIR", help="the adapter's folder"),
+    argument("--out", required=True, metavar="DIR", help="new folder for the merged model"),
+    argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of every weight (as they are)"),
+)
 def merge(arguments: argparse.Namespace) -> int:
     """merge an adapter into a model's files, one tensor at a time"""
     import torch
@@ -119,44 +156,19 @@ def merge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "action",
-        nargs="?",
-        choices=("run", "plot", "compare", "list"),
-        default="run",
-        help="run (the default), draw results, compare two of them, or list sets and implementations",
-    )
-    parser.add_argument("files", nargs="*", metavar="FILE.json", help="results to plot (any number) or compare (two)")
-    parser.add_argument("--set", default="small", metavar="NAMES", help="sets of shapes, with commas (%(default)s)")
-    parser.add_argument("--impl", metavar="NAMES", help="what is measured beside the frozen layer (all that can run)")
-    parser.add_argument("--out", metavar="PATH", help="JSON that run writes, or the folder for plot's pictures (.)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where run measures (a GPU, if there is one)")
-    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="times each is measured (%(default)s)")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no further shape after so long")
-
-
-def bench(arguments: argparse.Namespace) -> int:
-    """measure a training step beside the frozen layer, PEFT and others; draw and compare results"""
-    from lorakernels.tools.bench import command
-
-    return command.main(arguments)
-
-
-def tune_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shapes", nargs="+", metavar="MxNxKxr", help="tokens, outputs, inputs and rank of layers")
-    parser.add_argument("--set", default="all", metavar="NAMES", help="without --shapes: sets of `bench` (%(default)s)")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of --shapes (bfloat16)")
-    parser.add_argument("--dropout", type=float, default=0.0, metavar="P", help="of --shapes (%(default)s)")
-    parser.add_argument("--slots", type=int, metavar="N", help="the kernels for N adapters in a batch, not for one")
-    parser.add_argument("--out", metavar="FILE.json", help="the table to write (the user's table of this GPU)")
-    parser.add_argument("--resume", action="store_true", help="skip what the table holds already")
-    parser.add_argument("--rounds", type=int, default=20, metavar="N", help="times each is measured (%(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be measured; needs no GPU")
-    parser.add_argument("--arch", metavar="NAME", help="with --dry-run: for a GPU of this architecture, such as sm_90")
-
-
+@command(
+    argument("--shapes", nargs="+", metavar="MxNxKxr", help="tokens, outputs, inputs and rank of layers"),
+    argument("--set", default="all", metavar="NAMES", help="without --shapes: sets of `bench` (%(default)s)"),
+    argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of --shapes (bfloat16)"),
+    argument("--dropout", type=float, default=0.0, metavar="P", help="of --shapes (%(default)s)"),
+    argument("--slots", type=int, metavar="N", help="the kernels for N adapters in a batch, not for one"),
+    argument("--out", metavar="FILE.json", help="the table to write (the user's table of this GPU)"),
+    argument("--resume", action="store_true", help="skip what the table holds already"),
+    argument("--rounds", type=int, default=20, metavar="N", help="times each is measured (%(default)s)"),
+    argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (%(default)s)"),
+    argument("--dry-run", action="store_true", help="print what would be measured; needs no GPU"),
+    argument("--arch", metavar="NAME", help="with --dry-run: for a GPU of this architecture, such as sm_90"),
+)
 def tune(arguments: argparse.Namespace) -> int:
     """find the fastest configuration of each kernel on this GPU, and keep them in a table"""
     from pathlib import Path
@@ -203,15 +215,12 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in sizes]
 
 
-def compile_report_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--arch", action="append", metavar="NAME", help="sm_80, sm_90, sm_100 or gfx942; repeatable (all)"
-    )
-    parser.add_argument("--kernel", action="append", metavar="NAME", help="such as shrink_kernel; repeatable (all)")
-    parser.add_argument("--json", action="store_true", help="print every row as JSON")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (%(default)s)")
-
-
+@command(
+    argument("--arch", action="append", metavar="NAME", help="sm_80, sm_90, sm_100 or gfx942; repeatable (all)"),
+    argument("--kernel", action="append", metavar="NAME", help="such as shrink_kernel; repeatable (all)"),
+    argument("--json", action="store_true", help="print every row as JSON"),
+    argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (%(default)s)"),
+)
 def compile_report(arguments: argparse.Namespace) -> int:
     """compile the kernels for GPUs that are not here: registers, spills, memory, instructions"""
     from lorakernels.tools import compile_report as report
@@ -219,53 +228,36 @@ def compile_report(arguments: argparse.Namespace) -> int:
     return report.main(arguments.arch or (), arguments.kernel or (), arguments.json, arguments.jobs)
 
 
-def precompile_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, metavar="FILE.tar.xz", help="the archive to write")
-    parser.add_argument("--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90 or sm_100 (%(default)s)")
-    parser.add_argument("--python", metavar="TAG", help="CPython over there, such as cp312, or a path (as here)")
-    parser.add_argument("--triton", metavar="VERSION", help="Triton over there, such as 3.6.0 (as here)")
-    parser.add_argument("--work", metavar="FOLDER", help="keep what is compiled there, and go on from it")
-    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what launches the kernels (all)")
-
-
+@command(
+    argument("--out", required=True, metavar="FILE.tar.xz", help="the archive to write"),
+    argument("--arch", default="sm_90", metavar="NAME", help="sm_80, sm_90 or sm_100 (%(default)s)"),
+    argument("--python", metavar="TAG", help="CPython over there, such as cp312, or a path (as here)"),
+    argument("--triton", metavar="VERSION", help="Triton over there, such as 3.6.0 (as here)"),
+    argument("--work", metavar="FOLDER", help="keep what is compiled there, and go on from it"),
+    argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what launches the kernels (all)"),
+)
 def precompile(arguments: argparse.Namespace) -> int:
     """compile the kernels for a GPU that is elsewhere, into an archive that its machine unpacks"""
-    import subprocess
     from pathlib import Path
 
     from lorakernels.tools.precompile import precompile as fill
 
     command = arguments.command[arguments.command[:1] == ["--"] :]
-    try:
-        work = Path(arguments.work).resolve() if arguments.work else None
-        found = fill(Path(arguments.out), arguments.arch, arguments.python, arguments.triton, command, work)
-    except subprocess.CalledProcessError as error:
-        raise ValueError(f"{' '.join(map(str, error.cmd))[:200]} ended with status {error.returncode}") from None
+    work = Path(arguments.work).resolve() if arguments.work else None
+    found = fill(Path(arguments.out), arguments.arch, arguments.python, arguments.triton, command, work)
     return 0 if found else FAILED
-
-
-COMMANDS = (
-    Command("demo", demo_arguments, demo),
-    Command("doctor", doctor_arguments, doctor),
-    Command("bench", bench_arguments, bench),
-    Command("inspect", inspect_arguments, inspect),
-    Command("convert", convert_arguments, convert),
-    Command("merge", merge_arguments, merge),
-    Command("tune", tune_arguments, tune),
-    Command("compile-report", compile_report_arguments, compile_report),
-    Command("precompile", precompile_arguments, precompile),
-)
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="lorakernels", description="Fast low-rank adapters for PyTorch models.")
     root.add_argument("--version", action="version", version=f"lorakernels {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        summary = (command.run.__doc__ or "").partition("\n")[0]
-        sub = commands.add_parser(command.name, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.")
-        command.arguments(sub)
-        sub.set_defaults(run=command.run)
+    for name, arguments, run in COMMANDS:
+        summary = (run.__doc__ or "").partition("\n")[0]
+        sub = commands.add_parser(name, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.")
+        for names, options in arguments:
+            sub.add_argument(*names, **options)
+        sub.set_defaults(run=run)
     return root
 
 
@@ -309,7 +301,7 @@ def _nobody_reads() -> bool:
 
 def _is_mistake(error: Exception) -> bool:
     """Whether the user can mend it: a wrong value, name or file, or something that is not installed or not here."""
-    if isinstance(error, (ValueError, KeyError, OSError, ModuleNotFoundError)):
+    if isinstance(error, (ValueError, KeyError, OSError, ModuleNotFoundError, CalledProcessError)):
         return True
     from lorakernels.backend import BackendError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from lorakernels.arguments import no_tensor
 from lorakernels.backend import Explanation, explain_impl
 from lorakernels.configs.device import assume, device_of
 from lorakernels.configs.table import record_choices
-from lorakernels.member import Member, columns
+from lorakernels.member import Member, training_step
 from lorakernels.plan import BatchPlan
 
 Tensors = list[torch.Tensor]
@@ -63,7 +63,7 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
     return buffer.as_strided(tensor.shape, tensor.stride(), start)
 
 
-def _layer_launches(x: torch.Tensor, weights: Tensors, As: Tensors, dropout: bool, row_scale: bool) -> Iterator[str]:
+def _layer_launches(x: torch.Tensor, weights: Tensors, As: Tensors, dropout: bool, row_scale: bool) -> list[str]:
     from lorakernels.kernels import lora_linear as kernels
 
     members = [
@@ -71,26 +71,12 @@ def _layer_launches(x: torch.Tensor, weights: Tensors, As: Tensors, dropout: boo
         for W, A in zip(weights, As, strict=True)
     ]
     dys = [x.new_empty((len(x), len(W))) for W in weights]
-    seed, each = x.new_empty(1, dtype=torch.int64) if dropout else None, [True] * len(members)
-    if row_scale:
-        with _recorded("the norm of W + s B A") as lines:
-            for member in members:
-                kernels.project(member.weight, member.lora_A)
-        yield from lines
-    with _recorded("forward") as lines:
-        _, s, mask = kernels.forward(x, members, seed, int(dropout))
-    yield from lines
-    with _recorded("backward") as lines:
-        for dy, member, s_i in zip(dys, members, columns(s, members), strict=True) if row_scale else ():
-            kernels.grad_row_scale(dy, x, member.weight, (s_i, member.lora_B), 1.0)
-        kernels.backward(
-            dys, x, members, columns(s, members), mask, int(dropout),
-            need_dx=True, need_dA=True, need_dB=each, need_dbias=[False] * len(members),
-        )  # fmt: skip
-    yield from lines
+    with _recorded() as (lines, ran):
+        training_step(kernels, x, dys, members, int(dropout), ran=ran)
+    return lines
 
 
-def _multi_launches(x: torch.Tensor, weights: Tensors, As: Tensors, plan: BatchPlan, dropout: bool) -> Iterator[str]:
+def _multi_launches(x: torch.Tensor, weights: Tensors, As: Tensors, plan: BatchPlan, dropout: bool) -> list[str]:
     from lorakernels.kernels import multi_lora as kernels
 
     tensors = plan.tensors
@@ -102,29 +88,36 @@ def _multi_launches(x: torch.Tensor, weights: Tensors, As: Tensors, plan: BatchP
     ]
     seed = x.new_empty(1, dtype=torch.int64) if dropout else None
     thresholds = x.new_empty(plan.num_slots + 1, dtype=torch.int32) if dropout else None
-    with _recorded("forward", of_tokens=True) as lines:
+    dys = [x.new_empty((len(x), len(W))) for W in weights]
+    with _recorded() as (lines, ran):
         _, s, mask = kernels.forward(
             x, weights, [None] * len(weights), As, Bs, tensors, keep_s=True, seed=seed, thresholds=thresholds
         )
-    yield from lines
-    dys = [x.new_empty((len(x), len(W))) for W in weights]
-    with _recorded("backward", of_tokens=True) as lines:
+        ran("forward")
         kernels.backward(dys, x, weights, As, Bs, tensors, s, mask, need_dx=True, need_dA=True, need_dB=True)
-    yield from lines
+        ran("backward")
+    return lines
 
 
 @contextmanager
-def _recorded(phase: str, of_tokens: bool = False) -> Iterator[list[str]]:
-    """A line for each launch inside the block: the kernel, its config, and where that comes from."""
+def _recorded() -> Iterator[tuple[list[str], Callable[[str], None]]]:
+    """A line for each launch inside the block, and what is to be told the name of each part when it has run.
+
+    A line is the kernel, its config, and where that comes from.
+    """
     from lorakernels.kernels.launch import record_launches
 
     lines: list[str] = []
     with record_choices() as asked, record_launches() as launches:
-        yield lines
-    sources = {each.choice.config: each.choice.source for each in asked}
-    for launch in launches:
-        name, config = launch.kernel.__name__.removesuffix("_kernel"), launch.config
-        form = ""
-        if of_tokens and name.startswith(("multi_shrink", "multi_expand")):
-            form = ", a program a token" if config.BLOCK_M == 1 else f", tiles of {config.BLOCK_M} tokens of one slot"
-        lines.append(f"{name} ({phase}){form}: {config} ({sources.get(config, 'fixed')})")
+
+        def ran(part: str) -> None:
+            sources = {each.choice.config: each.choice.source for each in asked}
+            for launch in launches[len(lines) :]:
+                name, config = launch.kernel.__name__.removesuffix("_kernel"), launch.config
+                form = ""
+                if name.startswith(("multi_shrink", "multi_expand")):
+                    tiles = f"tiles of {config.BLOCK_M} tokens of one slot"
+                    form = ", a program a token" if config.BLOCK_M == 1 else f", {tiles}"
+                lines.append(f"{name} ({part}){form}: {config} ({sources.get(config, 'fixed')})")
+
+        yield lines, ran

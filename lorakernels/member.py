@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -51,17 +51,27 @@ def training_step(
     members: Sequence[Member],
     threshold: int = 0,
     need_dbias: bool = False,
+    ran: Callable[[str], object] = str,
 ) -> None:
     """Forward and backward past the operators, with every gradient but the weights', for whoever counts what is asked
-    for; meta tensors will do.
+    for; meta tensors will do. `ran` is told the name of each part when it has run.
     """
+    scaled = members[0].row_scale is not None
+    if scaled:
+        for member in members:
+            implementation.project(member.weight, member.lora_A)
+        ran("the norm of W + s B A")
     seed = x.new_empty((1,), dtype=torch.int64) if threshold else None
     _, s, mask = implementation.forward(x, members, seed, threshold)
-    each = [True] * len(members)
+    ran("forward")
+    each, ss = [True] * len(members), columns(s, members)
+    for dy, member, s_i in zip(dys, members, ss, strict=True) if scaled else ():
+        implementation.grad_row_scale(dy, x, member.weight, (s_i, member.lora_B), member.scaling)
     implementation.backward(
-        dys, x, members, columns(s, members), mask, threshold,
+        dys, x, members, ss, mask, threshold,
         need_dx=True, need_dA=True, need_dB=each, need_dbias=each if need_dbias else [False] * len(members),
     )  # fmt: skip
+    ran("backward")
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +58,15 @@ def _poison() -> Iterator[None]:
 def device() -> str:
     """Where tensors must be for impl="triton"."""
     return DEVICE
+
+
+@pytest.fixture
+def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tuning tables in a temporary folder, none read, and every warning seen anew."""
+    from lorakernels.configs import table, table_file
+
+    monkeypatch.setenv("LORAKERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(table_file, "SHIPPED", tmp_path / "shipped")
+    table.clear()
+    yield
+    table.clear()

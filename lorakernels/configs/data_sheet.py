@@ -56,6 +56,5 @@ def data_sheet(device_name: str) -> DataSheet | None:
     return next((sheet for sheet in DATA_SHEETS if re.search(rf"\b{sheet.matches}\b", device_name)), None)
 
 
-def speed_of(arch: str, name: str = "") -> DataSheet:
-    """By the device's name where that is known, else by its architecture."""
-    return data_sheet(name) or _BY_ARCH.get(arch, _UNLISTED)
+def speed_of(arch: str) -> DataSheet:
+    return _BY_ARCH.get(arch, _UNLISTED)

@@ -52,10 +52,6 @@ def example_of(arch: str) -> Device:
     return _ARCH_EXAMPLES[arch]
 
 
-def num_processors(device: torch.device) -> int:
-    return device_of(device).processors
-
-
 @lru_cache(maxsize=64)
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,32 +87,21 @@ def choose(
     allowed, and take smaller tiles. `tma` says that the operands fit tensor descriptors. The operations for many
     adapters have a `batch`, in N and K their one number of columns, and in r the widest rank.
     """
+    if _forced is not None and operation in _forced:
+        choice = Choice(_forced[operation], "forced")
+    else:
+        gpu, is_gpu = device_of(device), device.type == "cuda" or is_here()
+        choice = _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out))
     if _asked is not None:
-        choice = choose_with_source(operation, M, N, K, r, itemsize, device, tma, batch)
         _asked.append(Asked(operation, M, N, K, r, itemsize, tma, batch, choice))
-        return choice.config
-    if _forced is not None and operation in _forced:
-        return _forced[operation]
-    gpu, is_gpu = device_of(device), device.type == "cuda" or is_here()
-    return _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out)).config
+    return choice.config
 
 
-def choose_with_source(
-    operation: str,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
-    itemsize: int,
-    device: torch.device,
-    tma: bool = False,
-    batch: Batch | None = None,
-) -> Choice:
+def choose_with_source(*sizes: Any, **named: Any) -> Choice:
     """As `choose`, with the table's entry, or the heuristic, that the config comes from."""
-    if _forced is not None and operation in _forced:
-        return Choice(_forced[operation], "forced")
-    gpu, is_gpu = device_of(device), device.type == "cuda" or is_here()
-    return _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out))
+    with record_choices() as asked:
+        choose(*sizes, **named)
+    return asked[0].choice
 
 
 @contextmanager
@@ -255,17 +244,16 @@ def _choice(
 @lru_cache(maxsize=64)
 def _tables(device: Device, is_gpu: bool) -> tuple[Table, ...]:
     """The tables of a device, the strongest first. A device that is assumed has no user."""
-    named: list[tuple[str, Path]] = [(f"shipped table {device.slug}", table_file.shipped_path(device))]
-    tables, none_found = [], device.name not in _loaded
+    tables = [_loaded[device.name]] if device.name in _loaded else []
+    paths = {f"shipped table {device.slug}": table_file.shipped_path(device)}
     if is_gpu:
         try:
             path = table_file.user_path(device)
-            named.insert(0, (f"user table {path}", path))
+            paths = {f"user table {path}": path, **paths}
         except RuntimeError as error:  # no home directory, as in a container with a user of its own
             _warn(f"there is no user table: {str(error).rstrip('.')}; set LORAKERNELS_CACHE")
-    if device.name in _loaded:
-        tables.append(_loaded[device.name])
-    for name, path in named:
+    none_found = not tables
+    for name, path in paths.items():
         try:
             if not path.exists():
                 continue

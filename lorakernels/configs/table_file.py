@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -21,7 +22,7 @@ CACHE = "LORAKERNELS_CACHE"
 SHIPPED = Path(__file__).resolve().parent / "tables"
 # A thousand shapes take about one.
 _MAX_MEGABYTES = 16
-_SIZES = ("M", "N", "K", "r", "itemsize")
+_SIZES = ("M", "N", "K", "r", "itemsize", "slots")
 _OPERATIONS = (*OPERATIONS, *MULTI_OPERATIONS)
 
 
@@ -66,34 +67,25 @@ class Entry:
         return f"entry M={self.M} N={self.N} K={self.K} r={self.r}{slots}"
 
     def to_fields(self) -> dict[str, Any]:
-        sizes = {name: getattr(self, name) for name in (*_SIZES, "slots")}
-        return {
-            "operation": self.operation,
-            **sizes,
-            "config": self.config.to_fields(),
-            "measured": dict(self.measured),
-        }
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_fields(cls, fields: Any) -> Entry:
         """Raises ValueError naming what is wrong."""
         if not isinstance(fields, dict):
             raise ValueError(f"an entry is {type(fields).__name__}; expected an object")
-        if unknown := sorted(fields.keys() - {"operation", *_SIZES, "slots", "config", "measured"}):
+        if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(cls)}):
             raise ValueError(f"an entry has a field {unknown[0]!r}, which this version does not know")
-        if fields.get("operation") not in _OPERATIONS:
-            raise ValueError(f"operation is {fields.get('operation')!r}; expected one of {', '.join(_OPERATIONS)}")
-        fields = {"slots": 1} | fields
-        for name in (*_SIZES, "slots"):
+        fields = {"operation": None, "config": None, "measured": {}, "slots": 1} | fields
+        if fields["operation"] not in _OPERATIONS:
+            raise ValueError(f"operation is {fields['operation']!r}; expected one of {', '.join(_OPERATIONS)}")
+        for name in _SIZES:
             value = fields.get(name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a number of at least 1")
-        measured = fields.get("measured", {})
-        if not isinstance(measured, dict):
-            raise ValueError(f"measured is {type(measured).__name__}; expected an object")
-        config = KernelConfig.from_fields(fields.get("config"))  # type: ignore[arg-type]
-        sizes = {name: fields[name] for name in (*_SIZES, "slots")}
-        return cls(operation=fields["operation"], config=config, measured=measured, **sizes)
+        if not isinstance(fields["measured"], dict):
+            raise ValueError(f"measured is {type(fields['measured']).__name__}; expected an object")
+        return cls(**fields | {"config": KernelConfig.from_fields(fields["config"])})
 
 
 @dataclass
@@ -130,13 +122,9 @@ def cache_folder() -> Path:
     """The user's cache: LORAKERNELS_CACHE, or where the platform keeps caches."""
     if named := os.environ.get(CACHE):
         return Path(named).expanduser()
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    elif sys.platform == "darwin":
-        base = "~/Library/Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "lorakernels"
+    folders = {"win32": ("LOCALAPPDATA", "~/AppData/Local"), "darwin": ("", "~/Library/Caches")}
+    variable, default = folders.get(sys.platform, ("XDG_CACHE_HOME", "~/.cache"))
+    return Path(os.environ.get(variable) or default).expanduser() / "lorakernels"
 
 
 def user_path(device: Device) -> Path:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from lorakernels.configs.config import KernelConfig
-from lorakernels.configs.device import num_processors
+from lorakernels.configs.device import device_of
 from lorakernels.configs.table import choose
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.packed import unpack
@@ -241,7 +241,7 @@ def linear_expand(
         descriptors = _descriptors(pairs, w_is_nk, config)
         y_desc = None if dot is not None else descriptor(y, (config.BLOCK_M, config.BLOCK_N))
         args = descriptors | {"y_desc": y_desc, "Ks": Ks, "dots_ptr": None if dot is None else out} | args
-        grid = (min(num_tiles, num_processors(x.device) * config.PROGRAMS_PER_SM),)
+        grid = (min(num_tiles, device_of(x.device).processors * config.PROGRAMS_PER_SM),)
         launch(linear_expand_tma_kernel, grid, args, {"W_IS_NK": w_is_nk} | constexprs, config)
     else:
         matrices = (NO_PAIR,) if base else tuple((tall(x), transposed(w)) for x, w in pairs)

@@ -8,7 +8,7 @@ import torch
 
 from lorakernels import formula
 from lorakernels.testing.device import STUB
-from lorakernels.testing.guards import guarded
+from lorakernels.testing.guards import laid_out
 
 GRADIENTS = ("x", "weight", "lora_A", "lora_B", "bias", "row_scale")
 
@@ -96,9 +96,6 @@ LARGE_CASES = (
     LinearCase("few_tokens_dropout", tokens=(250,), K=4096, N=2048, r=33, dropout_p=0.1),
 )
 
-# Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
-_HUGE = 1 << 30
-
 
 @dataclass
 class LinearInputs:
@@ -126,9 +123,8 @@ def make_inputs(
 
     def randn(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
         if STUB:  # nobody looks at the numbers, which take longer than the launches
-            return _laid_out(torch.empty(shape, dtype=of), case.layout)
-        plain = (torch.randn(shape, generator=generator, device=where) * scale).to(device, of)
-        return _laid_out(plain, case.layout)
+            return laid_out(torch.empty(shape, dtype=of), case.layout)
+        return laid_out((torch.randn(shape, generator=generator, device=where) * scale).to(device, of), case.layout)
 
     adapter = case.adapter_dtype or dtype
     x = randn(*case.tokens, case.K)
@@ -150,47 +146,22 @@ def generating(device: torch.device | str) -> torch.device:
     return device if device.type == "cuda" else torch.device("cpu")
 
 
-def _laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
-    if plain.dim() == 0 or plain.numel() == 0:
-        return plain
-    if layout == "transposed":
-        return guarded(plain.mT.contiguous().mT if plain.dim() > 1 else plain)
-    if layout == "every_second":
-        wide = plain.new_full((*plain.shape[:-1], 2 * plain.shape[-1]), float("nan"))
-        wide[..., ::2] = plain
-        return wide[..., ::2]
-    if layout == "expanded" and plain.dim() == 3:
-        return guarded(plain[:1].expand_as(plain))
-    if layout == "huge_strides" and plain.dim() == 2 and plain.dtype is torch.float16:
-        # Sparse in memory: the pages between the rows are reserved and never touched; on a GPU they are there.
-        storage = torch.UntypedStorage(
-            plain.element_size() * (_HUGE * (plain.shape[0] - 1) + plain.shape[1]), device=plain.device
-        )
-        spread = torch.empty(0, dtype=plain.dtype, device=plain.device).set_(storage, 0, plain.shape, (_HUGE, 1))
-        return spread.copy_(plain)
-    return guarded(plain)
+def leaves_of(
+    tensors: dict[str, torch.Tensor], needs: tuple[str, ...], dtype: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """The same memory, or copies in `dtype`; what comes before a dot in a name tells whether its gradient is needed."""
+    leaves = {name: t.detach() if dtype is None else t.detach().to(dtype).clone() for name, t in tensors.items()}
+    return {name: leaf.requires_grad_(name.partition(".")[0] in needs) for name, leaf in leaves.items()}
 
 
 def run_formula(
     case: LinearCase, inputs: LinearInputs, keep: torch.Tensor | None, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """y and the gradients of the one-line formula in `dtype`, by torch's autograd, under the mask `keep` [M, K]."""
-    leaves = {name: tensor.detach().to(dtype).clone() for name, tensor in inputs.tensors().items()}
-    for name in case.needs:
-        if name in leaves:
-            leaves[name].requires_grad_()
+    leaves = leaves_of(inputs.tensors(), case.needs, dtype)
     if keep is not None:
         keep = keep.to(dtype).view(inputs.x.shape)
-    y = formula.lora_linear(
-        leaves["x"],
-        leaves["weight"],
-        leaves["lora_A"],
-        leaves["lora_B"],
-        leaves.get("bias"),
-        case.scaling,
-        keep,
-        leaves.get("row_scale"),
-    )
+    y = formula.lora_linear(**leaves, scaling=case.scaling, keep=keep)
     y.backward(inputs.dy.to(dtype))
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {"y": y.detach(), **grads}

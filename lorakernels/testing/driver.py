@@ -176,11 +176,21 @@ def _run_compiler(source: str | Path, out: str | Path, include: Iterable[str | P
     subprocess.run([compiler, str(source), *options, "-o", str(out), *more], check=True)
 
 
-def _compile_c(name: str, source: str, folder: str, library_dirs: Any, include_dirs: Any, libraries: Any) -> str:
-    """In place of Triton's own call of the compiler, for its C modules."""
-    out = os.path.join(folder, name + str(sysconfig.get_config_var("EXT_SUFFIX")))
+def _compile_c(
+    name: str,
+    source: str,
+    folder: str,
+    library_dirs: Any,
+    include_dirs: Any,
+    libraries: Any,
+    *,
+    include: str = sysconfig.get_path("include"),
+    suffix: str = str(sysconfig.get_config_var("EXT_SUFFIX")),
+) -> str:
+    """In place of Triton's own call of the compiler, for its C modules; `include` and `suffix` are a CPython's."""
+    out = os.path.join(folder, name + suffix)
     link = [*(f"-L{directory}" for directory in library_dirs), *(f"-l:{library}" for library in libraries)]
-    _run_compiler(source, out, [*include_dirs, sysconfig.get_path("include")], link)
+    _run_compiler(source, out, [*include_dirs, include], link)
     return out
 
 
@@ -193,17 +203,12 @@ def _fill_for(target: dict[str, str]) -> None:
     key = _key(target)
     triton_cache.triton_key = lambda: key
     if target.get("include"):
+        from triton.runtime.build import platform_key
 
         def compile_twice(name: str, source: str, folder: str, *rest: Any) -> str:
-            library_dirs, include_dirs, libraries = rest
-            text = Path(source).read_text()
-            module = triton_cache.get_cache_manager(
-                hashlib.sha256((text + _platform_key()).encode("utf-8")).hexdigest()
-            )
-            out = Path(folder) / f"{name}{target['suffix']}"
-            link = [*(f"-L{directory}" for directory in library_dirs), *(f"-l:{library}" for library in libraries)]
-            _run_compiler(source, out, [*include_dirs, target["include"]], link)
-            module.put(out.read_bytes(), out.name, binary=True)
+            of = hashlib.sha256((Path(source).read_text() + platform_key()).encode("utf-8")).hexdigest()
+            out = Path(_compile_c(name, source, folder, *rest, include=target["include"], suffix=target["suffix"]))
+            triton_cache.get_cache_manager(of).put(out.read_bytes(), out.name, binary=True)
             return _compile_c(name, source, folder, *rest)
 
         knobs.build.impl = compile_twice
@@ -225,9 +230,3 @@ def _key(target: dict[str, str]) -> str:
 def key_of_cache() -> str:
     """A hash of what the Triton for which the cache is filled looks its kernels up by."""
     return hashlib.sha256(_key(json.loads(os.environ.get(CACHE_FOR, "{}"))).encode()).hexdigest()
-
-
-def _platform_key() -> str:
-    from triton.runtime.build import platform_key
-
-    return platform_key()

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 
 from lorakernels import formula
-from lorakernels.testing.cases import LinearCase, LinearInputs, make_inputs
+from lorakernels.testing.cases import LinearCase, LinearInputs, leaves_of, make_inputs
 
 Results = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class GroupCase:
-    """One call of `lora_linear_group`: the members' sizes, and as for one linear what differs from the plain case."""
+class GroupCase(LinearCase):
+    """One call of `lora_linear_group`: what its members share, and the sizes, scalings and dtypes of each."""
 
-    name: str
     tokens: tuple[int, ...] = (20,)
     K: int = 40
     Ns: tuple[int, ...] = (24, 16, 16)
     ranks: tuple[int, ...] = (8, 8, 8)
     scalings: tuple[float, ...] = (0.7, -0.4, 2.0, 0.5, 1.0)
-    bias: bool = True
-    dropout_p: float = 0.0
     adapter_dtypes: tuple[torch.dtype | None, ...] = (None,) * 5  # None: x's own
-    layout: str = "contiguous"
-    needs: tuple[str, ...] = ("x", "lora_A", "lora_B", "bias")
     used: tuple[int, ...] = (0, 1, 2, 3, 4)  # members whose output somebody uses
-
-    def __str__(self) -> str:
-        return self.name
 
 
 _FLOAT32 = (torch.float32,) * 5
@@ -77,7 +69,7 @@ class GroupInputs:
     """The members' tensors, x that of the first, and the gradients that come back to the outputs."""
 
     x: torch.Tensor
-    members: list[LinearInputs] = field(default_factory=list)
+    members: list[LinearInputs]
 
     def tensors(self) -> Results:
         """By name: x, weight.0, lora_A.0, and so on."""
@@ -94,43 +86,21 @@ def make_group_inputs(
     case: GroupCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> GroupInputs:
     """Random tensors of the case's layout, in memory that is NaN everywhere else."""
-    members = [
-        make_inputs(
-            LinearCase(
-                case.name, case.tokens, case.K, N, r, case.bias, adapter_dtype=adapter_dtype, layout=case.layout
-            ),
-            dtype,
-            device,
-            seed=8 * seed + i,
-        )
-        for i, (N, r, adapter_dtype) in enumerate(zip(case.Ns, case.ranks, case.adapter_dtypes, strict=False))
-    ]
+    each = zip(case.Ns, case.ranks, case.adapter_dtypes, strict=False)
+    cases = [replace(case, N=N, r=r, adapter_dtype=of) for N, r, of in each]
+    members = [make_inputs(member, dtype, device, seed=8 * seed + i) for i, member in enumerate(cases)]
     return GroupInputs(members[0].x, members)
-
-
-def needed(case: GroupCase, name: str) -> bool:
-    return name.partition(".")[0] in case.needs
 
 
 def run_group_formula(case: GroupCase, inputs: GroupInputs, keep: torch.Tensor | None, dtype: torch.dtype) -> Results:
     """The y's and the gradients of one line a member in `dtype`, by torch's autograd, under the mask `keep` [M, K]."""
-    leaves = {name: tensor.detach().to(dtype).clone() for name, tensor in inputs.tensors().items()}
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(needed(case, name))
+    leaves = leaves_of(inputs.tensors(), case.needs, dtype)
     if keep is not None:
         keep = keep.to(dtype).view(inputs.x.shape)
-    ys = [
-        formula.lora_linear(
-            leaves["x"],
-            leaves[f"weight.{i}"],
-            leaves[f"lora_A.{i}"],
-            leaves[f"lora_B.{i}"],
-            leaves.get(f"bias.{i}"),
-            case.scalings[i],
-            keep,
-        )
-        for i in range(len(case.Ns))
-    ]
+    ys = []
+    for i, scaling in zip(range(len(case.Ns)), case.scalings, strict=False):
+        weight, A, B = (leaves[f"{name}.{i}"] for name in ("weight", "lora_A", "lora_B"))
+        ys.append(formula.lora_linear(leaves["x"], weight, A, B, leaves.get(f"bias.{i}"), scaling, keep))
     dys = [member.dy.to(dtype) for member in inputs.members]
     return collect(case, leaves, ys, dys)
 

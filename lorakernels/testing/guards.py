@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 _MARGIN = 256
 _PATTERN = 0xA5
+# Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
+_HUGE = 1 << 30
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
@@ -27,6 +30,32 @@ def _fill_expanded(inside: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     index = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())
     inside[index].copy_(tensor[index])
     return inside
+
+
+def laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same numbers in this layout, where it can be, in memory that is NaN everywhere else."""
+    if plain.dim() == 0 or plain.numel() == 0:
+        return plain
+    if layout == "transposed":
+        return guarded(plain.mT.contiguous().mT if plain.dim() > 1 else plain)
+    if layout == "every_second":
+        wide = plain.new_full((*plain.shape[:-1], 2 * plain.shape[-1]), float("nan"))
+        wide[..., ::2] = plain
+        return wide[..., ::2]
+    if layout == "expanded" and plain.dim() == 3:
+        return guarded(plain[:1].expand_as(plain))
+    if layout == "layered" and plain.dim() == 3:
+        # Stacks as engines hold them: a dimension of 1, and rows longer than this layer's.
+        stack = plain.new_full((plain.shape[0], 1, plain.shape[1] + 2, plain.shape[2] + 8), float("nan"))
+        stack[:, 0, : plain.shape[1], : plain.shape[2]] = plain
+        return stack[:, :, : plain.shape[1], : plain.shape[2]]
+    if layout == "huge_strides" and plain.dim() > 1 and plain.dtype is torch.float16:
+        # Sparse in memory: the pages between rows, or stacks, are reserved and never touched; on a GPU they are there.
+        count = _HUGE * (len(plain) - 1) + plain[0].numel()
+        storage = torch.UntypedStorage(plain.element_size() * count, device=plain.device)
+        spread = torch.empty(0, dtype=plain.dtype, device=plain.device)
+        return spread.set_(storage, 0, plain.shape, (_HUGE, *plain.stride()[1:])).copy_(plain)
+    return guarded(plain)
 
 
 @contextmanager
@@ -48,11 +77,8 @@ def canaries() -> Iterator[None]:
         inside = buffer[_MARGIN : _MARGIN + numbytes].view(plain.dtype).view(plain.shape)
         return inside.fill_(float("nan")) if plain.is_floating_point() else inside
 
-    torch.Tensor.new_empty = guarded_empty  # type: ignore[method-assign,assignment]
-    try:
+    with patch.object(torch.Tensor, "new_empty", guarded_empty):
         yield
-    finally:
-        torch.Tensor.new_empty = new_empty  # type: ignore[method-assign]
     for buffer, numbytes in buffers:
         margins = torch.cat([buffer[:_MARGIN], buffer[_MARGIN + numbytes :]])
         assert (margins == _PATTERN).all(), f"a write outside a tensor of {numbytes} bytes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -27,11 +28,8 @@ def shuffled_programs(seed: int) -> Iterator[None]:
         place = int(np.ravel_multi_index(idx, self.grid_dim))
         set_idx(self, *(int(i) for i in np.unravel_index(order[0][place], self.grid_dim)))
 
-    builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
-    try:
+    with patch.multiple(builder, set_grid_dim=set_grid_dim, set_grid_idx=set_grid_idx):
         yield
-    finally:
-        builder.set_grid_dim, builder.set_grid_idx = set_dim, set_idx
 
 
 @contextmanager
@@ -71,13 +69,9 @@ def only_own_memory() -> Iterator[None]:
         check("store", ptrs, mask)
         return store(self, ptrs, value, mask, *rest, **named)
 
-    builder.create_masked_load, builder.create_masked_store = create_masked_load, create_masked_store
-    executor._init_args_hst = init_args_hst
-    try:
+    memory = patch.multiple(builder, create_masked_load=create_masked_load, create_masked_store=create_masked_store)
+    with memory, patch.object(executor, "_init_args_hst", init_args_hst):
         yield
-    finally:
-        builder.create_masked_load, builder.create_masked_store = load, store
-        executor._init_args_hst = init_args
 
 
 def _spans(arguments: Iterable[Any]) -> Iterator[tuple[int, int]]:

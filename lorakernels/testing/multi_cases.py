@@ -10,8 +10,8 @@ import torch
 
 from lorakernels import formula
 from lorakernels.plan import BatchPlan
-from lorakernels.testing.cases import generating
-from lorakernels.testing.guards import guarded
+from lorakernels.testing.cases import generating, leaves_of
+from lorakernels.testing.guards import laid_out
 
 Results = dict[str, torch.Tensor]
 
@@ -24,7 +24,7 @@ class MultiCase:
     T: int = 23
     ranks: tuple[int, ...] = (8, 3, 0, 5, 1)
     scalings: tuple[float, ...] | None = None
-    batch: str = "random"  # random, grouped, in_order, in_turn, each_its_own, base, slot 3, or rows 0 -1 2
+    batch: str = "random"  # random, grouped, in_order, in_turn, each_its_own, or rows of one slot: rows 0 -1 2
     R: int = 8
     K: int = 40
     Ns: tuple[int, ...] = (24,)
@@ -46,11 +46,11 @@ MULTI_CASES = (
     MultiCase("grouped", batch="grouped"),
     MultiCase("in_turn", T=20, batch="in_turn"),
     MultiCase("each_its_own", T=6, ranks=(4, 8, 1, 7, 2, 3), batch="each_its_own"),
-    MultiCase("all_one_adapter", T=70, batch="slot 3"),
-    MultiCase("one_token", T=1, batch="slot 0"),
-    MultiCase("one_token_of_the_base", T=1, batch="base"),
+    MultiCase("all_one_adapter", T=70, batch="rows 3"),
+    MultiCase("one_token", T=1, batch="rows 0"),
+    MultiCase("one_token_of_the_base", T=1, batch="rows -1"),
     MultiCase("one_slot", ranks=(8,)),
-    MultiCase("all_base", batch="base"),
+    MultiCase("all_base", batch="rows -1"),
     MultiCase("all_empty_slots", ranks=(0, 0)),
     MultiCase("empty", T=0),
     MultiCase("three_dimensions", T=24, lead=(2, 3, 4)),
@@ -86,9 +86,6 @@ LARGE_MULTI_CASES = (
     MultiCase("prefill", T=1100, ranks=(16, 8, 0, 16), batch="in_order", **_QKV),
     MultiCase("train_dropout", T=600, ranks=(16, 8, 0, 16), K=1040, Ns=(2056,), R=16, dropout_p=0.1),
 )
-
-# Two such strides pass 2³¹ elements. The memory is only touched where the elements lie.
-_HUGE = 1 << 30
 
 
 @dataclass
@@ -130,21 +127,18 @@ def make_multi_inputs(
     def randn(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> torch.Tensor:
         return (torch.randn(shape, generator=normal, device=where) * scale).to(device, of)
 
-    slots = torch.randint(-1, S, (T,), generator=generator, dtype=torch.int32)
+    slots, token = torch.randint(-1, S, (T,), generator=generator), torch.arange(T)
     if case.batch == "grouped":
         slots = slots.sort(descending=True).values
-    elif case.batch in ("in_order", "in_turn"):
-        token = torch.arange(T)
-        slots = (token * S // max(T, 1) if case.batch == "in_order" else token % S).int()
+    elif case.batch == "in_order":
+        slots = token * S // max(T, 1)
+    elif case.batch == "in_turn":
+        slots = token % S
     elif case.batch == "each_its_own":
-        slots = torch.randperm(S, generator=generator)[:T].int()
-    elif case.batch == "base":
-        slots.fill_(-1)
+        slots = torch.randperm(S, generator=generator)[:T]
     elif case.batch.startswith("rows"):
-        rows = torch.tensor([int(slot) for slot in case.batch.split()[1:]], dtype=torch.int32)
+        rows = torch.tensor([int(slot) for slot in case.batch.split()[1:]])
         slots = rows.repeat_interleave(T // len(rows))
-    elif case.batch.startswith("slot"):
-        slots.fill_(int(case.batch.split()[1]))
     ranks = torch.tensor(case.ranks, dtype=torch.int32)
     scalings = torch.tensor(case.scalings or [0.5 + 0.25 * s for s in range(S)])
     table = None
@@ -166,17 +160,17 @@ def make_multi_inputs(
         B.masked_fill_(past[:, None, :], float("nan"))
         if num_pages is not None and table is not None:
             A, B = _paged(A, table, num_pages), _paged(B.mT, table, num_pages)
-        As.append(_laid_out(A, case.layout))
-        Bs.append(_laid_out(B, case.layout))
+        As.append(laid_out(A, case.layout))
+        Bs.append(laid_out(B, case.layout))
     activations = "every_second" if case.layout == "every_second" else "contiguous"
     inputs = MultiInputs(
-        x=_laid_out(randn(*lead, K), activations),
-        weight=[_laid_out(randn(N, K, scale=unit), activations) for N in case.Ns],
+        x=laid_out(randn(*lead, K), activations),
+        weight=[laid_out(randn(N, K, scale=unit), activations) for N in case.Ns],
         lora_A=As,
         lora_B=Bs,
         bias=[randn(N) for N in case.Ns] if case.bias else [],
-        dys=[_laid_out(randn(*lead, N), activations) for N in case.Ns],
-        token_slots=slots.to(device),
+        dys=[laid_out(randn(*lead, N), activations) for N in case.Ns],
+        token_slots=slots.int().to(device),
         slot_ranks=ranks.to(device),
         slot_scalings=scalings.to(device),
         page_table=None if table is None else table.to(device),
@@ -192,29 +186,6 @@ def _paged(stack: torch.Tensor, table: torch.Tensor, num_pages: int) -> torch.Te
     held = (table < num_pages).to(stack.device)
     pages[table.to(stack.device)[held].long()] = stack[held]
     return pages
-
-
-def _laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
-    if plain.numel() == 0:
-        return plain
-    if layout == "transposed":
-        return guarded(plain.mT.contiguous().mT)
-    if layout == "every_second":
-        wide = plain.new_full((*plain.shape[:-1], 2 * plain.shape[-1]), float("nan"))
-        wide[..., ::2] = plain
-        return wide[..., ::2]
-    if layout == "layered" and plain.dim() == 3:
-        # Stacks as engines hold them: a dimension of 1, and rows longer than this layer's.
-        stack = plain.new_full((plain.shape[0], 1, plain.shape[1] + 2, plain.shape[2] + 8), float("nan"))
-        stack[:, 0, : plain.shape[1], : plain.shape[2]] = plain
-        return stack[:, :, : plain.shape[1], : plain.shape[2]]
-    if layout == "huge_strides" and plain.dtype is torch.float16:
-        # Sparse in memory: the pages between the slots are reserved and never touched; on a GPU they are there.
-        S, rows, cols = plain.shape
-        storage = torch.UntypedStorage(plain.element_size() * (_HUGE * (S - 1) + rows * cols), device=plain.device)
-        spread = torch.empty(0, dtype=plain.dtype, device=plain.device).set_(storage, 0, plain.shape, (_HUGE, cols, 1))
-        return spread.copy_(plain)
-    return guarded(plain)
 
 
 def adapter_of(inputs: MultiInputs, leaves: Results, i: int, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,9 +208,7 @@ def run_loop(
     `keep` [T, K] is dropout's mask over 1 - p of each token's slot. `groups` of one token each are the oracle; grouped
     by slot it is what plain torch would do.
     """
-    leaves = {name: tensor.detach().to(dtype).clone() for name, tensor in inputs.tensors().items()}
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(name.split(".")[0] in case.needs)
+    leaves = leaves_of(inputs.tensors(), case.needs, dtype)
     x = leaves["x"].view(-1, case.K)
     ys = []
     for i, N in enumerate(case.Ns):
@@ -256,16 +225,13 @@ def run_loop(
                 rows = formula.lora_linear(x[index], weight, A, B, bias, scaling, kept)
             y = y.index_copy(0, index, rows)
         ys.append(y)
-    results = {f"y.{i}": y.detach() for i, y in enumerate(ys)}
     loss = sum((y * dy.to(dtype).reshape(y.shape)).sum() for y, dy in zip(ys, inputs.dys, strict=True))
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    results = {f"y.{i}": y.detach() for i, y in enumerate(ys)}
+    results |= {name: torch.zeros_like(leaf) for name, leaf in wanted.items()}
     if isinstance(loss, torch.Tensor) and loss.requires_grad:
-        grads = list(torch.autograd.grad(loss, list(wanted.values()), allow_unused=True))
-    else:
-        grads = []
-    for name, leaf in wanted.items():
-        results[name] = torch.zeros_like(leaf)
-    results |= {name: grad for name, grad in zip(wanted, grads, strict=False) if grad is not None}
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        results |= {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
     return results
 
 

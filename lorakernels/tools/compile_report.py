@@ -22,11 +22,14 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import compile as triton_compile
+from triton.runtime import cache as triton_cache
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lorakernels.backend import BackendError
 from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.data_sheet import speed_of
 from lorakernels.configs.device import assume
+from lorakernels.configs.heuristic import cdiv, next_power_of_two
 from lorakernels.configs.table_file import SHIPPED, read_table
 from lorakernels.kernels.launch import Launch, compile_options, record_launches
 from lorakernels.tools.machine_code import Code, loop_tiles, narrow_loads, read_amd, read_nvidia
@@ -42,7 +45,6 @@ class Arch:
 
     name: str
     target: GPUTarget
-    shared_per_block: int
     shared_per_sm: int
     shared_granule: int = 128
     shared_reserved: int = 1024  # taken from shared_per_sm by each block besides its own
@@ -51,12 +53,16 @@ class Arch:
     max_blocks_per_sm: int = 32
     tensor_memory_columns: int = 0
 
+    @property
+    def shared_per_block(self) -> int:
+        return speed_of(self.name).shared_per_block
+
 
 _ARCHS = (
-    Arch("sm_80", GPUTarget("cuda", 80, 32), 163 << 10, 164 << 10),
-    Arch("sm_90", GPUTarget("cuda", 90, 32), 227 << 10, 228 << 10),
-    Arch("sm_100", GPUTarget("cuda", 100, 32), 227 << 10, 228 << 10, tensor_memory_columns=512),
-    Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 64 << 10, 512, 0, 131072, 32),
+    Arch("sm_80", GPUTarget("cuda", 80, 32), 164 << 10),
+    Arch("sm_90", GPUTarget("cuda", 90, 32), 228 << 10),
+    Arch("sm_100", GPUTarget("cuda", 100, 32), 228 << 10, tensor_memory_columns=512),
+    Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 512, 0, 131072, 32),
 )
 ARCHS: dict[str, Arch] = {arch.name: arch for arch in _ARCHS}
 
@@ -142,7 +148,7 @@ def _compile(task: _Task) -> CompileRow:
     arch, meta = task.arch, compiled.metadata
     code = _read_nvidia(compiled) if arch.target.backend == "cuda" else read_amd(compiled.asm["amdgcn"])
     columns = getattr(meta, "tmem_size", None) or 0
-    faults = [code.spills] if code.spills else []
+    faults = [code.spills]
     if meta.shared > arch.shared_per_block:
         faults.append(f"{meta.shared} bytes of shared memory, over the limit of {arch.shared_per_block} a block")
     if columns > arch.tensor_memory_columns:
@@ -150,13 +156,8 @@ def _compile(task: _Task) -> CompileRow:
     faults += _product_faults(task.launch, task.source.name, arch.name, code)
     # Not the config's num_warps: warp specialisation adds some.
     threads = meta.num_warps * arch.target.warp_size
-    # A kernel without a loop has no loads in it to judge.
-    if (
-        code.loads
-        and _aligned(task.launch)
-        and (narrow := narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
-    ):
-        faults.append(narrow)
+    if code.loads and _aligned(task.launch):  # a kernel without a loop has none to judge
+        faults.append(narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
     return task.row(
         registers=code.registers,
         spill_bytes=code.spill_bytes,
@@ -166,22 +167,18 @@ def _compile(task: _Task) -> CompileRow:
         async_copy=code.async_copy,
         narrowest_load_bytes=min(code.loads, default=None),
         ctas_per_sm=_ctas_per_sm(arch, code.registers, meta.shared, columns, meta.num_warps),
-        ok=not faults,
-        why="; ".join(faults),
+        ok=not any(faults),
+        why="; ".join(filter(None, faults)),
     )
 
 
-def _tool(path: str, option: str, file: str) -> str:
-    return subprocess.run([path, option, file], capture_output=True, text=True, check=True).stdout
-
-
 def _read_nvidia(compiled: CompiledKernel) -> Code:
+    tools = (knobs.nvidia.cuobjdump.path, "--dump-resource-usage"), (knobs.nvidia.nvdisasm.path, "--no-dataflow")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        sass = _tool(knobs.nvidia.nvdisasm.path, "--no-dataflow", file.name)
-    return read_nvidia(usage, sass)
+        runs = [subprocess.run([*tool, file.name], capture_output=True, text=True, check=True) for tool in tools]
+    return read_nvidia(*(run.stdout for run in runs))
 
 
 # What a matrix product of 16-bit operands must come to where it is large: these units do most of the device's work.
@@ -223,27 +220,18 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def _round_up(number: int, granule: int) -> int:
-    return -(-number // granule) * granule
-
-
 def _ctas_per_sm(arch: Arch, registers: int, shared: int, columns: int, warps: int) -> int:
     """How many blocks an SM holds at once."""
     # Registers are handed out eight a lane, and a warp's come from one of the SM's four schedulers.
-    warp_registers = _round_up(max(registers, 1), 8) * arch.target.warp_size
+    warp_registers = cdiv(max(registers, 1), 8) * 8 * arch.target.warp_size
     warps_by_registers = arch.registers_per_sm // 4 // warp_registers * 4
-    block_shared = _round_up(max(shared + arch.shared_reserved, 1), arch.shared_granule)
+    block_shared = cdiv(max(shared + arch.shared_reserved, 1), arch.shared_granule) * arch.shared_granule
     limits = [arch.max_blocks_per_sm, min(arch.max_warps_per_sm, warps_by_registers) // warps]
     limits.append(arch.shared_per_sm // block_shared)
     if columns:
         # Tensor memory comes in powers of two, from 32 columns.
-        limits.append(arch.tensor_memory_columns // max(32, 1 << (columns - 1).bit_length()))
+        limits.append(arch.tensor_memory_columns // max(32, next_power_of_two(columns)))
     return min(limits)
-
-
-def compile_launch(launch: Launch, arch: str) -> CompileRow:
-    """Compile one launch for one architecture of `ARCHS`, in this process."""
-    return _compile(_specialise(launch, arch))
 
 
 def compile_report(
@@ -258,25 +246,6 @@ def compile_report(
     rows = _report(tasks, jobs, progress)
     each = dict.fromkeys((task.key, task.launch.config) for task in tasks)
     return [dataclasses.replace(rows[key], config=config) for key, config in each]
-
-
-def shipped_report(
-    archs: Sequence[str] = tuple(ARCHS), jobs: int = 2, kernels: Sequence[str] | None = None
-) -> list[CompileRow]:
-    """A row for each launch that the shipped configurations make on each architecture.
-
-    Raises:
-        ValueError: an architecture, or one of `kernels`, is not known.
-        BackendError: Triton's interpreter is on.
-    """
-    tasks = []
-    for arch in archs:
-        with assume(arch):
-            tasks += [_specialise(launch, arch) for launch in shipped_launches() + table_launches(arch)]
-    names = sorted({task.source.name for task in tasks})
-    if unknown := [name for name in kernels or () if name not in names]:
-        raise ValueError(f"there is no kernel {unknown[0]!r}; kernels: {', '.join(names)}")
-    return list(_report([task for task in tasks if kernels is None or task.source.name in kernels], jobs).values())
 
 
 def table_launches(arch: str, folder: Path = SHIPPED) -> list[Launch]:
@@ -305,6 +274,7 @@ def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> dict[tu
         if task.key not in largest or task.tokens > largest[task.key].tokens:
             largest[task.key] = task
     tasks = list(largest.values())
+    triton_cache.triton_key()  # kept for all processes: it reads the whole of Triton
     results = in_processes(lambda index: _compile(tasks[index]), len(tasks), jobs)
     rows = dict(tqdm(results, total=len(tasks), desc="compile", unit="kernel", disable=None if progress else True))
     crashed = "does not compile: the compiler crashed"
@@ -332,11 +302,22 @@ def report_table(rows: Iterable[CompileRow]) -> Table:
 
 
 def main(archs: Sequence[str] = (), kernels: Sequence[str] = (), as_json: bool = False, jobs: int = 2) -> int:
-    """Compile what ships, for the named architectures and kernels or all; print every row if they are named, or faults.
+    """Compile each launch of the shipped configs, for the named architectures and kernels or for all.
 
-    Returns 1 if a row is not ok.
+    Prints every row if they are named, or those that are not ok; returns 1 if there is one.
+
+    Raises:
+        ValueError: an architecture, or one of `kernels`, is not known.
+        BackendError: Triton's interpreter is on.
     """
-    rows = shipped_report(archs or tuple(ARCHS), jobs, kernels or None)
+    tasks = []
+    for arch in archs or ARCHS:
+        with assume(arch):
+            tasks += [_specialise(launch, arch) for launch in shipped_launches() + table_launches(arch)]
+    names = sorted({task.source.name for task in tasks})
+    if unknown := [name for name in kernels if name not in names]:
+        raise ValueError(f"there is no kernel {unknown[0]!r}; kernels: {', '.join(names)}")
+    rows = list(_report([task for task in tasks if task.source.name in (kernels or names)], jobs).values())
     faults = [row for row in rows if not row.ok]
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))

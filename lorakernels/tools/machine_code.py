@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
+
+import networkx
 
 
 @dataclass(frozen=True)
@@ -115,65 +117,39 @@ def main_loop(lines: Sequence[Instruction], mma: re.Pattern[str], load: re.Patte
 
     Of loops that neither multiply nor load, such as the wait for a barrier, none counts.
     """
-    blocks, successors = _flow(lines)
-    loops = _natural_loops(successors)
-
-    def code(loop: frozenset[int]) -> list[str]:
-        return [line.name for block in sorted(loop) for line in blocks[block] if line.name]
-
-    def count(loop: frozenset[int], pattern: re.Pattern[str]) -> int:
-        return sum(bool(pattern.match(name)) for name in code(loop))
-
-    working = [loop for loop in loops if count(loop, mma)] or [loop for loop in loops if count(loop, load)]
-    innermost = [loop for loop in working if not any(other < loop for other in working)]
-    return code(max(innermost, key=lambda loop: (count(loop, mma), len(code(loop))))) if innermost else []
-
-
-def _flow(lines: Sequence[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
-    """Basic blocks, and for each the blocks that may come next."""
     blocks: list[list[Instruction]] = [[]]
     for line in lines:
         if line.label or (blocks[-1] and (blocks[-1][-1].target or not blocks[-1][-1].falls_through)):
             blocks.append([])
         blocks[-1].append(line)
     starts = {block[0].label: index for index, block in enumerate(blocks) if block and block[0].label}
-    successors = []
+    flow = networkx.DiGraph([(-1, 0)])
     for index, block in enumerate(blocks):
-        last = block[-1] if block else Instruction(None)
-        after = [index + 1] if last.falls_through and index + 1 < len(blocks) else []
-        successors.append(after + ([starts[last.target]] if last.target in starts else []))
-    return blocks, successors
+        if block and block[-1].target in starts:
+            flow.add_edge(index, starts[block[-1].target])
+        if index + 1 < len(blocks) and (not block or block[-1].falls_through):
+            flow.add_edge(index, index + 1)
+
+    def count(loop: frozenset[int], pattern: re.Pattern[str]) -> int:
+        return sum(bool(pattern.match(name)) for name in code[loop])
+
+    found = _loops(flow, networkx.descendants(flow, -1))
+    code = {loop: [line.name for block in sorted(loop) for line in blocks[block] if line.name] for loop in found}
+    working = [loop for loop in code if count(loop, mma)] or [loop for loop in code if count(loop, load)]
+    innermost = [loop for loop in working if not any(other < loop for other in working)]
+    return code[max(innermost, key=lambda loop: (count(loop, mma), len(code[loop])))] if innermost else []
 
 
-def _natural_loops(successors: Sequence[Sequence[int]]) -> list[frozenset[int]]:
-    """The loops of a flow graph whose entry is block 0, by dominators.
+def _loops(flow: networkx.DiGraph, among: Set[int]) -> Iterator[frozenset[int]]:
+    """The loops among these blocks of a flow graph, and within each those that do not pass its entry.
 
-    Aho, Lam, Sethi, Ullman, "Compilers" (2nd ed.), 9.6. A jump backwards alone makes no loop: waits for barriers are
-    moved behind the code and jump back into it.
+    A jump backwards alone makes no loop: waits for barriers are moved behind the code and jump back into it.
     """
-    predecessors: list[list[int]] = [[] for _ in successors]
-    for block, after in enumerate(successors):
-        for other in after:
-            predecessors[other].append(block)
-    everything = frozenset(range(len(successors)))
-    dominators = [frozenset({0}), *([everything] * (len(successors) - 1))]
-    changed = True
-    while changed:
-        changed = False
-        for block in range(1, len(successors)):
-            before = [dominators[other] for other in predecessors[block]]
-            new = (frozenset.intersection(*before) if before else everything) | {block}
-            changed |= new != dominators[block]
-            dominators[block] = new
-    loops: dict[int, set[int]] = {}
-    for block, header in chain.from_iterable(((b, h) for h in after) for b, after in enumerate(successors)):
-        if header in dominators[block] and dominators[block] != everything:
-            body, waiting = loops.setdefault(header, {header}), [block]
-            while waiting:
-                if (inside := waiting.pop()) not in body:
-                    body.add(inside)
-                    waiting += predecessors[inside]
-    return [frozenset(body) for body in loops.values()]
+    for loop in networkx.strongly_connected_components(flow.subgraph(among)):
+        if any(flow.has_edge(block, other) for block in loop for other in loop):
+            yield frozenset(loop)
+            entries = {block for block in loop if any(before not in loop for before in flow.predecessors(block))}
+            yield from _loops(flow, loop - entries)
 
 
 class Tile(NamedTuple):
@@ -229,7 +205,4 @@ def _ttgir_loops(lines: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _product(shape: str) -> int:
-    product = 1
-    for size in shape.rstrip("x").split("x"):
-        product *= int(size)
-    return product
+    return math.prod(map(int, shape.rstrip("x").split("x")))

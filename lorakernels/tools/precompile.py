@@ -56,19 +56,15 @@ def precompile(
         scratch.mkdir(parents=True, exist_ok=True)
         environment, target = _environment(scratch, python, triton)
         _run(command, scratch / "cache", environment)
-        key = subprocess.check_output(
-            [sys.executable, "-c", "from lorakernels.testing import driver; print(driver.key_of_cache())"],
-            env=environment,
-            text=True,
-        ).strip()
+        code = "from lorakernels.testing import driver; print(driver.key_of_cache())"
+        key = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip()
         kernels = _pack(scratch / "cache", out, {"arch": arch, "key": key, **target})
         print(f"{out}: {kernels} kernels for {arch}, {out.stat().st_size / (1 << 20):.1f} MiB, {_text(target)}")
         unpack(out, Path(name) / "elsewhere")
         found, ended = _run(command, Path(name) / "elsewhere", environment)
     misses = {what: number for what, number in found.items() if what.startswith("miss")}
-    print(
-        f"unpacked elsewhere: {sum(found.values()) - sum(misses.values())} found, {sum(misses.values())} compiled anew"
-    )
+    anew = sum(misses.values())
+    print(f"unpacked elsewhere: {sum(found.values()) - anew} found, {anew} compiled anew")
     for what, number in misses.items():
         print(f"  {what}: {number}")
     return ended and not misses and bool(found)
@@ -111,22 +107,18 @@ def _text(target: dict[str, str]) -> str:
 def _environment(scratch: Path, python: str | None, triton: str | None) -> tuple[dict[str, str], dict[str, str]]:
     """What a process that fills the cache is told, and for which CPython and Triton the cache is."""
     own_tag, own_triton = f"cp{sys.version_info[0]}{sys.version_info[1]}", metadata.version("triton")
-    triton, tag, program = triton or own_triton, own_tag, sys.executable
-    if python:
-        tag, program = _python(python)
+    triton = triton or own_triton
+    tag, program = _python(python) if python else (own_tag, sys.executable)
     # So that this package is found, and no interpreter is.
-    paths, environment = (
-        [str(Path(__file__).parents[2])],
-        {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-    )
-    if triton != own_triton and not (scratch / "triton").exists():
-        pip = (sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(scratch / "triton"))
-        subprocess.run([*pip, f"triton=={triton}"], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     if triton != own_triton:
         paths.insert(0, str(scratch / "triton"))
-    environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        if not (scratch / "triton").exists():
+            _pip("install", "--target", paths[0], f"triton=={triton}")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if tag != own_tag:
-        fill_for = {"libtriton": _libtriton(tag, triton, scratch)}
+        fill_for = {"libtriton": _libtriton(tag, triton, scratch / "wheels")}
         if program:
             code = "import sysconfig; print(sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX'))"
             fill_for["include"], fill_for["suffix"] = subprocess.check_output([program, "-c", code], text=True).split()
@@ -134,6 +126,10 @@ def _environment(scratch: Path, python: str | None, triton: str | None) -> tuple
             print(f"there is no python of {tag} here, so no headers: Triton's C launchers will be compiled there")
         environment[CACHE_FOR] = json.dumps(fill_for)
     return environment, {"python": f"cpython-{tag[2:]}", "triton": triton}
+
+
+def _pip(command: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "pip", command, "-q", "--no-deps", *arguments], check=True)
 
 
 def _python(python: str) -> tuple[str, str]:
@@ -146,14 +142,11 @@ def _python(python: str) -> tuple[str, str]:
     return subprocess.check_output([python, "-c", code], text=True).strip(), python
 
 
-def _libtriton(tag: str, triton: str, scratch: Path) -> str:
+def _libtriton(tag: str, triton: str, folder: Path) -> str:
     """The hash of libtriton.so of that CPython's wheel."""
-    machine = os.uname().machine
-    platforms = [f"--platform=manylinux_2_{minor}_{machine}" for minor in (17, 27, 28, 34, 35)]
-    options = ("--no-deps", "--only-binary=:all:", f"--python-version={tag[2:]}", "--implementation=cp", *platforms)
-    folder = scratch / "wheels"
-    pip = (sys.executable, "-m", "pip", "download", "-q", "-d", str(folder))
-    subprocess.run([*pip, *options, f"triton=={triton}"], check=True)
+    platforms = [f"--platform=manylinux_2_{minor}_{os.uname().machine}" for minor in (17, 27, 28, 34, 35)]
+    options = ("--only-binary=:all:", f"--python-version={tag[2:]}", "--implementation=cp", *platforms)
+    _pip("download", "-d", str(folder), *options, f"triton=={triton}")
     (wheel,) = folder.glob("triton-*.whl")
     with zipfile.ZipFile(wheel) as zipped:
         return hashlib.sha256(zipped.read("triton/_C/libtriton.so")).hexdigest()

@@ -87,10 +87,6 @@ def layer_step(
         )
         for N, r in sizes
     ]  # fmt: skip
-    for dy, member in zip(dys, members, strict=True) if row_scale else ():  # as DoRA does
-        s = empty(M, member.lora_A.shape[0])
-        implementation.grad_row_scale(dy, x, member.weight, (s, member.lora_B), 0.5)
-        implementation.project(member.weight, member.lora_A)
     training_step(implementation, x, dys, members, threshold, need_dbias=bias)
 
 

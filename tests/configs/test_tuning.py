@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from lorakernels.configs.table import (
     forced_configs,
     load_table,
     misfit,
+    pipeline_bytes,
     record_choices,
 )
 from lorakernels.configs.table_file import Entry, Table, cache_folder, read_table, shipped_path, user_path, write_table
@@ -38,15 +39,7 @@ CPU = torch.device("cpu")
 TUNED = KernelConfig(BLOCK_M=32, BLOCK_K=128, BLOCK_R=16, SPLIT=2, num_warps=4, num_stages=3)
 SHRINK = Entry("shrink", 4096, 512, 512, 16, 2, TUNED, {"microseconds": 1.0})
 
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tables in a temporary folder, none read, and every warning seen anew."""
-    monkeypatch.setenv("LORAKERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(table_file, "SHIPPED", tmp_path / "shipped")
-    clear()
-    yield
-    clear()
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 @pytest.fixture
@@ -455,6 +448,13 @@ def test_dropout_passes_over_a_program_a_token(on_h100: torch.device) -> None:
 )
 def test_what_fits(operation: str, config: KernelConfig, r: int, tma: bool, arch: str, fits: bool) -> None:
     assert (misfit(operation, config, r, 2, tma, arch) is None) == fits
+
+
+def test_pipeline_bytes_by_hand() -> None:
+    # Two of the three stages: the compiler finds 225,304 bytes on sm_90 with its epilogue, more than this.
+    assert pipeline_bytes("linear_expand", KernelConfig(128, 256, 64, num_stages=3), 2) == 2 * (128 + 256) * 64 * 2
+    assert pipeline_bytes("linear_expand", KernelConfig(cublas=True), 2) == 0
+    assert pipeline_bytes("outer", KernelConfig(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16, num_stages=2), 4) == 80 * 32 * 4
 
 
 def test_rows_that_no_descriptor_takes_are_no_warning(on_h100: torch.device) -> None:

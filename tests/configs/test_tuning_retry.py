@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 import lorakernels as lk
-from lorakernels.configs import table, table_file
+from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume, example_of
 from lorakernels.configs.heuristic import MULTI_OPERATIONS, heuristic
@@ -32,15 +31,7 @@ CPU = torch.device("cpu")
 TUNED = KernelConfig(BLOCK_M=32, BLOCK_K=128, BLOCK_R=16, SPLIT=2, num_warps=4, num_stages=3)
 SHRINK = Entry("shrink", 4096, 512, 512, 16, 2, TUNED)
 
-
-@pytest.fixture(autouse=True)
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tables in a temporary folder, none read, and every warning seen anew."""
-    monkeypatch.setenv("LORAKERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(table_file, "SHIPPED", tmp_path / "shipped")
-    clear()
-    yield
-    clear()
+pytestmark = pytest.mark.usefixtures("own_tables")
 
 
 def ship(*entries: Entry) -> None:

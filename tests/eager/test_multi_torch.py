@@ -53,8 +53,8 @@ CASES = (
     (MultiCase("pages", paged=True), "gathered"),
     (MultiCase("pages of equal ranks", ranks=EQUAL, paged=True, Ns=(24, 9)), "gathered"),
     (MultiCase("several ranks"), None),
-    (MultiCase("one adapter", ranks=(6,), batch="slot 0"), None),
-    (MultiCase("none", ranks=EQUAL, batch="base"), None),
+    (MultiCase("one adapter", ranks=(6,), batch="rows 0"), None),
+    (MultiCase("none", ranks=EQUAL, batch="rows -1"), None),
 )
 
 

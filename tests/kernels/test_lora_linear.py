@@ -23,7 +23,15 @@ from lorakernels.kernels.launch import record_launches, side_stream
 from lorakernels.member import Member, training_step
 from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.budget import assert_within_budget, error
-from lorakernels.testing.cases import LARGE_CASES, LINEAR_CASES, LinearCase, LinearInputs, make_inputs, run_formula
+from lorakernels.testing.cases import (
+    LARGE_CASES,
+    LINEAR_CASES,
+    LinearCase,
+    LinearInputs,
+    leaves_of,
+    make_inputs,
+    run_formula,
+)
 from lorakernels.testing.device import COMPILED, NUMBERS, has_room
 from lorakernels.testing.guards import canaries
 from lorakernels.tools.steps import shipped_launches
@@ -84,11 +92,8 @@ def path(name: str, r: int = 1) -> Iterator[str]:
 
 def run(case: LinearCase, inputs: LinearInputs, impl: str) -> dict[str, torch.Tensor]:
     """y and the gradients that the case asks for; no input may be written to."""
-    leaves = {name: tensor.detach() for name, tensor in inputs.tensors().items()}
+    leaves = leaves_of(inputs.tensors(), case.needs)
     versions = {name: leaf._version for name, leaf in leaves.items()}
-    for name in case.needs:
-        if name in leaves:
-            leaves[name].requires_grad_()
     torch.manual_seed(SEED)
     y = lk.lora_linear(
         leaves["x"],

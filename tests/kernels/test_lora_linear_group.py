@@ -22,6 +22,7 @@ from lorakernels.kernels.launch import record_launches
 from lorakernels.member import Member, columns
 from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.budget import assert_within_budget, error
+from lorakernels.testing.cases import leaves_of
 from lorakernels.testing.device import COMPILED, NUMBERS
 from lorakernels.testing.group_cases import (
     GROUP_CASES,
@@ -31,7 +32,6 @@ from lorakernels.testing.group_cases import (
     Results,
     collect,
     make_group_inputs,
-    needed,
     run_group_formula,
 )
 from lorakernels.testing.guards import canaries
@@ -76,16 +76,9 @@ def call(case: GroupCase, leaves: Results, impl: str, **arguments: Any) -> list[
     return lk.lora_linear_group(leaves["x"], weights, As, Bs, biases=biases, **arguments)
 
 
-def leaves_of(case: GroupCase, inputs: GroupInputs) -> Results:
-    leaves = {name: tensor.detach() for name, tensor in inputs.tensors().items()}
-    for name, leaf in leaves.items():
-        leaf.requires_grad_(needed(case, name))
-    return leaves
-
-
 def run(case: GroupCase, inputs: GroupInputs, impl: str) -> Results:
     """y's and gradients; no input may be written to."""
-    leaves = leaves_of(case, inputs)
+    leaves = leaves_of(inputs.tensors(), case.needs)
     versions = {name: leaf._version for name, leaf in leaves.items()}
     torch.manual_seed(SEED)
     ys = call(case, leaves, impl)
@@ -103,7 +96,9 @@ def keep_of(case: GroupCase, inputs: GroupInputs, impl: str) -> torch.Tensor | N
     lists = [[getattr(member, name) for member in inputs.members] for name in ("weight", "lora_A", "lora_B", "bias")]
     scalings = list(case.scalings[: len(case.Ns)])
     none = [None] * len(scalings)
-    _, _, mask = torch.ops.lorakernels.lora_linear_group(inputs.x, *lists, none, seed, scalings, case.dropout_p, impl)
+    weights, *others = lists
+    arguments = (inputs.x, weights, [], [], *others, none, seed, scalings, case.dropout_p, impl)  # none is packed
+    _, _, mask = torch.ops.lorakernels.lora_linear_group(*arguments)
     return unpack_mask(mask, case.K) * inverse_keep(drop_threshold(case.dropout_p))
 
 
@@ -244,8 +239,7 @@ def prepared(
     dtype: torch.dtype = torch.float32, case: GroupCase = SMALL_CASE, device: str = "cpu"
 ) -> tuple[GroupInputs, Results]:
     inputs = make_group_inputs(case, dtype, device)
-    leaves = {name: t.detach().clone().requires_grad_(needed(case, name)) for name, t in inputs.tensors().items()}
-    return inputs, leaves
+    return inputs, leaves_of({name: t.clone() for name, t in inputs.tensors().items()}, case.needs)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
@@ -273,14 +267,14 @@ def test_opcheck(impl: str, dropout_p: float, device: str) -> None:
     seed = torch.tensor([5], device=device) if dropout_p else None
     numbers = ([0.5, 2.0], dropout_p)
     scales = [None, torch.rand(8, device=device)]
-    arguments = (inputs.x, weights, As, Bs, [biases[0], None], scales, seed, *numbers, impl)
+    arguments = (inputs.x, weights, [], [], As, Bs, [biases[0], None], scales, seed, *numbers, impl)
     torch.library.opcheck(torch.ops.lorakernels.lora_linear_group.default, arguments)
     _, s, mask = torch.ops.lorakernels.lora_linear_group(*arguments)
     parts = [part.contiguous() for part in s.split([3, 2], dim=1)]
     for needs in ([True] * 8 + [False, False, True], [False] * 5 + [True] + [False] * 5):
         torch.library.opcheck(
             torch.ops.lorakernels.lora_linear_group_backward.default,
-            (dys, inputs.x, weights, As, Bs, scales, parts, mask, *numbers, needs, impl),
+            (dys, inputs.x, weights, [], [], As, Bs, scales, parts, mask, *numbers, needs, impl),
         )
 
 

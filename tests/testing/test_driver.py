@@ -123,7 +123,7 @@ def test_what_a_driver_refuses_is_refused() -> None:
     found = in_a_process(
         """
         from lorakernels.kernels.launch import launch
-        from lorakernels.kernels.tiles import _CONFIG, sum_planes_kernel
+        from lorakernels.kernels.tiles import _SUM_CONFIG, sum_planes_kernel
 
         library, seen = checked._library, {}
 
@@ -146,10 +146,10 @@ def test_what_a_driver_refuses_is_refused() -> None:
 
         planes, out = torch.empty(2, 4096), torch.empty(4096)
         arguments = {"planes_ptr": planes, "out_ptr": out, "num_planes": 2, "numel": 4096}
-        launch(sum_planes_kernel, (4,), arguments, {"BLOCK": 1024}, _CONFIG)
+        launch(sum_planes_kernel, (4,), arguments, {"BLOCK": 1024}, _SUM_CONFIG)
         before = checked.num_launches
         try:
-            launch(sum_planes_kernel, (4, 70_000), arguments, {"BLOCK": 1024}, _CONFIG)
+            launch(sum_planes_kernel, (4, 70_000), arguments, {"BLOCK": 1024}, _SUM_CONFIG)
         except RuntimeError as error:
             seen["a grid's y of 70,000"] = [1, str(error)]
 

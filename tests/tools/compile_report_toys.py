@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lorakernels.configs.config import KernelConfig
 from lorakernels.kernels.launch import launch, record_launches
-from lorakernels.tools.compile_report import ARCHS, _specialise, compile_launch, compile_report, report_table
+from lorakernels.tools.compile_report import ARCHS, _specialise, compile_report, report_table
 
 
 @triton.jit
@@ -134,7 +134,6 @@ if __name__ == "__main__":
     nvidia = [arch for arch in ARCHS if arch.startswith("sm_")]
     rows = compile_report(everywhere) + compile_report(on_nvidia, nvidia) + compile_report(on_amd, ["gfx942"])
     rows += compile_report(on_hopper, ["sm_90"])
-    assert compile_launch(everywhere[0], "sm_90") == rows[1]
     assert compile_report(everywhere[:2], ["sm_90"], jobs=1) == rows[1:2]
     Console(width=200, stderr=True).print(report_table(rows))
     signature = _specialise(everywhere[0], "sm_90").source.signature

@@ -147,7 +147,7 @@ def test_what_does_not_compile_says_why(report: Any) -> None:
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(BackendError, match="Unset TRITON_INTERPRET"):
-        compile_report.compile_launch(Launch(object(), (1,), {}, {}, KernelConfig()), "sm_90")
+        compile_report.compile_report([Launch(object(), (1,), {}, {}, KernelConfig())], ["sm_90"])
 
 
 def sass(*instructions: str) -> str:

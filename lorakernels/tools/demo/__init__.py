@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -21,10 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 import lorakernels as lk
-from lorakernels.backend import ENVIRONMENT, Explanation
+from lorakernels.backend import ENVIRONMENT
 from lorakernels.tools.demo.digits import WORLDS, Digits, accuracy, answers, load, network, train
 from lorakernels.tools.demo.picture import Strip, draw
-from lorakernels.tools.demo.results import Claim, DemoResult, World
+from lorakernels.tools.demo.report import Claim, DemoResult, World
 
 CONFIG = lk.LoRAConfig(r=4, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
 BASE_STEPS, ADAPTER_STEPS = 400, 600
@@ -63,7 +64,11 @@ def run_demo(
         except ImportError as error:
             raise ModuleNotFoundError(f'the demo needs {package}: pip install "lorakernels[demo]"') from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _implementation(impl), _one_thread(), torch.random.fork_rng():
+    set_for_now = {} if impl is None else {ENVIRONMENT: impl}
+    with patch.dict(os.environ, set_for_now), torch.random.fork_rng(), ExitStack() as at_the_end:
+        # Layers this small lose more to waiting threads than they gain, many times over on a busy machine.
+        at_the_end.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         lk.explain(torch.zeros(1, device=device))  # raises now, not after the base has been trained
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,59 +78,55 @@ def run_demo(
 
 def _run(folder: Path, digits: Digits, seed: int, steps: int | None) -> DemoResult:
     adapter_steps = ADAPTER_STEPS if steps is None else steps
-    device = digits.test_images.device
-    base = network(device)
+    images, labels = digits.test_images, digits.test_labels
+    base, seconds = network(images.device), {}
     with tqdm(total=BASE_STEPS + len(WORLDS) * adapter_steps, unit="step", leave=False, disable=None) as bar:
         bar.set_description("base network")
         train(base, digits.train_images, digits.train_labels, BASE_STEPS, BASE_RATE, bar.update)
-        model = copy.deepcopy(base)
-        seconds = {}
+        model, fresh = copy.deepcopy(base), copy.deepcopy(base)
         for name, change in WORLDS.items():
             bar.set_description(f"adapter {name!r}")
-            seconds[name] = _train_adapter(model, name, change, digits, adapter_steps, bar.update)
-    fresh = copy.deepcopy(base)
+            lk.inject(model, CONFIG, adapter_name=name)
+            lk.set_adapter(model, name)
+            changed = change(digits.train_images)
+            seconds[name] = train(model, changed, digits.train_labels, adapter_steps, ADAPTER_RATE, bar.update)
     for name in WORLDS:
         lk.save_adapter(model, folder / name, adapter_name=name)
         lk.load_adapter(fresh, folder / name, adapter_name=name)
 
-    upright = Strip("upright", digits.test_images, digits.test_labels, answers(base, digits.test_images))
-    strips, worlds, claims = [upright], [], [_base_learned(upright)]
+    upright = Strip("upright", images, labels, answers(base, images))
+    right = accuracy(upright.base, labels)
+    learnt = f"upright: the network has learnt the digits, {right:.1%} (at least {REGAINED:.0%})"
+    strips, worlds, claims = [upright], [], [Claim(learnt, right >= REGAINED)]
     for name, change in WORLDS.items():
         lk.set_adapter(model, name)
         lk.set_adapter(fresh, name)
-        images = change(digits.test_images)
-        strip = Strip(name, images, digits.test_labels, answers(base, images), answers(model, images))
+        changed = change(images)
+        strip = Strip(name, changed, labels, answers(base, changed), answers(model, changed))
         world, found = _judge(strip, model, fresh, seconds[name], enforced=steps is None)
         strips.append(strip)
         worlds.append(world)
         claims += found
     claims += _mixed(base, folder, strips)
-    claims.append(_base_unchanged(model, base, upright))
+    lk.set_adapter(model, [])
+    now, then = _base_tensors(model), base.state_dict()
+    same = now.keys() == then.keys() and all(now[name].equal(then[name]) for name in then)
+    same = same and answers(model, images).equal(upright.base)
+    claims.append(Claim("with no adapter active: weights and answers are the base's to the bit", same))
+    layer = next(module for module in model.modules() if isinstance(module, lk.LoRALinear))
+    A = layer.lora_A[next(iter(WORLDS))].weight
     return DemoResult(
         folder=folder,
         picture=draw(strips, folder / "digits.png", f"rank-{CONFIG.r} adapter"),
-        explanation=_explanation(model, len(digits.test_labels)),
-        device=str(device),
+        explanation=lk.explain(layer.weight.new_zeros(len(labels), layer.in_features), layer.weight, A),  # type: ignore[arg-type]
+        device=str(images.device),
         seed=seed,
         rank=CONFIG.r,
         steps=adapter_steps,
-        upright=accuracy(upright.base, digits.test_labels),
+        upright=right,
         worlds=tuple(worlds),
         claims=tuple(claims),
     )
-
-
-def _train_adapter(
-    model: nn.Module,
-    name: str,
-    change: Callable[[torch.Tensor], torch.Tensor],
-    digits: Digits,
-    steps: int,
-    advance: Callable[[], object],
-) -> float:
-    lk.inject(model, CONFIG, adapter_name=name)
-    lk.set_adapter(model, name)
-    return train(model, change(digits.train_images), digits.train_labels, steps, ADAPTER_RATE, advance)
 
 
 def _judge(
@@ -141,21 +142,24 @@ def _judge(
     merged = answers(model, strip.images)
     lk.unmerge(model)
     unmerged = answers(model, strip.images)
-    difference = ((merged - after).abs().max() / after.abs().max()).item()
-    before_, after_, reloaded_, merged_ = (
-        accuracy(logits, strip.labels) for logits in (strip.base, after, reloaded, merged)
-    )
+    each = (strip.base, after, reloaded, merged)
+    alone, adapted, loaded, once_merged = (accuracy(logits, strip.labels) for logits in each)
+    difference, same = _compared(merged, after, MERGED_LIMIT)
+    reached = f"{name}: its adapter reaches {adapted:.1%} (at least {REGAINED:.0%})"
     claims = [
-        Claim(f"{name}: the frozen network alone falls to {before_:.1%} (below {LOST:.0%})", before_ < LOST),
-        Claim(f"{name}: its adapter reaches {after_:.1%} (at least {REGAINED:.0%})", after_ >= REGAINED, enforced),
+        Claim(f"{name}: the frozen network alone falls to {alone:.1%} (below {LOST:.0%})", alone < LOST),
+        Claim(reached, adapted >= REGAINED, enforced),
         Claim(f"{name}: loaded into a fresh copy, it answers the same to the bit", reloaded.equal(after)),
-        Claim(
-            f"{name}: merged, it predicts the same (logits within {difference:.0e})",
-            merged.argmax(-1).equal(after.argmax(-1)) and difference <= MERGED_LIMIT,
-        ),
+        Claim(f"{name}: merged, it predicts the same (logits within {difference:.0e})", same),
         Claim(f"{name}: unmerged, it answers as before to the bit", unmerged.equal(after)),
     ]
-    return World(name, before_, after_, reloaded_, merged_, trainable, trainable / size, seconds), claims
+    return World(name, alone, adapted, loaded, once_merged, trainable, trainable / size, seconds), claims
+
+
+def _compared(logits: torch.Tensor, expected: torch.Tensor, limit: float) -> tuple[float, bool]:
+    """The largest difference, of the largest logit, and whether it is within the limit and changes no prediction."""
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+    return difference, difference <= limit and logits.argmax(-1).equal(expected.argmax(-1))
 
 
 def _mixed(base: nn.Module, folder: Path, strips: Sequence[Strip]) -> list[Claim]:
@@ -176,37 +180,16 @@ def _mixed(base: nn.Module, folder: Path, strips: Sequence[Strip]) -> list[Claim
     with store.batch(rows):
         beside = answers(served, images)
     store.close()
-    difference = ((mixed - alone).abs().max() / alone.abs().max()).item()
+    difference, same = _compared(mixed, alone, MIXED_LIMIT)
     of_base, of_spoilt = (torch.tensor([row == name for row in rows], device=images.device) for name in (None, spoilt))
     apart = beside[of_spoilt].isnan().any(-1).all() and beside[~of_spoilt].equal(mixed[~of_spoilt])
-    same = difference <= MIXED_LIMIT and mixed.argmax(-1).equal(alone.argmax(-1))
+    unchanged = mixed[of_base].equal(answers(base, images)[of_base])
+    each = f"each row as alone (logits within {difference:.0e})"
     return [
-        Claim(
-            f"mixed: {len(WORLDS)} adapters and the base answer one batch of {len(rows):,} rows, each row as "
-            f"alone (logits within {difference:.0e})",
-            same,
-        ),
-        Claim(
-            "mixed: its rows without an adapter are the base's to the bit",
-            mixed[of_base].equal(answers(base, images)[of_base]),
-        ),
+        Claim(f"mixed: {len(WORLDS)} adapters and the base answer one batch of {len(rows):,} rows, {each}", same),
+        Claim("mixed: its rows without an adapter are the base's to the bit", unchanged),
         Claim("mixed: an adapter that gives NaN leaves all other rows as they were, to the bit", bool(apart)),
     ]
-
-
-def _base_learned(upright: Strip) -> Claim:
-    right = accuracy(upright.base, upright.labels)
-    return Claim(
-        f"upright: the network has learnt the digits, {right:.1%} (at least {REGAINED:.0%})", right >= REGAINED
-    )
-
-
-def _base_unchanged(model: nn.Module, base: nn.Module, upright: Strip) -> Claim:
-    lk.set_adapter(model, [])
-    now, then = _base_tensors(model), base.state_dict()
-    same = now.keys() == then.keys() and all(now[name].equal(then[name]) for name in then)
-    same = same and answers(model, upright.images).equal(upright.base)
-    return Claim("with no adapter active: weights and answers are the base's to the bit", same)
 
 
 def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -214,35 +197,3 @@ def _base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name.replace("base_layer.", ""): tensor for name, tensor in model.state_dict().items() if "lora_" not in name
     }
-
-
-def _explanation(model: nn.Module, tokens: int) -> Explanation:
-    layer = next(module for module in model.modules() if isinstance(module, lk.LoRALinear))
-    A = layer.lora_A[layer.adapter_names[0]].weight
-    return lk.explain(layer.weight.new_zeros(tokens, layer.in_features), layer.weight, A)  # type: ignore[arg-type]
-
-
-@contextmanager
-def _implementation(impl: str | None) -> Iterator[None]:
-    """Every layer inside runs `impl`; None changes nothing."""
-    kept = os.environ.get(ENVIRONMENT)
-    if impl is not None:
-        os.environ[ENVIRONMENT] = impl
-    try:
-        yield
-    finally:
-        if kept is not None:
-            os.environ[ENVIRONMENT] = kept
-        else:
-            os.environ.pop(ENVIRONMENT, None)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Layers this small lose more to waiting threads than they gain, many times over on a busy machine."""
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,14 +46,9 @@ def load(seed: int, device: torch.device) -> Digits:
 
 def network(device: torch.device) -> nn.Sequential:
     """A plain torch network: nothing in it knows of adapters."""
-    model = nn.Sequential()
-    model.add_module("flatten", nn.Flatten())
-    sizes = (PIXELS, HIDDEN, HIDDEN)
-    for i in range(2):
-        model.add_module(f"hidden{i + 1}", nn.Linear(sizes[i], sizes[i + 1]))
-        model.add_module(f"relu{i + 1}", nn.ReLU())
-    model.add_module("head", nn.Linear(HIDDEN, CLASSES))
-    return model.to(device)
+    hidden = {"hidden1": nn.Linear(PIXELS, HIDDEN), "relu1": nn.ReLU(), "hidden2": nn.Linear(HIDDEN, HIDDEN)}
+    layers = {"flatten": nn.Flatten(), **hidden, "relu2": nn.ReLU(), "head": nn.Linear(HIDDEN, CLASSES)}
+    return nn.Sequential(OrderedDict(layers)).to(device)
 
 
 def train(

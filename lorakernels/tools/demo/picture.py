@@ -32,19 +32,11 @@ def draw(strips: Sequence[Strip], path: Path, adapter: str) -> Path:
     from matplotlib.figure import Figure  # not pyplot: the caller's backend and figures stay as they are
 
     figure: Any = Figure(figsize=(15, 1.6 * len(strips) + 1), dpi=110, facecolor="white")
-    figure.suptitle(
-        "One frozen network, three changed worlds, an adapter for each",
-        x=0.015,
-        y=0.965,
-        ha="left",
-        fontsize=18,
-        color=INK,
-    )
+    title = {"x": 0.015, "y": 0.965, "ha": "left", "fontsize": 18, "color": INK}
+    figure.suptitle("One frozen network, three changed worlds, an adapter for each", **title)
     left, right = figure.subfigures(1, 2, width_ratios=(2.05, 1))
-    cells = left.subplots(
-        len(strips), CLASSES, gridspec_kw={"left": 0.135, "right": 0.99, "top": 0.88, "bottom": 0.085, "hspace": 0.66}
-    )
-    for row, strip in zip(cells, strips, strict=True):
+    grid = {"left": 0.135, "right": 0.99, "top": 0.88, "bottom": 0.085, "hspace": 0.66}
+    for row, strip in zip(left.subplots(len(strips), CLASSES, gridspec_kw=grid), strips, strict=True):
         _draw_strip(row, strip)
     _draw_bars(right.add_axes((0.1, 0.085, 0.77, 0.75)), strips, adapter)
     figure.savefig(path)
@@ -52,26 +44,23 @@ def draw(strips: Sequence[Strip], path: Path, adapter: str) -> Path:
 
 
 def _draw_strip(row: Sequence[Any], strip: Strip) -> None:
+    texts = [(-0.17, "base reads", strip.base)]
+    if strip.adapter is not None:
+        texts.append((-0.42, "adapter reads", strip.adapter))
     for digit, cell in enumerate(row):
         first = int((strip.labels == digit).nonzero()[0])
         cell.imshow(strip.images[first].cpu().numpy(), cmap="gray_r", vmin=-1, vmax=1)
         cell.set(xticks=[], yticks=[])
-        for spine in cell.spines.values():
-            spine.set_color("#d0d7de")
-        for height, logits in ((-0.17, strip.base), (-0.42, strip.adapter)):
-            if logits is not None:
-                read = int(logits[first].argmax())
-                mark, colour = ("✓", RIGHT) if read == digit else ("✗", WRONG)
-                cell.text(0.5, height, f"{read} {mark}", color=colour, **_centred(cell), fontsize=13, weight="bold")
+        cell.spines[:].set_color("#d0d7de")
+        middle = {"transform": cell.transAxes, "ha": "center", "va": "center"}
+        for height, _, logits in texts:
+            read = int(logits[first].argmax())
+            mark, colour = ("✓", RIGHT) if read == digit else ("✗", WRONG)
+            cell.text(0.5, height, f"{read} {mark}", color=colour, fontsize=13, weight="bold", **middle)
     label = {"transform": row[0].transAxes, "ha": "right", "va": "center", "x": -0.2}
     row[0].text(y=0.5, s=strip.world, color=INK, fontsize=14, **label)
-    row[0].text(y=-0.17, s="base reads", color=QUIET, fontsize=10.5, **label)
-    if strip.adapter is not None:
-        row[0].text(y=-0.42, s="adapter reads", color=QUIET, fontsize=10.5, **label)
-
-
-def _centred(cell: Any) -> dict[str, Any]:
-    return {"transform": cell.transAxes, "ha": "center", "va": "center"}
+    for height, text, _ in texts:
+        row[0].text(y=height, s=text, color=QUIET, fontsize=10.5, **label)
 
 
 def _draw_bars(axes: Any, strips: Sequence[Strip], adapter: str) -> None:
@@ -93,12 +82,5 @@ def _draw_bars(axes: Any, strips: Sequence[Strip], adapter: str) -> None:
     axes.set_axisbelow(True)
     axes.yaxis.grid(color="#eaeef2")
     handles = [axes.bar(0, 0, color=colour) for colour in (BASE, ADAPTER)]
-    axes.legend(
-        handles,
-        ["frozen base", f"with {adapter}"],
-        loc="lower left",
-        bbox_to_anchor=(-0.03, 1),
-        ncols=2,
-        frameon=False,
-        fontsize=11,
-    )
+    place_of_legend: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.03, 1), "ncols": 2}
+    axes.legend(handles, ["frozen base", f"with {adapter}"], frameon=False, fontsize=11, **place_of_legend)

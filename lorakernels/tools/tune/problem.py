@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from lorakernels.backend import TRITON_DTYPES
 from lorakernels.configs.config import SMALLEST_BLOCK, KernelConfig
 from lorakernels.configs.heuristic import MULTI_OPERATIONS, Batch
 from lorakernels.configs.table import Asked, forced_configs, record_choices
@@ -72,7 +73,12 @@ def problems_of(
         raise ValueError(f"slots is {slots}; expected at least 1 adapter")
     problems: dict[tuple[Key, int], Problem] = {}
     for M, N, K, r, dtype, dropout in shapes:
-        _check(M, N, K, r, dtype, dropout)
+        if min(M, N, K, r) < 1:
+            raise ValueError(f"shape M={M} N={N} K={K} r={r}; expected numbers of at least 1")
+        if dtype not in TRITON_DTYPES:
+            raise ValueError(f"dtype is {dtype}; the kernels take float32, float16 and bfloat16")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1)")
         for asked in _asked(M, N, K, r, dtype, dropout, slots):
             problem = Problem(asked.operation, M, asked.N, asked.K, r, dtype, dropout, slots or 1)
             problems.setdefault((problem.key, M), problem)
@@ -90,12 +96,3 @@ def _asked(M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: float, s
         with forced_configs({"outer": KernelConfig(BLOCK_N=SMALLEST_BLOCK)}):
             layer_step(lora_linear, dtype, M, K, [(N, r)], threshold)
     return asked
-
-
-def _check(M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: float) -> None:
-    if min(M, N, K, r) < 1:
-        raise ValueError(f"shape M={M} N={N} K={K} r={r}; expected numbers of at least 1")
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"dtype is {dtype}; the kernels take float32, float16 and bfloat16")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1)")

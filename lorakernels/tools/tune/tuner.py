@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +19,10 @@ from lorakernels.configs.table import clear
 from lorakernels.configs.table_file import Entry, Table, read_table, write_table
 from lorakernels.kernels.launch import record_launches
 from lorakernels.tools.compile_report import ARCHS, CompileRow, compile_report
-from lorakernels.tools.tune.candidates import Candidate, candidates, first_candidates, ranked
+from lorakernels.tools.tune.candidates import candidates
 from lorakernels.tools.tune.problem import Problem, problems_of
-from lorakernels.tools.tune.trial import Check, Inputs, MultiInputs, make_inputs, run
+from lorakernels.tools.tune.trial import Check, Inputs, make_inputs, run
 
-KEEP = 12  # candidates that are measured
 # Buffers are rotated, so that no launch finds its operands in L2: they take twice its size together, within reason.
 _MOST_ROTATED = 16
 
@@ -53,10 +51,7 @@ class Result:
 def current_gpu() -> torch.device:
     """Raises BackendError where there is none."""
     if not torch.cuda.is_available():
-        raise BackendError(
-            "tuning times kernels, and there is no GPU here: run it where there is one, "
-            "or see what it would measure with --dry-run"
-        )
+        raise BackendError("tuning times kernels, and there is no GPU here: run it where one is, or with --dry-run")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -69,7 +64,6 @@ def tune(
     timed_by: str,
     slots: int | None = None,
     resume: bool = False,
-    keep: int = KEEP,
     jobs: int = 2,
     short: bool = False,
 ) -> Result:
@@ -78,8 +72,8 @@ def tune(
     With `slots` the launches are those for many adapters, so many in a batch.
 
     The file is written after each entry. One that is there already keeps its other entries; with `resume` launches
-    that it holds are not measured again. `timed_by` says in the table what the timer is. With `short` the candidates
-    are the fixed list of `first_candidates`, none of which is compiled for the compile report first.
+    that it holds are not measured again. `timed_by` says in the table what the timer is. With `short` there are no
+    neighbours among the candidates, and none is compiled for the compile report first.
 
     Raises:
         ValueError: `out` is not a table, or is another device's; a shape cannot be.
@@ -94,11 +88,11 @@ def tune(
             result.skipped += 1
             continue
         progress.set_postfix_str(str(problem))
-        configs = first_candidates(problem, gpu)
-        if not short:
-            first = configs[0]
-            configs = [row.config for row in shortlist(problem, gpu, keep, jobs) if not row.pruned]
-            configs.sort(key=lambda config: config != first)
+        if short:
+            configs = candidates(problem, gpu, neighbours=False)
+        else:
+            configs, faults = shortlist(problem, gpu, jobs)
+            result.dropped += [(problem, config, why) for config, why in faults.items()]
         entry = _measure(problem, configs, device, timer, timed_by, result)
         if entry is None:
             result.left.append(problem)
@@ -110,41 +104,21 @@ def tune(
     return result
 
 
-def shortlist(problem: Problem, gpu: Device, keep: int = KEEP, jobs: int = 2) -> list[Candidate]:
-    """Every candidate, the fastest first by the model, with the reason why it will not be measured.
+def shortlist(problem: Problem, gpu: Device, jobs: int = 2) -> tuple[list[KernelConfig], dict[KernelConfig, str]]:
+    """The candidates that will be measured, and of the others what the compiler finds wrong: spills, or no room.
 
-    The model orders them; twice as many as will be measured are compiled; those that spill or do not fit go, and what
-    the compiler says of occupancy orders the rest. An architecture that the compile report does not know, and the
-    interpreter, compile nothing.
+    An architecture that the compile report does not know, and the interpreter, compile nothing.
     """
     configs = candidates(problem, gpu)
     if gpu.arch not in ARCHS or interpreter_on():
-        return ranked(problem, gpu, configs, keep, {})
-    first = ranked(problem, gpu, configs, 2 * keep, {})
-    compiled = [row.config for row in first if not row.pruned]
-    faults, programs_per_sm = _compiled(problem, compiled, gpu, jobs)
-    right = [config for config in [configs[0], *compiled] if config not in faults]
-    rows = ranked(problem, gpu, list(dict.fromkeys(right)), keep, programs_per_sm) if right else []
-    failed = [Candidate(row.config, row.predicted, faults[row.config]) for row in first if row.config in faults]
-    return rows + failed + [row for row in first if row.pruned]
-
-
-def _compiled(
-    problem: Problem, configs: Sequence[KernelConfig], gpu: Device, jobs: int
-) -> tuple[dict[KernelConfig, str], dict[KernelConfig, int]]:
-    """What is wrong with configs, and how many programs of the right ones a multiprocessor holds."""
-    with assume(gpu):
+        return configs, {}
+    with assume(gpu), record_launches() as launches:
         inputs = make_inputs(problem, torch.device("meta"))
-        with record_launches() as launches:
-            for config in configs:
-                run(problem, config, inputs)
-    faults: dict[KernelConfig, str] = {}
-    programs: dict[KernelConfig, int] = {}
-    for row in compile_report(launches, [gpu.arch], jobs, progress=False):
-        programs[row.config] = min(programs.get(row.config, 1 << 10), row.ctas_per_sm or 0)
-        if fault := _fault(row):
-            faults[row.config] = fault
-    return {config: faults[config] for config in configs if config in faults}, programs
+        for config in configs:
+            run(problem, config, inputs)
+    rows = compile_report(launches, [gpu.arch], jobs, progress=False)
+    faults = {row.config: fault for row in rows if row.config in configs and (fault := _fault(row))}
+    return [config for config in configs if config not in faults], faults
 
 
 def _fault(row: CompileRow) -> str:
@@ -200,7 +174,7 @@ def _measure(
     return Entry(p.operation, p.M, p.N, p.K, p.r, p.itemsize, right[best], measured, p.slots)
 
 
-def _rotated(inputs: Inputs | MultiInputs, device: torch.device) -> int:
+def _rotated(inputs: Inputs, device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -229,19 +203,15 @@ def print_result(result: Result, out: Path) -> None:
     print(f"{len(result.tuned)} launches tuned, {result.skipped} were in {out} already, {len(result.dropped)} dropped")
 
 
-def print_shortlists(shapes: Shapes, gpu: Device, keep: int = KEEP, jobs: int = 2, slots: int | None = None) -> None:
-    """What `tune` would measure on this device, and how many candidates go for which reason. Times nothing."""
+def print_shortlists(shapes: Shapes, gpu: Device, jobs: int = 2, slots: int | None = None) -> None:
+    """What `tune` would measure on this device, and which candidates the compiler rules out. Times nothing."""
     for problem in problems_of(shapes, slots):
-        rows = shortlist(problem, gpu, keep, jobs)
-        reasons = Counter(row.pruned.partition(" ")[0] for row in rows if row.pruned)
-        print(f"{problem} on {gpu.name}: {len(rows)} candidates, {len(rows) - sum(reasons.values())} to be measured")
-        for row in rows:
-            if not row.pruned:
-                print(f"  {_brief(row.config)}: predicted {1e6 * row.predicted:.1f} µs")
-        for row in rows:
-            if row.pruned and not row.pruned.startswith(("predicted", "like")):
-                print(f"  not {_brief(row.config)}: {row.pruned}")
-        print(f"  not {reasons['predicted']} that are predicted to be slower, {reasons['like']} like others")
+        configs, faults = shortlist(problem, gpu, jobs)
+        print(f"{problem} on {gpu.name}: {len(configs) + len(faults)} candidates, {len(configs)} to be measured")
+        for config in configs:
+            print(f"  {_brief(config)}")
+        for config, why in faults.items():
+            print(f"  not {_brief(config)}: {why}")
 
 
 def _brief(config: KernelConfig) -> str:
