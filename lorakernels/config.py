@@ -37,6 +37,9 @@ class LoRAConfig:
         rank_pattern, alpha_pattern: rank and alpha by module name, suffix or regular expression.
         use_dora: a learned length for every row of the adapted weight (Liu et al., arXiv 2402.09353).
         lora_bias: a bias beside lora_B; not with `use_dora`, and only with init_lora_weights True, "kaiming" or False.
+        use_qalora: A sees the mean of each `qalora_group_size` L of x's K features, times K / L, as PEFT has it (Xu et
+            al., "QA-LoRA", arXiv 2309.14717), so that the adapter can go into the zeros of an int4 weight in groups of
+            that size; of linear layers, not with `use_dora`.
         modules_to_save: modules, such as a new head, that train whole and are saved beside the adapter: each whose name
             ends in one of these.
 
@@ -57,6 +60,8 @@ class LoRAConfig:
     use_dora: bool = False
     lora_bias: bool = False
     modules_to_save: list[str] | tuple[str, ...] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
 
     def __post_init__(self) -> None:
         names = self.modules_to_save or ()
@@ -72,7 +77,7 @@ class LoRAConfig:
         if self.bias not in BIASES:
             raise ValueError(f"bias is {self.bias!r}; expected one of {', '.join(map(repr, BIASES))}")
         check_init(self.init_lora_weights)
-        for name in ("use_rslora", "use_dora", "lora_bias"):
+        for name in ("use_rslora", "use_dora", "lora_bias", "use_qalora"):
             flag = getattr(self, name)
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} is {flag!r} ({type(flag).__name__}); expected True or False")
@@ -82,6 +87,12 @@ class LoRAConfig:
         if self.lora_bias and self.init_lora_weights not in (True, False, "kaiming"):
             init = self.init_lora_weights
             raise ValueError(f"lora_bias=True with init_lora_weights={init!r}; expected True, 'kaiming' or False")
+        check_rank(self.qalora_group_size, "qalora_group_size")
+        if self.use_qalora and (self.use_dora or self.init_lora_weights not in (True, False, "kaiming", "gaussian")):
+            raise ValueError(
+                f"use_qalora=True with use_dora={self.use_dora} and init_lora_weights={self.init_lora_weights!r}; "
+                "expected no DoRA, and a start that does not read the base weight"
+            )
         for name in ("rank_pattern", "alpha_pattern"):
             patterns = getattr(self, name)
             if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -92,6 +103,11 @@ class LoRAConfig:
             check_rank(rank, f"rank_pattern[{pattern!r}]")
         for pattern, alpha in self.alpha_pattern.items():
             check_alpha(alpha, f"alpha_pattern[{pattern!r}]")
+
+    @property
+    def pooled(self) -> int:
+        """How many features A sees as one; 0 where it sees each."""
+        return self.qalora_group_size if self.use_qalora else 0
 
 
 class AdapterFields(TypedDict, total=False):
@@ -104,6 +120,8 @@ class AdapterFields(TypedDict, total=False):
     init_lora_weights: bool | str
     use_dora: bool
     lora_bias: bool
+    use_qalora: bool
+    qalora_group_size: int
 
 
 def layer_config(config: LoRAConfig | None, fields: Any) -> LoRAConfig:

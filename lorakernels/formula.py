@@ -59,3 +59,8 @@ def lora_linear_backward(
     dA = (g.mT @ adapted).to(lora_A.dtype)
     dB = (scaling * (dy.mT @ (adapted @ A.mT))).to(lora_B.dtype)
     return dx, dy.mT @ x, dA, dB, dbias, drow_scale
+
+
+def spread_over_groups(lora_A: torch.Tensor, pooled: int) -> torch.Tensor:
+    """QA-LoRA's A [r, K / L] as one [r, K] that acts on x: on the mean of L features, times K / L, as PEFT has it."""
+    return lora_A.repeat_interleave(pooled, dim=1) * (lora_A.shape[1] / pooled)

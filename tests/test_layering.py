@@ -45,7 +45,7 @@ class Beside:
 
 BESIDE: dict[str, Beside] = {
     # Files know configurations, tensors, names and shapes, and no model.
-    "files": Beside(frozenset({"config"}), frozenset({"adapters", "serving", "cli", "lorakernels"})),
+    "files": Beside(frozenset({"config", "formula"}), frozenset({"adapters", "serving", "cli", "lorakernels"})),
     "testing": Beside(LIBRARY, frozenset({"tools"})),
 }
 

@@ -55,7 +55,7 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
     found = {path: _layer(modules, path, bases) for path in file.layers}
 
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
-        (base, kind), variant = found[path], (config.use_dora, config.lora_bias)
+        (base, kind), variant = found[path], (config.use_dora, config.lora_bias, config.pooled)
         with as_file_error(f"module {path!r}"):
             kind.check_adapter(base, of_one_layer(config, r, alpha, init_lora_weights=True))
             return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)

@@ -72,7 +72,7 @@ def add_weighted_adapter(
     plain = LoRAConfig()
     for name in adapters:
         config = held.config_of(model, name)
-        for field in ("use_dora", "lora_bias", "bias", "modules_to_save"):
+        for field in ("use_dora", "lora_bias", "use_qalora", "bias", "modules_to_save"):
             value = getattr(config, field)
             if value and value != getattr(plain, field):
                 raise ValueError(f"adapter {name!r} has {field}={value!r}, of which there is no weighted sum")

@@ -106,7 +106,7 @@ def _room(layer: LoRALayer, name: str) -> int:
 
 def _padded(layer: LoRALayer, name: str, max_rank: int) -> list[tuple[nn.Parameter, torch.Tensor]]:
     adapter, r, padded = layer.adapters[name], _room(layer, name), []
-    shapes = type(layer).adapter_shapes(layer.base_layer, max_rank, adapter.use_dora, adapter.lora_bias)
+    shapes = type(layer).adapter_shapes(layer.base_layer, max_rank, adapter.use_dora, adapter.lora_bias, adapter.pooled)
     if r > max_rank:
         raise ValueError(f"adapter {name!r} has rank {r}, more than max_rank={max_rank}")
     for suffix, parameter in layer.adapter_tensors(name).items():
@@ -124,7 +124,7 @@ def _copy_into(suffix: str, room: torch.Tensor, value: torch.Tensor, r: int, lay
 
 def _check_fits(model: nn.Module, name: str, contents: Contents) -> None:
     config, slot, copies = contents.config, held.config_of(model, name), copies_of(model, name)
-    for field in ("use_dora", "lora_bias", "bias", "modules_to_save"):
+    for field in ("use_dora", "lora_bias", "pooled", "bias", "modules_to_save"):
         theirs, own = getattr(config, field), getattr(slot, field)
         if field == "modules_to_save":
             theirs, own = sorted(contents.whole), sorted(copies)

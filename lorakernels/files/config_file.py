@@ -15,7 +15,7 @@ HANDLED = tuple(field.name for field in dataclasses.fields(LoRAConfig))
 WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode"),
     *("layers_pattern", "layers_to_transform", "loftq_config", "megatron_config", "megatron_core", "peft_version"),
-    *("qalora_group_size", "revision", "runtime_config", "task_type"),
+    *("revision", "runtime_config", "task_type"),
 )
 
 

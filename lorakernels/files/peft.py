@@ -17,7 +17,8 @@ from lorakernels.files import reading
 from lorakernels.files.config_file import config_from_fields, fields_of
 from lorakernels.files.patterns import by_pattern
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
-from lorakernels.files.update import CONFIG_FILE, MAGNITUDE, SUFFIXES, Shapes, Update, check_tensors, own_shapes
+from lorakernels.files.update import CONFIG_FILE, LINEAR, MAGNITUDE, SUFFIXES, Shapes, Update, check_tensors, own_shapes
+from lorakernels.formula import spread_over_groups
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -138,11 +139,14 @@ def updates_of(
     updates = {}
     for path, tensors in file.layers.items():
         r, alpha = ranks[path], alphas[path]
+        if shapes_of is None and config.pooled and LINEAR[0] in tensors:  # as a plain adapter that does the same
+            tensors = {**tensors, LINEAR[0]: spread_over_groups(tensors[LINEAR[0]], config.pooled)}
         if shapes_of is None:
             kind, shapes = "its own", own_shapes(path, tensors, r, config.use_dora, config.lora_bias)
         else:
             kind, shapes = shapes_of(path, r, alpha)
         means = f"{kind}, use_dora={config.use_dora}, lora_bias={config.lora_bias}"
+        means += f", use_qalora=True with groups of {config.pooled}" if config.pooled else ""
         check_tensors(path, tensors, shapes, means, r)
         updates[path] = Update({name: tensors[name] for name in shapes}, alpha, scaling_of(alpha, r, config.use_rslora))
     return updates

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorakernels.config import LoRAConfig, scaling_of
+from lorakernels.formula import spread_over_groups
 from lorakernels.nn.dora import change_of_base
 from lorakernels.nn.modules import parameter_of
 from lorakernels.quant.layers import kind_of, read
@@ -27,6 +28,7 @@ class Adapter:
     use_rslora: bool
     use_dora: bool
     lora_bias: bool
+    pooled: int  # QA-LoRA's features that A sees as one, 0 without
     scaling: float | torch.Tensor = field(init=False)  # what its update is multiplied with now; 0 switches it off
 
     def __post_init__(self) -> None:
@@ -35,8 +37,9 @@ class Adapter:
     @classmethod
     def of(cls, config: LoRAConfig) -> Adapter:
         return cls(
-            config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_bias
-        )
+            config.r, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora, config.lora_bias,
+            config.pooled,
+        )  # fmt: skip
 
     @property
     def own_scaling(self) -> float:
@@ -96,7 +99,7 @@ class LoRABase(nn.Module):
 
     @classmethod
     def adapter_shapes(
-        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False
+        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False, pooled: int = 0
     ) -> dict[str, tuple[int, ...]]:
         """The shapes of an adapter's parameters, by what they are called behind the module's name in PEFT's files.
 
@@ -116,7 +119,7 @@ class LoRABase(nn.Module):
     def _magnitude(self, name: str) -> dict[str, Any]:
         return {MAGNITUDE: self.lora_magnitude_vector[name].weight} if self.adapters[name].use_dora else {}
 
-    def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
+    def _add_parameters(self, name: str, r: int, lora_bias: bool, pooled: int, **factory: Any) -> None:
         raise NotImplementedError("a layer makes its parameters")
 
     def _matrix(self, weight: Any) -> Any:
@@ -131,6 +134,11 @@ class LoRABase(nn.Module):
         """A [r, K] and B [N, r], the parameters or views of them."""
         A, B = list(self.adapter_tensors(name).values())[:2]
         return A.flatten(1), B.flatten(1)
+
+    def _effective(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, K] and B as they act on x: with QA-LoRA every feature of a group has the group's column."""
+        A, B = self._factors(name)
+        return (spread_over_groups(A, self.adapters[name].pooled) if self.adapters[name].pooled else A), B
 
     @property
     def weight(self) -> Any:

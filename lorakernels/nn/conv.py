@@ -56,13 +56,15 @@ class _LoRAConv(LoRALayer):
 
     @classmethod
     def adapter_shapes(
-        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False
+        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False, pooled: int = 0
     ) -> dict[str, tuple[int, ...]]:
         """lora_A [r, in_channels, ...kernel], lora_B [out_channels, r / groups, 1...], a bias [out_channels], and
         DoRA's magnitude [1, out_channels, 1...].
 
         Raises ValueError for what cannot be: see the class.
         """
+        if pooled:
+            raise ValueError("use_qalora=True is for linear layers; got a convolution")
         conv: Any = base_layer
         N, ones = conv.out_channels, (1,) * len(conv.kernel_size)
         if conv.padding_mode != "zeros":
@@ -86,7 +88,7 @@ class _LoRAConv(LoRALayer):
         if base_layer.groups != 1 and start not in (True, False, "kaiming", "gaussian"):
             raise ValueError(f"init_lora_weights={start!r} needs groups=1; got groups={base_layer.groups}")
 
-    def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
+    def _add_parameters(self, name: str, r: int, lora_bias: bool, pooled: int, **factory: Any) -> None:
         base: Any = self.base_layer
         like = {"stride": base.stride, "padding": base.padding, "dilation": base.dilation}
         skip_init: Any = torch.nn.utils.skip_init

@@ -62,12 +62,14 @@ class LoRAEmbedding(LoRALayer):
 
     @classmethod
     def adapter_shapes(
-        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False
+        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False, pooled: int = 0
     ) -> dict[str, tuple[int, ...]]:
         """lora_embedding_A [r, num_embeddings], lora_embedding_B [embedding_dim, r], DoRA's magnitude [embedding_dim].
 
         Raises ValueError for `lora_bias`, and for a base with `max_norm`.
         """
+        if pooled:
+            raise ValueError("use_qalora=True is for linear layers; got an embedding")
         if lora_bias:
             raise ValueError("lora_bias=True is not for an embedding, which has no bias")
         if base_layer.max_norm is not None:
@@ -91,7 +93,7 @@ class LoRAEmbedding(LoRALayer):
     def bias(self) -> None:
         """An embedding has none."""
 
-    def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
+    def _add_parameters(self, name: str, r: int, lora_bias: bool, pooled: int, **factory: Any) -> None:
         self.lora_embedding_A[name] = nn.Parameter(torch.empty(r, self.num_embeddings, **factory))
         self.lora_embedding_B[name] = nn.Parameter(torch.empty(self.embedding_dim, r, **factory))
 

@@ -63,7 +63,9 @@ class LoRALayer(init.Startable):
         """
         start = config.init_lora_weights
         init.check_base(base_layer, start)
-        A, B = list(cls.adapter_shapes(base_layer, config.r, config.use_dora, config.lora_bias).values())[:2]
+        A, B = list(
+            cls.adapter_shapes(base_layer, config.r, config.use_dora, config.lora_bias, config.pooled).values()
+        )[:2]
         scaling = Adapter.of(config).own_scaling
         init.check_start(start, B[0], torch.Size(A).numel() // config.r, config.r, scaling)
 
@@ -84,7 +86,8 @@ class LoRALayer(init.Startable):
         if init.changes_base(config.init_lora_weights):
             self._refuse_a_second_change(adapter_name)
         dtype = torch.float32 if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight.dtype
-        self._add_parameters(adapter_name, config.r, config.lora_bias, device=self.weight.device, dtype=dtype)
+        factory = {"device": self.weight.device, "dtype": dtype}
+        self._add_parameters(adapter_name, config.r, config.lora_bias, config.pooled, **factory)
         self.adapters[adapter_name] = Adapter.of(config)
         if config.use_dora:
             shape = self.adapter_shapes(self.base_layer, config.r, True)[MAGNITUDE]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakernels.formula import spread_over_groups
 from lorakernels.nn.adapted import adapted_linear
 from lorakernels.nn.base import DEFAULT, MAGNITUDE
 from lorakernels.nn.layer import LoRALayer
@@ -27,7 +28,8 @@ class LoRALinear(LoRALayer):
 
     Args:
         in_features, out_features, bias, device, dtype: as for `torch.nn.Linear`.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, use_dora, lora_bias: as for `LoRAConfig`.
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, use_dora, lora_bias, use_qalora,
+            qalora_group_size: as for `LoRAConfig`.
         adapter_name: the name of the first adapter.
 
     Raises:
@@ -52,6 +54,8 @@ class LoRALinear(LoRALayer):
         init_lora_weights: bool | str = True,
         use_dora: bool = False,
         lora_bias: bool = False,
+        use_qalora: bool = False,
+        qalora_group_size: int = 16,
         adapter_name: str = DEFAULT,
     ) -> None:
         super().__init__(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype))
@@ -64,6 +68,8 @@ class LoRALinear(LoRALayer):
             init_lora_weights=init_lora_weights,
             use_dora=use_dora,
             lora_bias=lora_bias,
+            use_qalora=use_qalora,
+            qalora_group_size=qalora_group_size,
         )
 
     @classmethod
@@ -85,16 +91,21 @@ class LoRALinear(LoRALayer):
 
     @classmethod
     def adapter_shapes(
-        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False
+        cls, base_layer: nn.Module, r: int, use_dora: bool = False, lora_bias: bool = False, pooled: int = 0
     ) -> dict[str, tuple[int, ...]]:
-        """lora_A [r, in_features], lora_B [out_features, r], a bias and DoRA's magnitude [out_features]."""
+        """lora_A [r, in_features], lora_B [out_features, r], a bias and DoRA's magnitude [out_features].
+
+        With QA-LoRA lora_A is [r, in_features / pooled].
+        """
         N, K = weight_of(base_layer).shape
-        shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, K), "lora_B.weight": (N, r)}
+        if pooled and K % pooled:
+            raise ValueError(f"qalora_group_size is {pooled}; expected a divisor of the layer's {K} in_features")
+        shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (r, K // (pooled or 1)), "lora_B.weight": (N, r)}
         return shapes | ({"lora_B.bias": (N,)} if lora_bias else {}) | ({MAGNITUDE: (N,)} if use_dora else {})
 
-    def _add_parameters(self, name: str, r: int, lora_bias: bool, **factory: Any) -> None:
+    def _add_parameters(self, name: str, r: int, lora_bias: bool, pooled: int, **factory: Any) -> None:
         skip_init = torch.nn.utils.skip_init
-        self.lora_A[name] = skip_init(nn.Linear, self.in_features, r, bias=False, **factory)
+        self.lora_A[name] = skip_init(nn.Linear, self.in_features // (pooled or 1), r, bias=False, **factory)
         self.lora_B[name] = skip_init(nn.Linear, r, self.out_features, bias=lora_bias, **factory)
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,6 +142,8 @@ class LoRALinear(LoRALayer):
 
     def _term(self, name: str) -> Term:
         adapter, (A, B) = self.adapters[name], self._factors(name)
+        if adapter.pooled:
+            A = spread_over_groups(A, adapter.pooled)
         bias = magnitude = None
         if (adapter.lora_bias or adapter.use_dora) and not adapter.is_off:
             parts: Any = self.lora_B[name], self.lora_magnitude_vector

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorakernels.nn.base import LoRABase
 from lorakernels.nn.modules import check_can_change
+from lorakernels.nn.quantized import QuantizedLinear
 from lorakernels.quant.packed import PackedWeight
 
 
@@ -53,7 +54,8 @@ class Mergeable(LoRABase):
         `keep_base` keeps a copy of the weight, so that `unmerge` brings it back to the bit; without it
         the weight comes back within one rounding. A `lora_bias` goes into the base layer's bias.
         A packed weight is kept in any case: until `unmerge` the base layer is a `torch.nn.Linear` with the merged
-        weight in the dtype that was packed.
+        weight in the dtype that was packed; or, where QA-LoRA's groups are those of an int4 weight, a packed one whose
+        zeros have changed.
         """
         if self.merged:
             warnings.warn(f"adapters {self.merged_adapters} are merged already: nothing to do", stacklevel=3)
@@ -61,14 +63,10 @@ class Mergeable(LoRABase):
         records, weight, bias = self._prepared(keep_base)
         if self._is_packed:
             # Packed again, little of a small update would be left: 1.4 % of a trained adapter's survived NF4.
-            packed, own_bias = self.weight, self.bias if bias is None or self.bias is None else bias.to(self.bias.dtype)
-            N, K = packed.shape
-            plain = nn.Linear(K, N, bias=own_bias is not None, device="meta").train(self.training)
-            plain.weight = nn.Parameter(weight.to(packed.dtype), requires_grad=False)
-            if own_bias is not None:
-                plain.bias = nn.Parameter(own_bias.detach(), requires_grad=False)
-            self._kept_base, self._is_packed, self._merged = _KeptBase(packed, None, self.base_layer), False, records
-            self.base_layer = plain
+            own_bias = self.bias if bias is None or self.bias is None else bias.to(self.bias.dtype)
+            merged = self._in_zeros(records, own_bias) or _plain(weight.to(self.weight.dtype), own_bias)
+            self._kept_base, self._merged = _KeptBase(self.weight, None, self.base_layer), records
+            self.base_layer, self._is_packed = merged.train(self.training), isinstance(merged, QuantizedLinear)
             return
         if keep_base:
             kept_bias = None if bias is None or self.bias is None else self.bias.clone()
@@ -77,6 +75,19 @@ class Mergeable(LoRABase):
         if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
         self._merged = records
+
+    def _in_zeros(self, records: dict[str, _Merged], bias: torch.Tensor | None) -> QuantizedLinear | None:
+        """A packed layer with the adapters in its zeros, exactly; None where they do not fit there.
+
+        W = (q - z) · scale, and QA-LoRA adds one number to each group of a row: z - Δ / scale (Xu et al., section 3.3).
+        """
+        packed, pooled = self.weight, {self.adapters[name].pooled for name in records}
+        if packed.zero is None or packed.table is not None or pooled != {packed.form.block}:
+            return None
+        changes = (record.update()[:, :: packed.form.block] for record in records.values())
+        delta = sum(changes, torch.zeros((), device=packed.device))
+        zero = packed.zero.float() - delta / packed.scale.float()
+        return QuantizedLinear(packed._replace(zero=zero), bias)
 
     @torch.no_grad()
     def check_merge(self, keep_base: bool = False) -> None:
@@ -139,7 +150,7 @@ class Mergeable(LoRABase):
         self._check_mergeable()
         weight = self.unmerged_weight()
         row_scale = self._row_scale(name, weight)
-        update = _Merged(*self._factors(name), adapter.scaling, row_scale, None).update()
+        update = _Merged(*self._effective(name), adapter.scaling, row_scale, None).update()
         if row_scale is not None:
             update = update + wide(self._matrix(weight)) * (row_scale - 1)[:, None]
         return self._from_matrix(update)
@@ -169,7 +180,7 @@ class Mergeable(LoRABase):
         records = {}
         for name in self.active_adapters:
             adapter = self.adapters[name]
-            A, B = (factor.detach().clone() for factor in self._factors(name))
+            A, B = (factor.detach().clone() for factor in self._effective(name))
             scaling = adapter.scaling
             if isinstance(scaling, torch.Tensor):  # in a slot for hot swaps, where the next value is written into it
                 scaling = scaling.clone()
@@ -186,6 +197,15 @@ class Mergeable(LoRABase):
             merged = merged + record.update().to(merged.dtype)
         _check_finite(merged, self.weight.dtype, records)
         return self._from_matrix(merged)
+
+
+def _plain(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    N, K = weight.shape
+    plain = nn.Linear(K, N, bias=bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return plain
 
 
 def wide(tensor: Any) -> torch.Tensor:

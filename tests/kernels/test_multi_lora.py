@@ -113,7 +113,7 @@ def keep_of(case: MultiCase, inputs: MultiInputs, impl: str) -> torch.Tensor | N
     seed = torch.randint(-(2**62), 2**62, (1,), device=device)
     tensors = inputs.plan.tensors
     _, _, mask = torch.ops.lorakernels.multi_lora_linear(
-        inputs.x, inputs.weight[:1], [None], inputs.lora_A[:1], inputs.lora_B[:1], *tensors, seed,
+        inputs.x, inputs.weight[:1], [], [], [None], inputs.lora_A[:1], inputs.lora_B[:1], *tensors, seed,
         torch.tensor(thresholds, dtype=torch.int32, device=device), False, impl,
     )  # fmt: skip
     kept = unpack_mask(mask, case.K).double()
@@ -443,7 +443,7 @@ def test_operators_and_compile(device: str) -> None:
     tensors = inputs.plan.tensors
     torch.library.opcheck(
         torch.ops.lorakernels.multi_lora_linear,
-        (inputs.x, inputs.weight, biases, inputs.lora_A, inputs.lora_B, *tensors, None, None, True, "torch"),
+        (inputs.x, inputs.weight, [], [], biases, inputs.lora_A, inputs.lora_B, *tensors, None, None, True, "torch"),
         test_utils=("test_schema", "test_faketensor"),
     )
     expected = run(case, inputs, "torch")
