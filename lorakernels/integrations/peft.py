@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import warnings
@@ -15,11 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lorakernels import ops
 from lorakernels.integrations.peft_mixed import forget_packs, mixed_forward
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
-from lorakernels.weight import linear
+from lorakernels.quant.layers import why_refused
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,11 @@ def accelerate(
 ) -> AccelerationReport:
     """Give every PEFT LoRA layer of `model` the fused forward, in place.
 
-    A layer is taken when its type is exactly `peft.tuners.lora.layer.Linear`; it then is a subclass of that, and all
-    else about it stays: parameters, hooks, names, state dict, and the files that PEFT saves. What the fused path does
-    not cover runs PEFT's own forward, decided at each call. Adapters added later to these layers need nothing more;
-    layers that a later adapter is the first to reach need another call, which does no harm to the others.
+    A layer is taken when its type is exactly `peft.tuners.lora.layer.Linear`, or PEFT's for bitsandbytes' 4 bits or for
+    HQQ; it then is a subclass of that, and all else about it stays: parameters, hooks, names, state dict, and the files
+    that PEFT saves. What the fused path does not cover runs PEFT's own forward, decided at each call. Adapters added
+    later to these layers need nothing more; layers that a later adapter is the first to reach need another call, which
+    does no harm to the others.
 
     Args:
         model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
@@ -109,17 +112,16 @@ def accelerate(
         TypeError: `model` is not a module, or `groups` not a list of lists of names.
         ValueError: no module has two accelerated layers of the names of a group.
     """
-    fused = _fused_linear()
-    from peft.tuners.lora.layer import Linear, LoraLayer
-
+    LoraLayer = _lora_layer()
     modules = _named_modules(model)
-    found = siblings.find(model, lambda module: type(module) in (Linear, fused), groups)
+    found = siblings.find(model, lambda module: type_name(module) in _TAKEN or is_fused(module), groups)
     rows = []
     for name, module in modules:
         if isinstance(module, LoraLayer):
-            if type(module) is Linear:
-                module.__class__ = fused
-            if type(module) is fused:
+            if type_name(module) in _TAKEN:
+                kind: Any = type(module)
+                module.__class__ = _fused(kind)
+            if is_fused(module):
                 forget_packs(module)
             reason = _why_not(module)
             rows.append(LayerReport(name, not reason, reason))
@@ -140,24 +142,36 @@ def restore(model: nn.Module) -> None:
         ImportError: PEFT is not installed.
         TypeError: `model` is not a module.
     """
-    fused = _fused_linear()
+    _lora_layer()
     for _, module in _named_modules(model):
         siblings.forget(module)
-        if type(module) is fused:
+        if is_fused(module):
             forget_packs(module)
             forget_norm(module)
-            module.__class__ = fused.__base__  # type: ignore[assignment]
+            module.__class__ = type(module).__base__  # type: ignore[assignment]
 
 
-@lru_cache(maxsize=1)
-def _fused_linear() -> type:
-    """The subclass of PEFT's Linear; made at the first use, so that this module can be imported without PEFT."""
+# PEFT's layers for a torch.nn.Linear, and for the packed weights of bitsandbytes and HQQ.
+_TAKEN = tuple(f"peft.tuners.lora.{name}" for name in ("layer.Linear", "bnb.Linear4bit", "hqq.HqqLoraLinear"))
+
+
+def _lora_layer() -> Any:
     try:
-        from peft.tuners.lora.layer import Linear
+        from peft.tuners.lora.layer import LoraLayer
     except ImportError as error:
         raise ImportError(f"accelerate() and restore() need PEFT ({error}): pip install peft") from error
+    return LoraLayer
 
-    class FusedLinear(Linear):
+
+def is_fused(module: nn.Module) -> bool:
+    return type(module).__qualname__.startswith("Fused") and type(module).__module__ == __name__
+
+
+@lru_cache(maxsize=8)
+def _fused(kind: Any) -> type:
+    """The subclass of one of PEFT's layers; made at the first use, so that this module can be imported without PEFT."""
+
+    class Fused(kind):
         """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
 
         linear_call = linear_call
@@ -168,16 +182,18 @@ def _fused_linear() -> type:
                 y = _fused_forward(self, x)
             elif not args and len(kwargs) == 1 and kwargs.get("adapter_names") is not None:
                 y = mixed_forward(self, x, kwargs["adapter_names"])
-            return Linear.forward(self, x, *args, **kwargs) if y is None else y
+            return kind.forward(self, x, *args, **kwargs) if y is None else y
 
-    FusedLinear.__name__ = "Linear"  # repr and PEFT's get_layer_status say lora.Linear, as before
-    FusedLinear.__qualname__ = "FusedLinear"  # a whole pickled model finds it in this module, by __getattr__
-    return FusedLinear
+    Fused.__name__ = kind.__name__  # repr and PEFT's get_layer_status say lora.Linear, as before
+    Fused.__qualname__ = f"Fused{kind.__name__}"  # a whole pickled model finds it in this module, by __getattr__
+    return Fused
 
 
 def __getattr__(name: str) -> Any:
-    if name == "FusedLinear":
-        return _fused_linear()
+    for full in _TAKEN:
+        module, _, kind = full.rpartition(".")
+        if name == f"Fused{kind}":
+            return _fused(getattr(importlib.import_module(module), kind))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -189,9 +205,10 @@ def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _why_not(layer: Any) -> str:
     """Why calls of this LoRA layer, its adapters as they are, run PEFT's forward; empty where they do not."""
-    if type(layer) is not _fused_linear():
+    if not is_fused(layer):
         base = layer.get_base_layer()
-        return f"{type_name(layer)} over {type_name(base)}: only PEFT's lora.Linear over torch.nn.Linear is fused"
+        why = why_refused(base) or f"only {', '.join(_TAKEN)} are fused"
+        return f"{type_name(layer)} over {type_name(base)}: {why}"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance, so its class has no say"
     terms = adapter_terms(layer)
@@ -210,5 +227,5 @@ def _fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor | None:
         # x Wᵀ + bias + (c - 1) ∘ D(x) Wᵀ + c ∘ scaling · (D(x) Aᵀ) Bᵀ with c = magnitude / ‖W + scaling · B A‖.
         dropped = F.dropout(x, first.p)
         update = adapted_linear(dropped, weight, None, [first._replace(p=0.0)])
-        return linear(x - dropped, weight, bias) + update
+        return ops.frozen_linear(x - dropped, weight, bias) + update
     return adapted_linear(x, weight, bias, terms, None, layer)

@@ -140,6 +140,8 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
     if type(names) not in (list, tuple) or x.dim() < 2 or x.shape[0] != len(names) or not x.numel():
         return None
     base = layer._modules["base_layer"]
+    if type(base) is not torch.nn.Linear:  # a packed weight
+        return None
     weight = parameter_of(base, "weight")
     hook = _registration(layer, names)
     pack = None if hook is None else _packs.get(hook)

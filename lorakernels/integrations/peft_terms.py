@@ -12,6 +12,8 @@ from torch import nn
 from lorakernels.nn.dora import NormCache
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.nn.terms import Call, Term
+from lorakernels.quant.layers import kind_of, read
+from lorakernels.quant.packed import PackedWeight
 
 # Of other types are DTensors, quantised weights (torchao keeps nn.Linear and swaps its weight) and the like.
 _PLAIN = (torch.Tensor, nn.Parameter)
@@ -30,9 +32,7 @@ class _Magnitude(NamedTuple):
     layer: Any
     weight: torch.Tensor
 
-    def row_scale(
-        self, base: torch.Tensor, matrix: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scaling: Any
-    ) -> torch.Tensor:
+    def row_scale(self, base: Any, matrix: Any, A: torch.Tensor, B: torch.Tensor, scaling: Any) -> torch.Tensor:
         """magnitude / ‖W + scaling · B A‖ [N], the norm without a gradient (arXiv 2402.09353, section 4.3)."""
         adapters = self.layer._modules["lora_A"]._modules
         known, cache = _norms.get(self.layer, ({}, None))
@@ -57,13 +57,15 @@ def linear_call(layer: Any, x: torch.Tensor) -> Call | None:
     if isinstance(terms, str) or not terms:
         return None
     base = layer._modules["base_layer"]
-    weight = parameter_of(base, "weight")
+    weight = parameter_of(base, "weight") if type(base) is nn.Linear else read(base)
     return (weight, parameter_of(base, "bias"), terms, None) if takes_dtypes(layer, x, weight, terms) else None
 
 
-def takes_dtypes(layer: Any, x: torch.Tensor, weight: torch.Tensor, terms: Sequence[Term]) -> bool:
+def takes_dtypes(layer: Any, x: torch.Tensor, weight: Any, terms: Sequence[Term]) -> bool:
     """Whether the fused path computes what PEFT computes with these dtypes; where not, PEFT's forward may raise."""
     dtype = x.dtype
+    if isinstance(weight, PackedWeight):  # which is unpacked in x's dtype
+        return dtype in _AUTOCAST_DTYPES
     if dtype not in _DTYPES:
         return False
     if weight.dtype is dtype:
@@ -86,16 +88,24 @@ def adapter_terms(layer: Any, names: Sequence[str] | None = None) -> list[Term] 
     """
     modules = layer._modules
     base = modules["base_layer"]
-    if type(base) is not nn.Linear:
-        return f"the base layer is {type_name(base)}, not exactly torch.nn.Linear"
+    is_packed = type(base) is not nn.Linear and bool(kind_of(base))
+    if type(base) is not nn.Linear and not is_packed:
+        return f"the base layer is {type_name(base)}, not exactly torch.nn.Linear, nor one with a packed weight"
     if runs_more_than_forward(base):
         return "the base layer has hooks or a replaced forward, which run only when it is called"
-    weight, bias = parameter_of(base, "weight"), parameter_of(base, "bias")
-    if not is_plain(weight):
-        return f"the base weight is a {type_name(weight)} ({weight.layout}), not a plain tensor"
-    if bias is not None and not (is_plain(bias) and bias.dtype is weight.dtype):
-        return "the base bias is not a plain tensor of the weight's dtype"
-    if layer.fan_in_fan_out:
+    bias = parameter_of(base, "bias")
+    if is_packed:
+        try:
+            read(base)
+        except ValueError as error:
+            return str(error)
+    else:
+        weight = parameter_of(base, "weight")
+        if not is_plain(weight):
+            return f"the base weight is a {type_name(weight)} ({weight.layout}), not a plain tensor"
+        if bias is not None and not (is_plain(bias) and bias.dtype is weight.dtype):
+            return "the base bias is not a plain tensor of the weight's dtype"
+    if getattr(layer, "fan_in_fan_out", False):
         return "fan_in_fan_out is set"
     lora_A, lora_B, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     terms: list[Term] = []

@@ -1,0 +1,91 @@
+"""PEFT's layers over bitsandbytes' 4 bits, accelerated: PEFT's numbers, and never bitsandbytes' own forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorakernels as lk
+
+peft = pytest.importorskip("peft")
+bnb = pytest.importorskip("bitsandbytes")
+
+WIDTH = 64
+
+
+def four_bits(in_features: int, out_features: int, nested: bool, dtype: torch.dtype) -> nn.Module:
+    layer = bnb.nn.Linear4bit(in_features, out_features, quant_type="nf4", compute_dtype=dtype)
+    weight = torch.randn(out_features, in_features, dtype=dtype) / in_features**0.5
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested)
+    layer.weight = layer.weight._quantize("cpu")
+    return layer
+
+
+class Attention(nn.Module):
+    """Projections of one x, and one after them."""
+
+    def __init__(self, nested: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (four_bits(WIDTH, WIDTH, nested, dtype) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(self.q_proj(x) * torch.sigmoid(self.k_proj(x)) + self.v_proj(x))
+
+
+def models(nested: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> tuple[nn.Module, nn.Module]:
+    """PEFT's model twice, with the same numbers; the second accelerated."""
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **fields)
+        made.append(peft.get_peft_model(Attention(nested, dtype), config))
+    report = lk.accelerate(made[1])
+    assert report.num_accelerated == report.num_layers == 4
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "nested"])
+def test_values_and_gradients(nested: bool, fields: dict[str, Any]) -> None:
+    theirs, ours = models(nested, **fields)
+    x = torch.randn(2, 5, WIDTH)
+    results = []
+    for model in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.square().sum().backward()
+        results.append([y, leaf.grad, *[p.grad for p in model.parameters() if p.grad is not None]])
+    assert len(results[0]) == len(results[1]) > 8
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its forward in evaluation on a CPU packs the weight again, and gradients are lost: it is never called."""
+    _, ours = models()
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    ours(x).sum().backward()
+    expected, x.grad = x.grad, None
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda *args: pytest.fail("bitsandbytes' forward was called"))
+    with torch.no_grad():
+        ours.eval()(x)
+    ours.train()(x).sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+def test_a_weight_that_was_packed_again_is_left_alone() -> None:
+    theirs, _ = models()
+    theirs.base_model.model.q_proj.base_layer.weight.quant_state.packing_format_for_cpu = True
+    report = lk.accelerate(theirs)
+    (row,) = report.not_accelerated
+    assert row.name.endswith("q_proj") and "packed again by bitsandbytes" in row.reason
+
+
+def test_restore_gives_pefts_own_class() -> None:
+    theirs, ours = models()
+    lk.restore(ours)
+    assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
