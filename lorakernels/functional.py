@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import overload
 
 import torch
 
@@ -11,13 +11,14 @@ from lorakernels import arguments, ops
 from lorakernels.arguments import shape_of
 from lorakernels.backend import resolve_impl
 from lorakernels.plan import BatchPlan
+from lorakernels.quant.packed import Weight
 
 Slices = Sequence[torch.Tensor]
 
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     *,
@@ -36,7 +37,7 @@ def lora_linear(
 
     Args:
         x: [..., K]; float64, float32, float16 or bfloat16, any strides, zero tokens included.
-        weight: [N, K], of x's dtype.
+        weight: [N, K], of x's dtype; or a `PackedWeight`, which is unpacked in x's dtype by parts.
         lora_A: [r, K], any r ≥ 1; any float dtype: it is cast to x's, x never to its.
         lora_B: [N, r], likewise.
         bias: [N], of x's dtype.
@@ -71,7 +72,7 @@ def lora_linear(
 
 def lora_linear_group(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
+    weights: Sequence[Weight],
     lora_As: Sequence[torch.Tensor | None],
     lora_Bs: Sequence[torch.Tensor | None],
     *,
@@ -89,7 +90,7 @@ def lora_linear_group(
 
     Args:
         x: [..., K], as for `lora_linear`.
-        weights: [N_i, K] each, of x's dtype; the N_i may differ.
+        weights: [N_i, K] each, of x's dtype, or packed; the N_i may differ.
         lora_As: [r_i, K] each; the r_i may differ. None where a member has no adapter.
         lora_Bs: [N_i, r_i] each, None likewise.
         biases: [N_i] each, or None, of x's dtype.
@@ -142,14 +143,14 @@ def lora_linear_group(
     return [ys[i] for i in range(n)]
 
 
-def row_norm(weight: Any) -> torch.Tensor:
+def row_norm(weight: Weight) -> torch.Tensor:
     """‖W‖ by rows of weight [N, K]: [N] float32 (float64 for a float64 weight), for `lora_weight_norm`."""
     arguments.check_weight(weight)
     return ops.row_norm(weight)
 
 
 def lora_weight_norm(
-    weight: Any,
+    weight: Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     *,
@@ -260,12 +261,12 @@ def lora_expand(
 
 @overload
 def multi_lora_linear(
-    x: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan, *,
+    x: torch.Tensor, weight: Weight, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan, *,
     bias: torch.Tensor | None = ..., dropout_p: float | torch.Tensor = ..., training: bool = ..., impl: str = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 @overload
 def multi_lora_linear(
-    x: torch.Tensor, weight: Slices, lora_A: Slices, lora_B: Slices, plan: BatchPlan, *,
+    x: torch.Tensor, weight: Sequence[Weight], lora_A: Slices, lora_B: Slices, plan: BatchPlan, *,
     bias: Sequence[torch.Tensor | None] | None = ..., dropout_p: float | torch.Tensor = ..., training: bool = ...,
     impl: str = ...,
 ) -> list[torch.Tensor]: ...  # fmt: skip
@@ -273,7 +274,7 @@ def multi_lora_linear(
 
 def multi_lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor | Slices,
+    weight: Weight | Sequence[Weight],
     lora_A: torch.Tensor | Slices,
     lora_B: torch.Tensor | Slices,
     plan: BatchPlan,
@@ -295,8 +296,8 @@ def multi_lora_linear(
 
     Args:
         x: [..., K], of as many tokens as the plan's last update; float64, float32, float16 or bfloat16, any strides.
-        weight: [N, K], of x's dtype. A list for several projections of one x (q, k and v), with lists for lora_A,
-            lora_B and bias too: their low-rank products are one launch, and the result is a list.
+        weight: [N, K], of x's dtype, or a `PackedWeight`. A list for several projections of one x (q, k and v), with
+            lists for lora_A, lora_B and bias too: their low-rank products are one launch, and the result is a list.
         lora_A: [S, R, K], S and R at least the plan's num_slots and max_rank, any strides and float dtype; [pages, K]
             for a plan with pages. What is past a slot's rank is never read. [S, 1, R, K] will do.
         lora_B: [S, N, R], or [pages, N], or [S, 1, N, R].

@@ -227,6 +227,9 @@ class Transposed(NamedTuple):
         return self.weight
 
 
+Weight = torch.Tensor | PackedWeight
+
+
 def _bitsandbytes(weight: PackedWeight) -> Any:
     """Its dequantising for AVX-512, the same to the bit in a third of the time (1.0 ms for 3.0, 2048 × 2048), on a CPU
     where it is imported, as for its own layers; None elsewhere. It is right where rows are whole blocks.

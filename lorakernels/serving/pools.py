@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lorakernels.adapters.targets import plain_modules
+from lorakernels.quant.layers import weight_of
 
 # Rows of A and B start at multiples of this many bytes.
 _ALIGNMENT = 16
@@ -27,9 +28,9 @@ class Site:
     """A module that adapters may reach, and where its A and B lie in a page of its pool."""
 
     def __init__(self, path: str, module: nn.Module, base: type[nn.Module], owner: object) -> None:
-        weight: Any = module.weight
+        weight = weight_of(module)
         self.path, self.module, self.base, self.owner = path, module, base, owner
-        self.N, self.K = weight.shape if base is nn.Linear else weight.shape[::-1]
+        self.N, self.K = weight.shape[::-1] if base is nn.Embedding else weight.shape
         self.begin_A = self.begin_B = 0
         self.pool: Pool
         # Views of the pool's memory, from its first use on.
@@ -179,7 +180,7 @@ def find_sites(
             continue
         if module not in by_module:
             site = by_module[module] = Site(path, module, base, owner)
-            weight: Any = module.weight
+            weight = weight_of(module)
             key = (path.rpartition(".")[2], base, tuple(weight.shape), weight.dtype, weight.device)
             if key not in pools:
                 writer = writers.setdefault(weight.device, Writer(weight.device))

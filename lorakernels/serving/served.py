@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakernels import ops
 from lorakernels.functional import multi_lora_embedding, multi_lora_linear
 from lorakernels.nn.modules import parameter_of
 from lorakernels.plan import BatchPlan
+from lorakernels.quant.layers import kind_of, read
 from lorakernels.serving.errors import StaleBatchError
 from lorakernels.serving.pools import Pool, Site
 
@@ -205,6 +207,18 @@ class ServedEmbedding(_Served, nn.Embedding):
         return _within(multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan), site)
 
 
+class _ServedPacked(_Served):
+    """A linear with a packed weight that a store has switched; its class is made by `know`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        site: Any = self.__dict__.get("_lora_site")
+        plan, weight, bias = _plan(site, x.shape[:-1]), read(self), parameter_of(self, "bias")
+        bias = None if bias is None else bias.to(x.dtype)
+        if plan is None:
+            return ops.frozen_linear(x, weight, bias)
+        return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
+
+
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ServedLinear, nn.Embedding: ServedEmbedding}
 
 
@@ -217,6 +231,16 @@ def _leave_uncompiled() -> None:
 
 # What a module was, by what it is.
 BASES = {base: base for base in _SERVED} | {served: base for base, served in _SERVED.items()}
+
+
+def know(model: nn.Module) -> None:
+    """Make the classes for the layers of a model whose weights are packed."""
+    for base in {type(module) for module in model.modules() if kind_of(module)} - set(BASES):
+        served = type(f"Served{base.__name__}", (_ServedPacked, base), {})
+        if "torch._dynamo" in sys.modules:
+            served.forward = torch.compiler.disable(served.forward)  # type: ignore[attr-defined]
+        _SERVED[base] = served
+        BASES.update({base: base, served: base})
 
 
 def served_by(module: nn.Module) -> Site | None:

@@ -19,6 +19,7 @@ from lorakernels.files.config_file import fields_of
 from lorakernels.files.peft import WEIGHTS_FILE, parse, read_peft
 from lorakernels.files.reading import AdapterFileError
 from lorakernels.files.update import CONFIG_FILE
+from lorakernels.quant.layers import kind_of
 from lorakernels.serving.errors import CapacityError
 from lorakernels.serving.pools import Pool, Site
 from lorakernels.serving.served import BASES, served_by
@@ -193,7 +194,8 @@ def _why_not_served(path: str, model: nn.Module, site: Site | None) -> str:
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         mend = "call torch.backends.mha.set_fastpath_enabled(False) first"
         return f"is not called by the fast path of TransformerEncoderLayer, which leaves the adapter out; {mend}"
-    if type(weight) not in (torch.Tensor, nn.Parameter) or not weight.is_floating_point():
+    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()
+    if not plain and not kind_of(module):
         return f"has a weight that is a {type(weight).__qualname__}, {weight.dtype}; not served"
     return ""
 

@@ -21,7 +21,7 @@ from lorakernels.config import check_rank
 from lorakernels.serving import sources
 from lorakernels.serving.books import Books, Lease, Version
 from lorakernels.serving.pools import Site, Writer, find_sites
-from lorakernels.serving.served import BASES, Batch, restore, running, serve
+from lorakernels.serving.served import BASES, Batch, know, restore, running, serve
 from lorakernels.serving.sources import Given
 from lorakernels.serving.stats import StoreStats
 
@@ -76,6 +76,7 @@ class AdapterStore:
         self.max_rank = max_rank
         self.root = None if root is None else Path(root).resolve(strict=True)
         self._owner = object()
+        know(self.model)
         self._sites = find_sites(self.model, BASES, num_pages, self._owner)
         if not self._sites:
             raise ValueError(f"{type(model).__name__} has no torch.nn.Linear or torch.nn.Embedding to serve")
