@@ -17,7 +17,7 @@ import triton.language as tl
 from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
-from lorakernels.kernels.packed import form_of, load_weight, weight_matrix
+from lorakernels.kernels.packed import form_of, load_packed_kn, weight_matrix
 from lorakernels.kernels.tiles import (
     draw,
     drop,
@@ -67,6 +67,8 @@ def few_tokens_kernel(
     offs_r = tl.arange(0, BLOCK_R)
     K, N, R = x.cols, b.cols, a.cols
     x, a, b = sized(x, M, K), sized(a, K, R), sized(b, R, N)
+    if W_FORM == 0:
+        w = sized(w, K, N)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -75,7 +77,10 @@ def few_tokens_kernel(
     for k in range(pid_k * BLOCK_K, K, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
         x_tile = load_tile(x, offs_m, offs_k)
-        w_tile = load_weight(w, offs_k, offs_n, k, pid_n * BLOCK_N, x_tile.dtype, K, N, W_FORM, PER, GROUP)
+        if W_FORM == 0:
+            w_tile = load_tile(w, offs_k, offs_n)
+        else:
+            w_tile = load_packed_kn(w, offs_k, offs_n, k, pid_n * BLOCK_N, x_tile.dtype, W_FORM, PER, GROUP)
         y = tl.dot(x_tile, w_tile, y, input_precision=INPUT_PRECISION)
         if seed_ptr is not None:
             x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_n == 0)

