@@ -24,7 +24,6 @@ _ONEDNN_FROM = 1 << 24
 # Of a packed weight: the scratch that one product fills, which with what unpacking takes comes to less than 16 MiB.
 SCRATCH_BYTES = 12 << 20
 
-
 # (weight, row, last row, column, last column, out): `PackedWeight.unpack`, or a kernel that does it.
 Unpack = Callable[[PackedWeight, int, int, int, int, torch.Tensor], None]
 
@@ -92,7 +91,7 @@ def _multiply_packed(
     for first, last, part in parts_of(weight, x.dtype, unpack):
         columns = y[:, first:last]
         if onto is not None:
-            add_multiply(columns, x, part) if columns is y else columns.addmm_(x, part.t())
+            columns.addmm_(x, part.t())
         elif last - first == y.shape[1]:
             return multiply(x, part, bias)
         elif bias is None:

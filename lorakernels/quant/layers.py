@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,8 +21,13 @@ _REFUSED = {
 
 
 def kind_of(layer: Any) -> str:
-    """ "bitsandbytes", "hqq", "own", or nothing for a layer whose weight is not known to be packed."""
-    for kind in type(layer).__mro__:
+    """Whose packed weight a layer has: "bitsandbytes", "hqq", "own"; nothing for one that is not known to have any."""
+    return _kind_of(type(layer))
+
+
+@lru_cache(maxsize=1024)
+def _kind_of(layer: type) -> str:
+    for kind in layer.__mro__:
         name = f"{kind.__module__}.{kind.__qualname__}"
         if name == "bitsandbytes.nn.modules.Linear4bit":
             return "bitsandbytes"
@@ -50,7 +56,5 @@ def weight_of(layer: Any) -> torch.Tensor | PackedWeight:
 
 def why_refused(layer: Any) -> str:
     """Why a quantised layer that is known cannot be adapted; nothing for any other layer."""
-    names = {f"{kind.__module__}.{kind.__qualname__}" for kind in type(layer).__mro__}
-    return next(
-        (why for known, why in _REFUSED.items() if any(n == known or n.startswith(f"{known}.") for n in names)), ""
-    )
+    names = [f"{kind.__module__}.{kind.__qualname__}." for kind in type(layer).__mro__]
+    return next((why for known, why in _REFUSED.items() if any(n.startswith(f"{known}.") for n in names)), "")

@@ -60,8 +60,8 @@ CODES = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4)), "int4": tuple
 class PackedWeight(NamedTuple):
     """A frozen weight [N, K]: number (n, k) is (code - zero) · scale, with the zero and the scale of its block.
 
-    `data` is uint8 of ⌈N K / 2⌉ pairs of numbers, or [N, K] of int8 or float8_e4m3fn. A scale is a float, or with
-    `nested` = (table [256], absmax, offset) it is table[scale] · absmax + offset, one absmax for 256 scales.
+    `data` is uint8 of ⌈N K / 2⌉ pairs of numbers, or [N, K] of int8 or float8_e4m3fn. A scale is a float; or with
+    `table` [256], nested, it is table[scale] · absmax + offset, one absmax for 256 scales.
     """
 
     text: str  # its form; numbers in a tuple would be symbols to torch.compile
@@ -168,9 +168,8 @@ class PackedWeight(NamedTuple):
         N, K = self.form[1:3]
         if self.form.bits == 8:
             out.copy_(self.data[row:last_row, col:last_col])
-        elif (
-            self.form.halves
-        ):  # a byte has a number of row n in its high nibble, and in the low one one of row n + N / 2
+        elif self.form.halves:
+            # A byte has a number of row n in its high nibble, and one of row n + N / 2 in the low one.
             for low, begin, end in ((0, row, min(last_row, N // 2)), (1, max(row, N // 2), last_row)):
                 if begin < end:
                     start = begin - low * (N // 2)

@@ -107,6 +107,34 @@ def fsdp2(rank: int, folder: str) -> None:
     leave()
 
 
+def fsdp2_packed(rank: int, folder: str) -> None:
+    """Over packed weights, whose bytes and scales are sharded by rows: the numbers of one process, bit for bit."""
+    start(rank, folder)
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        net = lk.quantize(nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 8)), "nf4", block=32)
+        lk.inject(net, lk.LoRAConfig(r=4, target_modules=["0", "2"]))
+        for parameter in lk.trainable_parameters(net):
+            nn.init.normal_(parameter, std=0.3)
+        made.append(net)
+    whole, net = made
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in (net[0], net[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(net(x), whole(x))
+    loss(net, x).backward()
+    loss(whole, x).backward()
+    for found, expected in zip(net.parameters(), whole.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None)
+        if found.grad is not None:
+            assert torch.equal(found.grad.full_tensor(), expected.grad)
+    assert isinstance(net[0].base_layer.weight, DTensor) and net[0].base_layer.weight.dtype is torch.uint8
+    leave()
+
+
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """To 1e-10 after the pieces are put together, in float64."""
     whole = found.full_tensor() if isinstance(found, DTensor) else found
@@ -277,7 +305,8 @@ sharded = pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"tensor p
 
 
 @pytest.mark.parametrize(
-    "way", [ddp, fsdp2, pytest.param(operators, marks=sharded), pytest.param(tensor_parallel, marks=sharded)]
+    "way",
+    [ddp, fsdp2, fsdp2_packed, pytest.param(operators, marks=sharded), pytest.param(tensor_parallel, marks=sharded)],
 )
 def test_gradients_equal_those_of_one_process(way, tmp_path: Path) -> None:
     mp.spawn(way, args=(str(tmp_path),), nprocs=WORLD)
