@@ -115,17 +115,35 @@ def test_a_layer_that_is_not_packed_yet_is_refused() -> None:
         layers.read(bnb.nn.Linear4bit(8, 8, quant_type="nf4"))
 
 
+class HQQLinear(torch.nn.Module):
+    """As HQQ's layer of 4 bits with axis=1 holds a weight [N, K]: a row a group, half of them in the high nibbles."""
+
+    __module__ = "hqq.core.quantize"
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, group: int) -> None:
+        super().__init__()
+        rows = codes.view(-1, group)
+        half = len(rows) // 2
+        self.W_q = torch.nn.Parameter(rows[:half] << 4 | rows[half:], requires_grad=False)
+        self.meta = {"nbits": 4, "axis": 1, "packing": "4bit_u8", "shape": codes.shape, "group_size": group}
+        self.meta |= {"scale": scale.view(-1, 1), "zero": zero.view(-1, 1), "quant_scale": False, "quant_zero": False}
+        self.compute_dtype, self.bias = scale.dtype, None
+
+
+@pytest.mark.parametrize("N", [32, 7])  # where N is odd, the halves meet inside a row
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_hqq_is_read(dtype: torch.dtype) -> None:
-    hqq = pytest.importorskip("hqq.core.quantize")
-    plain = torch.nn.Linear(128, 32)
-    config = hqq.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
-    layer = hqq.HQQLinear(plain, config, compute_dtype=dtype, device="cpu", del_orig=False)
+def test_hqq_is_read(dtype: torch.dtype, N: int) -> None:
+    codes, group = torch.randint(16, (N, 128), dtype=torch.uint8), 64
+    scale, zero = torch.rand(N, 2, dtype=dtype), 15 * torch.rand(N, 2, dtype=dtype)
+    layer = HQQLinear(codes, scale, zero, group)
     packed = layers.read(layer)
-    assert packed.form == Form("int4", 32, 128, 1, 64, dtype, halves=True)
-    codes = torch.cat([layer.W_q >> 4, layer.W_q & 15]).float()
-    expected = ((codes - layer.meta["zero"].float()) * layer.meta["scale"].float()).view(32, 128)
+    assert packed.form == Form("int4", N, 128, 1, group, dtype, halves=True)
+    each = [values.float().repeat_interleave(group, 1) for values in (zero, scale)]
+    expected = (codes.float() - each[0]) * each[1]
     assert torch.equal(packed.dense(torch.float32), expected)
+    out = torch.empty(N - 2, 40)
+    packed.unpack(1, N - 1, 30, 70, out)
+    assert torch.equal(out, expected[1:-1, 30:70])
     layer.meta["nbits"] = 8
     with pytest.raises(ValueError, match="HQQ's with"):
         layers.read(layer)
