@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 from torch import nn
@@ -43,8 +44,13 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
         adapter.rescale(adapter.own_scaling * scale)
 
 
-def merge(model: nn.Module, names: str | list[str] | None = None, *, keep_base: bool = False) -> None:
+def merge(
+    model: nn.Module, names: str | list[str] | None = None, *, keep_base: bool = False, requantize: bool = False
+) -> None:
     """Merge the active adapters, or `names` after making them active, into the base weights.
+
+    Packed weights become plain ones until `unmerge`, and with QA-LoRA get other zeros. With `requantize` they are packed
+    again: a warning says what that loses, and where less than half of an update would survive it is refused.
 
     With `keep_base` every weight is copied first, so that `unmerge` brings it back to the bit. Raises ValueError, and
     changes nothing, when a merged weight would not be finite in its dtype, when DoRA's magnitude of a row is zero and
@@ -56,16 +62,22 @@ def merge(model: nn.Module, names: str | list[str] | None = None, *, keep_base: 
             set_adapter(model, names)
         layers = {path: one for path, one in held.layers(model).items() if one.active_adapters and not one.merged}
         held.refuse_tied(model, [layer.weight for layer in layers.values()], "merging")
+        lost = {}
         for path, layer in layers.items():  # all or none: raises before the first layer changes
             try:
-                layer.check_merge(keep_base)
+                lost[path] = layer.check_merge(keep_base, requantize)
             except ValueError as error:
                 raise ValueError(f"{path!r}: {error}") from error
     except BaseException:
         restore_activity()
         raise
     for layer in layers.values():
-        layer.merge(keep_base=keep_base)
+        layer.merge(keep_base, requantize)
+    if any(lost.values()):
+        worst = max(lost, key=lost.__getitem__)
+        warnings.warn(
+            f"packing again loses up to {lost[worst]:.3g} of an update (error / ‖Δ‖, {worst!r})", stacklevel=2
+        )
 
 
 def unmerge(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakernels.nn.base import LoRABase
 from lorakernels.nn.modules import check_can_change
-from lorakernels.nn.quantized import QuantizedLinear
+from lorakernels.nn.quantized import QuantizedLinear, pack
 from lorakernels.quant.packed import PackedWeight
 
 
@@ -48,14 +48,14 @@ class Mergeable(LoRABase):
     _kept_base: _KeptBase | None
 
     @torch.no_grad()
-    def merge(self, keep_base: bool = False) -> None:
+    def merge(self, keep_base: bool = False, requantize: bool = False) -> None:
         """Add the active adapters to the base weight, summed in float32 and rounded once to its dtype.
 
         `keep_base` keeps a copy of the weight, so that `unmerge` brings it back to the bit; without it
         the weight comes back within one rounding. A `lora_bias` goes into the base layer's bias.
         A packed weight is kept in any case: until `unmerge` the base layer is a `torch.nn.Linear` with the merged
         weight in the dtype that was packed; or, where QA-LoRA's groups are those of an int4 weight, a packed one whose
-        zeros have changed.
+        zeros have changed; or, with `requantize`, the merged weight packed again, where most of the update survives.
         """
         if self.merged:
             warnings.warn(f"adapters {self.merged_adapters} are merged already: nothing to do", stacklevel=3)
@@ -64,7 +64,11 @@ class Mergeable(LoRABase):
         if self._is_packed:
             # Packed again, little of a small update would be left: 1.4 % of a trained adapter's survived NF4.
             own_bias = self.bias if bias is None or self.bias is None else bias.to(self.bias.dtype)
-            merged = self._in_zeros(records, own_bias) or _plain(weight.to(self.weight.dtype), own_bias)
+            merged: Any = self._in_zeros(records, own_bias)
+            if merged is None and requantize:
+                merged = QuantizedLinear(self._packed_again(weight)[0], own_bias)
+            elif merged is None:
+                merged = _plain(weight.to(self.weight.dtype), own_bias)
             self._kept_base, self._merged = _KeptBase(self.weight, None, self.base_layer), records
             self.base_layer, self._is_packed = merged.train(self.training), isinstance(merged, QuantizedLinear)
             return
@@ -89,10 +93,28 @@ class Mergeable(LoRABase):
         zero = packed.zero.float() - delta / packed.scale.float()
         return QuantizedLinear(packed._replace(zero=zero), bias)
 
+    def _packed_again(self, weight: torch.Tensor) -> tuple[PackedWeight, float]:
+        """A merged weight in the base's own format, and how much of the update that loses: error / ‖Δ‖.
+
+        Raises ValueError where less than half of it would survive.
+        """
+        base = self.weight
+        again = pack(weight.to(base.dtype), base.form.kind, base.form.block)
+        lost = float((again.dense(torch.float32) - weight).norm() / (weight - base.dense(torch.float32)).norm())
+        if not lost <= 0.5:
+            raise ValueError(
+                f"packed again ({base.text}) the merged weight would be {lost:.3g} of the update's size away; expected "
+                "at most 0.5: merge without requantize, which keeps all of it"
+            )
+        return again, lost
+
     @torch.no_grad()
-    def check_merge(self, keep_base: bool = False) -> None:
-        """Raise the ValueError that `merge` would raise."""
-        self._prepared(keep_base)
+    def check_merge(self, keep_base: bool = False, requantize: bool = False) -> float:
+        """Raise the ValueError that `merge` would raise; the share of the update that packing again loses."""
+        records, weight, _ = self._prepared(keep_base)
+        if not requantize or not self._is_packed or self._in_zeros(records, None) is not None:
+            return 0.0
+        return self._packed_again(weight)[1]
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:

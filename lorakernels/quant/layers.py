@@ -22,7 +22,8 @@ _REFUSED = {
 
 def kind_of(layer: Any) -> str:
     """Whose packed weight a layer has: "bitsandbytes", "hqq", "own"; nothing for one that is not known to have any."""
-    return _kind_of(type(layer))
+    kind: Any = type(layer)
+    return _kind_of(kind)
 
 
 @lru_cache(maxsize=1024)
