@@ -49,8 +49,8 @@ def merge(
 ) -> None:
     """Merge the active adapters, or `names` after making them active, into the base weights.
 
-    Packed weights become plain ones until `unmerge`, and with QA-LoRA get other zeros. With `requantize` they are packed
-    again: a warning says what that loses, and where less than half of an update would survive it is refused.
+    Packed weights become plain ones until `unmerge`, and with QA-LoRA get other zeros. With `requantize` they are
+    packed again: a warning says what that loses, and where less than half of an update would survive it is refused.
 
     With `keep_base` every weight is copied first, so that `unmerge` brings it back to the bit. Raises ValueError, and
     changes nothing, when a merged weight would not be finite in its dtype, when DoRA's magnitude of a row is zero and
