@@ -1,8 +1,9 @@
 """Tiles of a packed weight: unpacked in registers inside a product, or into a scratch that torch multiplies.
 
 Of pairs of 4 bits in blocks that do not cross rows, and of 8 bits. NF4 in bfloat16 on NVIDIA is looked up by byte
-permutations, eight numbers of a word in 23 operations: 5.3 issue slots a weight more than a dense loop takes (16 tokens,
-sm_90, Triton 3.9, counted in the machine code). Anything else is a load from a table of 16, which stays in a cache.
+permutations, eight numbers of a word in 23 operations: 5.3 issue slots a weight more than a dense loop takes (16
+tokens, sm_90, Triton 3.9, counted in the machine code). Anything else is a load from a table of 16, which stays in a
+cache.
 """
 
 from __future__ import annotations
