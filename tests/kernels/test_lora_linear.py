@@ -271,7 +271,7 @@ def test_programs_run_in_any_order(way: str, device: str) -> None:
     inputs = make_inputs(case, torch.float32, device)
     with path(way) as impl:
         in_order = run(case, inputs, impl)
-        for seed in range(3):
+        for seed in range(2):
             with shuffled_programs(seed):
                 shuffled = run(case, inputs, impl)
             assert all(torch.equal(in_order[name], shuffled[name]) for name in in_order)

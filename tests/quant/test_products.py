@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +20,9 @@ from lorakernels.testing.device import NUMBERS
 
 N, K, R, TOKENS = 70, 96, 5, 11
 DTYPES = (torch.float32, torch.bfloat16)
+WHOLE, PARTS = weight.SCRATCH_BYTES, 4096  # a scratch for all of the weight, or for a few rows or columns of it
+WAYS = (("torch", WHOLE), ("torch", PARTS), ("triton-few", WHOLE), ("triton-general", PARTS))
 VARIANTS = {"plain": {}, "scaled": {"row_scale": True}, "without_bias": {"bias": False}}
-
-
-@pytest.fixture(autouse=True, params=[weight.SCRATCH_BYTES, 4096], ids=["one_part", "parts"])
-def _parts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weight, "SCRATCH_BYTES", request.param)
 
 
 def packed(kind: str, rows: int = N, columns: int = K) -> PackedWeight:
@@ -36,13 +35,24 @@ def inputs(dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype) for name, tensor in made.items()}
 
 
-@pytest.mark.parametrize("way", ["torch", "triton-few", "triton-general"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", FORMATS)
+def cases() -> Iterator[Any]:
+    """Every format in every way, in one part and in several; of the variants the slow interpreter has few."""
+    for kind, (way, scratch), dtype in itertools.product(FORMATS, WAYS, DTYPES):
+        for variant in VARIANTS if way == "torch" or (dtype is torch.float32 and scratch == PARTS) else ["plain"]:
+            yield pytest.param(kind, variant, dtype, way, scratch, id=f"{kind}-{variant}-{dtype}-{way}-{scratch}")
+
+
+@pytest.mark.parametrize(("kind", "variant", "dtype", "way", "scratch"), cases())
 def test_against_float64(
-    kind: str, variant: str, dtype: torch.dtype, way: str, device: str, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    variant: str,
+    dtype: torch.dtype,
+    way: str,
+    scratch: int,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(weight, "SCRATCH_BYTES", scratch)
     monkeypatch.setattr(table, "FEW_TOKENS", -1 if way == "triton-general" else 256)
     given, base = {name: t.to(device) for name, t in inputs(dtype).items()}, packed(kind)
     base = PackedWeight(base.text, *(None if t is None else t.to(device) for t in base[1:]))
@@ -75,8 +85,9 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_groups_and_many_adapters(kind: str, device: str) -> None:
+def test_groups_and_many_adapters(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """q, k and v, one of them plain; and a batch whose tokens have adapters of their own."""
+    monkeypatch.setattr(weight, "SCRATCH_BYTES", PARTS)
     x = torch.randn(TOKENS, K, requires_grad=True)
     bases = [packed(kind), packed(kind, 32), torch.randn(16, K)]
     plain = [base.dense() if isinstance(base, PackedWeight) else base for base in bases]
