@@ -42,7 +42,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(kind, variant, dtype, way, scratch, id=f"{kind}-{variant}-{dtype}-{way}-{scratch}")
 
 
-@pytest.mark.parametrize(("kind", "variant", "dtype", "way", "scratch"), cases())
+@pytest.mark.parametrize(("kind", "variant", "dtype", "way", "scratch"), list(cases()))
 def test_against_float64(
     kind: str,
     variant: str,
