@@ -61,7 +61,8 @@ def test_values_and_gradients(nested: bool, fields: dict[str, Any]) -> None:
         results.append([y, leaf.grad, *[p.grad for p in model.parameters() if p.grad is not None]])
     assert len(results[0]) == len(results[1]) > 8
     for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # bitsandbytes has no float64. float32 sums of 64 in another order, through two layers: 2e-6.
+        assert (found - expected).norm() <= 2e-6 * expected.norm()
 
 
 def test_training_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,8 @@ def test_the_kernel_unpacks_as_torch(name: str, dtype: torch.dtype, device: str)
         weight.unpack(rows.start, rows.stop, cols.start, cols.stop, expected)
         if not NUMBERS:
             continue
-        if COMPILED and dtype is torch.bfloat16:  # codes and scales are rounded before they are multiplied
-            torch.testing.assert_close(out, expected, rtol=3 * torch.finfo(dtype).eps, atol=0)
+        if COMPILED and dtype is torch.bfloat16:  # of code, scale and product half an eps each, and torch's own
+            torch.testing.assert_close(out, expected, rtol=2.1 * torch.finfo(dtype).eps, atol=0)
         else:
             assert torch.equal(out, expected)
 

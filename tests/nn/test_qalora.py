@@ -34,15 +34,15 @@ def by_pefts_formula(own: lk.LoRALinear, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("base", ["", "int4", "nf4", "int8"])
 def test_values_and_gradients(base: str) -> None:
-    own = layer(base)
+    own = layer(base).double()
     assert own.lora_A["default"].weight.shape == (R, K // L)
-    x = torch.randn(3, 5, K, requires_grad=True)
+    x = torch.randn(3, 5, K, dtype=torch.float64, requires_grad=True)
     wanted = [x, *own.adapter_tensors().values()]
     y, expected = own(x), by_pefts_formula(own, x)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
     dy = torch.randn_like(y)
     for ours, theirs in zip(torch.autograd.grad(y, wanted, dy), torch.autograd.grad(expected, wanted, dy), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_merging_into_the_zeros_is_exact() -> None:
@@ -67,7 +67,7 @@ def test_elsewhere_it_merges_into_a_plain_weight(base: str) -> None:
     y = own(x)
     own.merge()
     assert type(own.base_layer) is nn.Linear
-    torch.testing.assert_close(own(x), y, rtol=1e-5, atol=1e-5)
+    assert (own(x) - y).norm() <= 1e-6 * y.norm()  # float32: the sum is rounded once, to 6e-8
 
 
 def test_the_file_is_pefts(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def test_ten_cycles_give_the_bytes_back(kind: str) -> None:
     before, y = {name: tensor.clone() for name, tensor in net.state_dict().items()}, net(x)
     for _ in range(10):
         lk.merge(net)
-        torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-5)
+        assert (net(x) - y).norm() <= 1e-6 * y.norm()  # float32: the sum is rounded once, to 6e-8
         lk.unmerge(net)
     assert net.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())

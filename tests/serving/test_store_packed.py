@@ -60,6 +60,6 @@ def test_rows_have_their_own_answers(kind: str, tmp_path: Path) -> None:
             answers.append(model(x))
         assert bool(kind_of(model[0])) == (model is packed)
         store.close()
-    torch.testing.assert_close(answers[0], answers[2], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(answers[1], answers[3], rtol=1e-5, atol=1e-5)
+    for ours, theirs in ((answers[0], answers[2]), (answers[1], answers[3])):  # float32, in another order
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
     assert type(packed[0]).__name__ in ("Linear4bit", "QuantizedLinear")
