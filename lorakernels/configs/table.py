@@ -87,21 +87,28 @@ def choose(
     allowed, and take smaller tiles. `tma` says that the operands fit tensor descriptors. The operations for many
     adapters have a `batch`, in N and K their one number of columns, and in r the widest rank.
     """
-    if _forced is not None and operation in _forced:
-        choice = Choice(_forced[operation], "forced")
-    else:
-        gpu, is_gpu = device_of(device), device.type == "cuda" or is_here()
-        choice = _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out))
+    choice = choose_with_source(operation, M, N, K, r, itemsize, device, tma, batch)
     if _asked is not None:
         _asked.append(Asked(operation, M, N, K, r, itemsize, tma, batch, choice))
     return choice.config
 
 
-def choose_with_source(*sizes: Any, **named: Any) -> Choice:
+def choose_with_source(
+    operation: str,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    itemsize: int,
+    device: torch.device,
+    tma: bool = False,
+    batch: Batch | None = None,
+) -> Choice:
     """As `choose`, with the table's entry, or the heuristic, that the config comes from."""
-    with record_choices() as asked:
-        choose(*sizes, **named)
-    return asked[0].choice
+    if _forced is not None and operation in _forced:
+        return Choice(_forced[operation], "forced")
+    gpu, is_gpu = device_of(device), device.type == "cuda" or is_here()
+    return _choice(operation, M, N, K, r, itemsize, tma, batch, gpu, is_gpu, len(_struck_out))
 
 
 @contextmanager

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
+
+
+def patch_the_language_once() -> None:
+    """Spare the calls inside a kernel a look for what is to be patched in triton.language: nothing is left by then.
+
+    Each call of a `@triton.jit` function looks at every name of the language anew, a third of the interpreter's time.
+    """
+    whole = interpreter._patch_lang
+
+    @lru_cache(maxsize=None)
+    def langs_of(fn: Any) -> list[Any]:
+        return [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
+
+    def patch_lang(fn: Any) -> Any:
+        if any(tl.core.is_builtin(lang.load) for lang in langs_of(fn)):
+            return whole(fn)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_lang
 
 
 @contextmanager
