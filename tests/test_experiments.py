@@ -9,7 +9,7 @@ from torch import nn
 import lorakernels as lk
 from lorakernels.backend import ENVIRONMENT
 
-ROWS, K, N = 200, 20, 10
+ROWS, K, N = 100, 20, 10
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,14 +35,14 @@ _ARCH_EXAMPLES = {
     "gfx942": Device("AMD Instinct MI300X", "gfx942", 304),
 }
 
-_assumed: Device | None = None
-_here = False
+# A thread its own, with whether it is here: `explain` may run beside another thread's training.
+_assumed: ContextVar[tuple[Device, bool]] = ContextVar("assumed", default=(UNKNOWN, False))
 
 
 def device_of(device: torch.device) -> Device:
     """The GPU that `device` is; the assumed one where there is none."""
     if device.type != "cuda":
-        return _assumed or UNKNOWN
+        return _assumed.get()[0]
     return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -64,19 +65,17 @@ def _cuda_device(index: int) -> Device:
 
 def is_here() -> bool:
     """Whether the assumed GPU is one of this machine, so that its user's table counts."""
-    return _here
+    return _assumed.get()[1]
 
 
 @contextmanager
 def assume(device: Device | str, here: bool = False) -> Iterator[None]:
     """Inside the block, tensors that are on no GPU count as on this one, or on one of this architecture.
 
-    With `here` it is the GPU at hand.
+    With `here` it is the GPU at hand. Other threads do not see it.
     """
-    global _assumed, _here
-    outer = _assumed, _here
-    _assumed, _here = example_of(device) if isinstance(device, str) else device, here
+    outer = _assumed.set((example_of(device) if isinstance(device, str) else device, here))
     try:
         yield
     finally:
-        _assumed, _here = outer
+        _assumed.reset(outer)

@@ -10,9 +10,10 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -32,7 +33,6 @@ _forced: Mapping[str, KernelConfig] | None = None
 _loaded: dict[str, Table] = {}  # by device name
 _struck_out: dict[tuple[str, KernelConfig, Device], str] = {}  # what a launch has found not to fit, and why
 _warned: set[str] = set()
-_asked: list[Asked] | None = None
 
 
 class Choice(NamedTuple):
@@ -54,6 +54,9 @@ class Asked(NamedTuple):
     tma: bool
     batch: Batch | None
     choice: Choice
+
+
+_asked: ContextVar[list[Asked] | None] = ContextVar("asked", default=None)  # a thread its own
 
 
 def takes_few_tokens_form(M: int, r: int, itemsize: int) -> bool:
@@ -88,8 +91,8 @@ def choose(
     adapters have a `batch`, in N and K their one number of columns, and in r the widest rank.
     """
     choice = choose_with_source(operation, M, N, K, r, itemsize, device, tma, batch)
-    if _asked is not None:
-        _asked.append(Asked(operation, M, N, K, r, itemsize, tma, batch, choice))
+    if (asked := _asked.get()) is not None:
+        asked.append(Asked(operation, M, N, K, r, itemsize, tma, batch, choice))
     return choice.config
 
 
@@ -113,7 +116,7 @@ def choose_with_source(
 
 @contextmanager
 def forced_configs(configs: Mapping[str, KernelConfig]) -> Iterator[None]:
-    """Use these configs, by operation, inside the block: for tests and the tuner."""
+    """Use these configs, by operation, inside the block, in all threads: for tests and the tuner."""
     global _forced
     outer, _forced = _forced, configs
     try:
@@ -124,13 +127,13 @@ def forced_configs(configs: Mapping[str, KernelConfig]) -> Iterator[None]:
 
 @contextmanager
 def record_choices() -> Iterator[list[Asked]]:
-    """Collect what launchers ask `choose` for inside the block, in order."""
-    global _asked
-    outer, _asked = _asked, []
+    """Collect what this thread's launchers ask `choose` for inside the block, in order."""
+    asked: list[Asked] = []
+    outer = _asked.set(asked)
     try:
-        yield _asked
+        yield asked
     finally:
-        _asked = outer
+        _asked.reset(outer)
 
 
 def load_table(path: str | os.PathLike[str]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -36,7 +37,8 @@ class Launch:
         return first_tensor(self.args)
 
 
-_recorded: list[Launch] | None = None
+# A thread its own: what is recorded is not run, and `explain` may be asked beside another thread's training.
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 
 
 def input_precision(x: torch.Tensor) -> str:
@@ -87,8 +89,8 @@ def launch(
     A grid with no programs starts nothing: CUDA refuses it.
     """
     constexprs = _blocks(kernel, config) | constexprs
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, args, constexprs, config))
+    if (recorded := _recorded.get()) is not None:
+        recorded.append(Launch(kernel, grid, args, constexprs, config))
         return
     if 0 in grid:
         return
@@ -140,13 +142,15 @@ def retried(operation: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Collect the launches made inside the block instead of starting them; meta tensors will do."""
-    global _recorded
-    outer, _recorded = _recorded, []
+    """Collect this thread's launches inside the block instead of starting them; meta tensors will do."""
+    recorded: list[Launch] = []
+    outer = _recorded.set(recorded)
     try:
-        yield _recorded
+        # Else a GPU's backward has a thread of its own.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield recorded
     finally:
-        _recorded = outer
+        _recorded.reset(outer)
 
 
 @contextmanager

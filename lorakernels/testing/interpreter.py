@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +21,7 @@ def patch_the_language_once() -> None:
     """
     whole = interpreter._patch_lang
 
-    @lru_cache(maxsize=None)
+    @cache
     def langs_of(fn: Any) -> list[Any]:
         return [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -259,6 +261,16 @@ def test_the_form_that_is_asked_for_runs(way: str, kernel: str, base: int) -> No
     expands = [launch for launch in launches if launch.kernel.__name__.startswith("linear_expand")]
     assert [launch.kernel.__name__ for launch in expands] == [kernel] * 2
     assert sum(launch.constexprs.get("HAS_BASE", False) for launch in expands) == base
+
+
+def test_what_one_thread_records_another_runs(device: str) -> None:
+    inputs = make_inputs(LINEAR_CASES[0], torch.float32, device)
+    step = functools.partial(run, LINEAR_CASES[0], inputs, "triton")
+    expected = step()
+    with assume("sm_90"), record_launches() as launches, table.record_choices() as asked, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(step).result()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not launches and not asked
 
 
 @pytest.mark.parametrize("way", ["triton-few-tiny", "triton-general-tiny"])
