@@ -7,51 +7,20 @@ captured with a plan follows its updates.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
 
-TILE_HEIGHTS = (16, 64)
+from lorakernels.plan_layout import TILE_HEIGHTS, PlanLayout, Staging, num_tiles, plan_layout, write_route
+
 BASE = -1
-# Parts of the buffer start at multiples of 64 bytes.
-_ALIGNMENT = 16
 
 
 class PlanError(ValueError):
     """A batch that does not fit its plan: an unknown slot, too many tokens, a rank over the limit."""
-
-
-class PlanLayout(NamedTuple):
-    """Where the parts of a plan's buffer begin, in elements. Slot `num_slots` stands for the base model, of rank 0."""
-
-    ranks: int  # [num_slots + 1]
-    starts: int  # [num_slots + 2]: the sorted tokens of slot s are starts[s] … starts[s + 1] - 1
-    slots: int  # [max_tokens]: the slot of each token, num_slots for the base
-    order: int  # [max_tokens]: tokens sorted by slot, in their own order within a slot
-    tiles: tuple[int, ...]  # by TILE_HEIGHTS: [tiles, 3] of slot, first and end in `order`; first = end where unused
-    size: int
-
-
-@lru_cache(maxsize=256)
-def plan_layout(num_slots: int, max_tokens: int) -> PlanLayout:
-    sizes = [num_slots + 1, num_slots + 2, max_tokens, max_tokens]
-    sizes += [3 * num_tiles(max_tokens, num_slots, height) for height in TILE_HEIGHTS]
-    begins = [0]
-    for size in sizes:
-        begins.append(begins[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-    ranks, starts, slots, order, *tiles, end = begins
-    return PlanLayout(ranks, starts, slots, order, tuple(tiles), end)
-
-
-def num_tiles(num_tokens: int, num_slots: int, height: int) -> int:
-    """The most tiles of `height` tokens of one slot that so many tokens can fall into, however they are spread.
-
-    A slot of n ≥ 1 tokens has 1 + (n - 1) // height of them, and at most min(num_slots + 1, num_tokens) have any.
-    """
-    segments = min(num_slots + 1, num_tokens)
-    return segments + (num_tokens - segments) // height
 
 
 class PlanTensors(NamedTuple):
@@ -110,15 +79,18 @@ class BatchPlan:
         most = max(num_slots + 2, max_tokens, max_rank, tiles)
         self._page_table = None
         with torch.inference_mode(False):  # inference tensors could not be updated outside that mode
-            self._buffer = torch.zeros(self.layout.size, dtype=torch.int32, device=device)
-            self.device = self._buffer.device
-            self._scales = torch.zeros(num_slots + 1, dtype=torch.float32, device=self.device)
+            # In one piece, for `update_host` to copy at once.
+            self._whole = torch.zeros(self.layout.size + num_slots + 1, dtype=torch.int32, device=device)
+            self.device = self._whole.device
+            self._buffer = self._whole[: self.layout.size]
+            self._scales = self._whole[self.layout.size :].view(torch.float32)
             if num_pages is not None:
                 self._page_table = torch.zeros(num_slots + 1, max_rank, dtype=torch.int32, device=self.device)
             self._iota = torch.arange(most, device=self.device)
             # What was masked where the host does not look: unknown tokens, refused slots.
             self._masked = torch.zeros(2, dtype=torch.int64, device=self.device)
         self._host_checks = self.device.type == "cpu"
+        self._staging: Staging | None = None
         self.num_tokens = 0
         self.version = 0
         self._is_in_graph = False  # a replay of which updates the plan, and its version stays
@@ -186,9 +158,7 @@ class BatchPlan:
             in_use = self._iota[: self.max_rank] < ranks[:, None]
             refused |= (in_use & ((page_table < 0) | (page_table >= self.num_pages))).any(1)
         if self._host_checks and unknown.any():
-            token = int(unknown.to(torch.uint8).argmax())
-            expected = f"-1 (the base model) or 0 … {self.num_slots - 1}"
-            raise PlanError(f"token {token} has slot {int(slots[token])}; expected {expected}")
+            self._refuse_token(unknown.to(torch.uint8), slots)
         if self._host_checks and refused.any():
             slot = int(refused.to(torch.uint8).argmax())
             self._refuse(slot, int(ranks[slot]), float(scalings[slot]))
@@ -201,6 +171,50 @@ class BatchPlan:
             self._page_table[:-1].copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
         self._masked += torch.stack([unknown.sum(), refused.sum()])
         self.num_tokens = slots.shape[0]
+        self.version += 1
+
+    def update_host(
+        self,
+        token_slots: Sequence[int] | np.ndarray,
+        capacity: int | None = None,
+        slot_ranks: Sequence[int] | np.ndarray | None = None,
+        slot_scalings: Sequence[float] | np.ndarray | None = None,
+    ) -> None:
+        """`update` from numbers that the host knows, as a serving engine does: one copy, and no launch on the device.
+
+        Args:
+            token_slots: [T] integers, T ≤ capacity: the slot of each token, -1 for the base model alone.
+            capacity: the plan is then of so many tokens, those after T of the base: of as many as a CUDA graph was
+                captured for, or `max_tokens`. T if None.
+            slot_ranks: as `update` takes them; `max_rank` for each slot if None, as for stacks with zeros past a rank.
+            slot_scalings: as `update` takes them; 1 for each slot if None.
+
+        Raises:
+            PlanError: a shape does not fit, a slot, rank or scaling is out of range, or the plan has pages.
+            TypeError: a dtype is wrong.
+            RuntimeError: a CUDA graph is being captured, a replay of which would copy old numbers.
+        """
+        if self._is_capturing():
+            raise RuntimeError("update_host cannot be captured in a CUDA graph: call it before, or use update")
+        if self.num_pages is not None:
+            raise PlanError("update_host is for plans without num_pages: use update")
+        S = self.num_slots
+        slots = _integers("token_slots", token_slots)
+        num_tokens = len(slots) if capacity is None else capacity
+        if slots.ndim != 1 or not len(slots) <= num_tokens <= self.max_tokens:
+            expected = f"[T] with T ≤ capacity ≤ {self.max_tokens}, the plan's max_tokens"
+            raise PlanError(f"token_slots is {list(slots.shape)} and capacity {capacity}; expected {expected}")
+        if len(slots) and not BASE <= np.minimum.reduce(slots) <= np.maximum.reduce(slots) < S:
+            self._refuse_token((slots < BASE) | (slots >= S), slots)
+        ranks, scalings = self._host_ranks(slot_ranks, slot_scalings)
+        if self._staging is None:
+            self._staging = Staging(self._whole)
+        numbers = self._staging.next()
+        write_route(numbers, S, self.max_tokens, slots, num_tokens, ranks)
+        numbers[self.layout.size : -1].view(np.float32)[:] = scalings
+        self._snapshots, self.on_host = {}, None
+        self._staging.copy_to(self._whole)
+        self.num_tokens = num_tokens
         self.version += 1
 
     def check(self) -> None:
@@ -258,9 +272,7 @@ class BatchPlan:
                 f"token_slots is {list(slots.shape)}; expected [T] with T ≤ {self.max_tokens}: split the batch, "
                 "or make a plan with a larger max_tokens"
             )
-        for name, tensor in (("slot_ranks", ranks), ("slot_scalings", scalings)):
-            if tuple(tensor.shape) != (self.num_slots,):
-                raise PlanError(f"{name} is {list(tensor.shape)}; expected [{self.num_slots}], a number a slot")
+        self._check_slots(ranks, scalings)
         if (page_table is None) != (self.num_pages is None):
             raise PlanError("page_table is for plans with num_pages, which need it in every update")
         if page_table is None:
@@ -272,6 +284,30 @@ class BatchPlan:
         if page_table.dtype not in (torch.int32, torch.int64) or page_table.device != self.device:
             found = f"{page_table.dtype} on {page_table.device}"
             raise TypeError(f"page_table is {found}; expected int32 on {self.device}")
+
+    def _host_ranks(self, slot_ranks: Any, slot_scalings: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks, 0 where a slot is off, and scalings of `update_host`."""
+        ranks, scalings = np.full(self.num_slots, self.max_rank), np.ones(self.num_slots, dtype=np.float32)
+        if slot_ranks is not None:
+            ranks = _integers("slot_ranks", slot_ranks)
+        if slot_scalings is not None:
+            scalings = _host_tensor("slot_scalings", slot_scalings, torch.float32).numpy()
+        if slot_ranks is None and slot_scalings is None:
+            return ranks, scalings
+        self._check_slots(ranks, scalings)
+        for slot in np.flatnonzero((ranks < 0) | (ranks > self.max_rank) | ~np.isfinite(scalings)):
+            self._refuse(int(slot), int(ranks[slot]), float(scalings[slot]))
+        return np.where(scalings == 0, 0, ranks), scalings
+
+    def _check_slots(self, ranks: Any, scalings: Any) -> None:
+        for name, numbers in (("slot_ranks", ranks), ("slot_scalings", scalings)):
+            if tuple(numbers.shape) != (self.num_slots,):
+                raise PlanError(f"{name} is {list(numbers.shape)}; expected [{self.num_slots}], a number a slot")
+
+    def _refuse_token(self, unknown: Any, slots: Any) -> NoReturn:
+        token = int(unknown.argmax())
+        expected = f"-1 (the base model) or 0 … {self.num_slots - 1}"
+        raise PlanError(f"token {token} has slot {int(slots[token])}; expected {expected}")
 
     def _refuse(self, slot: int, rank: int, scaling: float) -> NoReturn:
         if not 0 <= rank <= self.max_rank:
@@ -301,3 +337,16 @@ def _host_tensor(name: str, values: Sequence[float], dtype: torch.dtype) -> torc
     if made.numel() and (made.is_floating_point() or made.is_complex() or made.dtype is torch.bool):
         raise TypeError(f"{name} has numbers of {made.dtype}; expected {dtype}")
     return made.long()
+
+
+def _integers(name: str, values: Sequence[int] | np.ndarray) -> np.ndarray:
+    if not isinstance(values, np.ndarray):
+        try:
+            return np.asarray(array("q", values))  # half the time of numpy's own reading
+        except OverflowError as error:
+            raise PlanError(f"{name} is no list of numbers in range: {error}") from error
+        except TypeError as error:
+            raise TypeError(f"{name} is no list of integers: {error}") from error
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{name} is {values.dtype}; expected integers")
+    return values

@@ -30,8 +30,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels", "eager"),
     ("weight",),
     ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "member", "when_imported"),
+    ("plan_layout",),
 )
-GROUND = frozenset(LADDER[-1])
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands
 
 

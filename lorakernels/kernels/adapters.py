@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from lorakernels.kernels.tiles import Matrix
-from lorakernels.plan import TILE_HEIGHTS, PlanTensors
+from lorakernels.plan import PlanTensors
+from lorakernels.plan_layout import TILE_HEIGHTS
 
 
 class Factor(NamedTuple):

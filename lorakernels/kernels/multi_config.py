@@ -13,7 +13,7 @@ import torch
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.heuristic import Batch
 from lorakernels.configs.table import choose
-from lorakernels.plan import TILE_HEIGHTS
+from lorakernels.plan_layout import TILE_HEIGHTS
 
 
 def choose_multi(

@@ -23,7 +23,8 @@ from lorakernels.kernels.adapters import (
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import drop, load_tile, plane, store_tile, tall
-from lorakernels.plan import PlanTensors, num_tiles
+from lorakernels.plan import PlanTensors
+from lorakernels.plan_layout import num_tiles
 
 
 @triton.jit

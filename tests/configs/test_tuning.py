@@ -32,7 +32,7 @@ from lorakernels.configs.table import (
     record_choices,
 )
 from lorakernels.configs.table_file import Entry, Table, cache_folder, read_table, shipped_path, user_path, write_table
-from lorakernels.plan import TILE_HEIGHTS
+from lorakernels.plan_layout import TILE_HEIGHTS
 
 H100 = example_of("sm_90")
 CPU = torch.device("cpu")
