@@ -261,7 +261,8 @@ def _gathered(tokens: list[list[int]], T: int) -> Gathered:
 def _scale(segments: list[Segment], rank: int) -> float | torch.Tensor:
     if all(s.rank == rank and s.scale == segments[0].scale for s in segments):
         return segments[0].scale
-    within = [[s.scale if i < s.rank else 0.0 for i in range(rank)] for s in segments]
+    columns = 1 if all(s.rank == rank for s in segments) else rank
+    within = [[s.scale if i < s.rank else 0.0 for i in range(columns)] for s in segments]
     return torch.tensor(within, dtype=torch.float64, device="cpu")[:, None]
 
 

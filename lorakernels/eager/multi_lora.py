@@ -35,6 +35,23 @@ def forward(
     The mask is in the order of `Route.take`. `where` is the plan's route if it has been read already.
     """
     ys = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    s, mask = add(x, lora_As, lora_Bs, plan, ys, keep_s=keep_s, seed=seed, thresholds=thresholds, where=where)
+    return ys, s, mask
+
+
+def add(
+    x: torch.Tensor,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: PlanTensors,
+    ys: Tensors,
+    *,
+    keep_s: bool = False,
+    seed: torch.Tensor | None = None,
+    thresholds: torch.Tensor | None = None,
+    where: Route | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Add each slice's update to its y, in place; S and the mask as of `forward`."""
     where = where or route(plan, x.shape[0])
     width = lora_As[0].shape[1] if plan.page_table is None else plan.page_table.shape[1]
     columns = x.shape[1] + sum([y.shape[1] for y in ys])
@@ -49,7 +66,7 @@ def forward(
                     s = lot.shrink(x, A, x.dtype)
                     lot.rows.add_product(y, s, B, 1.0)
                     lot.rows.put(kept[i, :, : lot.rank], s)
-        return ys, kept, None
+        return kept, None
     rows = where.take(x)
     mask = None
     if thresholds is not None:
@@ -75,7 +92,7 @@ def forward(
         where.add(y, out)
     if kept is not None:
         kept = where.put_back(kept, x.shape[0])
-    return ys, kept, mask
+    return kept, mask
 
 
 def backward(

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 
 from lorakernels.eager.multi_grid import Grid, Segment, grid_of
-from lorakernels.plan import PlanTensors
+from lorakernels.plan import PlanError, PlanTensors
 
 
 class Route:
@@ -50,6 +50,8 @@ def route(plan: PlanTensors, num_tokens: int) -> Route:
     layout, S = plan.layout, plan.num_slots
     numbers = plan.part(0, layout.starts + S + 2).tolist()
     ranks, starts = numbers[: S + 1], numbers[layout.starts :]
+    if num_tokens > starts[S + 1]:
+        raise PlanError(f"x has {num_tokens} tokens and the plan {starts[S + 1]}; expected at most as many: update it")
     scales = plan.scales.tolist()
     order = plan.part(layout.order, num_tokens)
     tokens = order.tolist()

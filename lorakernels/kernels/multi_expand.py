@@ -66,7 +66,7 @@ def multi_expand_kernel(
 ):
     """A program a tile of tokens of one slot, block of columns and slice."""
     slot, first, end = tile_of_tokens(routes, tl.program_id(0))
-    rank = tl.load(routes.buffer + routes.at.ranks + slot)
+    rank = tl.minimum(tl.load(routes.buffer + routes.at.ranks + slot), R)
     pid_n = tl.program_id(1)
     pid_s = tl.program_id(2)
     # Summed slices have one y, and one width.
@@ -116,7 +116,7 @@ def multi_expand_token_kernel(
     token = tl.program_id(0)
     pid_s = tl.program_id(2)
     slot = tl.load(routes.buffer + routes.at.slots + token)
-    rank = tl.load(routes.buffer + routes.at.ranks + slot)
+    rank = tl.minimum(tl.load(routes.buffer + routes.at.ranks + slot), R)
     y, b = pick_slice(pid_s, ys, factors, T, NUM_SLICES)
     N = y.cols
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

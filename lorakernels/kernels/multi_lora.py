@@ -30,11 +30,27 @@ def forward(
 ) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     """A y [T, N] for each slice, S [slices, T, R] if it is to be kept, and dropout's mask [T, ceil(K / 8)] uint8."""
     ys = [linear(x, weight, bias, unpack) for weight, bias in zip(weights, biases, strict=True)]
+    s, mask = add(x, lora_As, lora_Bs, plan, ys, keep_s=keep_s, seed=seed, thresholds=thresholds)
+    return ys, s, mask
+
+
+def add(
+    x: torch.Tensor,
+    lora_As: Tensors,
+    lora_Bs: Tensors,
+    plan: PlanTensors,
+    ys: Tensors,
+    *,
+    keep_s: bool = False,
+    seed: torch.Tensor | None = None,
+    thresholds: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Add each slice's update to its y, in place; S and the mask as of `forward`."""
     planes, mask = multi_shrink(
         [x] * len(ys), [factor_A(A) for A in lora_As], plan, plan.scales, _width(lora_As, plan), seed, thresholds
     )
     multi_expand(planes, [factor_B(B) for B in lora_Bs], plan, ys)
-    return ys, _added(planes) if keep_s else None, mask
+    return _added(planes) if keep_s else None, mask
 
 
 def backward(

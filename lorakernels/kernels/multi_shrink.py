@@ -53,7 +53,7 @@ def multi_shrink_kernel(
     pid_s = tl.program_id(1) // num_blocks_r
     pid_r = tl.program_id(1) % num_blocks_r
     pid_k = tl.program_id(2)
-    rank = tl.load(routes.buffer + routes.at.ranks + slot)
+    rank = tl.minimum(tl.load(routes.buffer + routes.at.ranks + slot), R)  # a shard of adapters has fewer rows
     tokens = tokens_from(routes, first, end, T, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     x, a = pick_slice(pid_s, xs, factors, T, NUM_SLICES)
@@ -99,7 +99,7 @@ def multi_shrink_token_kernel(
     pid_r = tl.program_id(1) % num_blocks_r
     pid_k = tl.program_id(2)
     slot = tl.load(routes.buffer + routes.at.slots + token)
-    rank = tl.load(routes.buffer + routes.at.ranks + slot)
+    rank = tl.minimum(tl.load(routes.buffer + routes.at.ranks + slot), R)  # a shard of adapters has fewer rows
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     x, a = pick_slice(pid_s, xs, factors, T, NUM_SLICES)
     rows = rank_offsets(routes, a, slot, offs_r, R)

@@ -118,5 +118,14 @@ def multi_lora_expand_flops(s: Shape, lora_Bs: Sequence[Shape], *_: Any, **__: A
     return sum(2 * tokens * width * lora_B[1] for lora_B in lora_Bs)
 
 
+def multi_lora_add_flops(
+    outs: Sequence[Shape], x: Shape, lora_As: Sequence[Shape], lora_Bs: Any, plan: Shape, scales: Shape,
+    page_table: Shape | None, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """2 T R (N + K) a slice, at the plan's whole width."""
+    T, K = x
+    return sum(2 * T * _width(lora_As, page_table) * (out[1] + K) for out in outs)
+
+
 def _width(lora_As: Sequence[Shape], page_table: Shape | None) -> int:
     return lora_As[0][1] if page_table is None else page_table[1]
