@@ -63,7 +63,10 @@ class Gathered(NamedTuple):
         return x.index_select(0, self.take_from).view(self.adapters, self.height, x.shape[1])
 
     def add_product(self, y: torch.Tensor, s: torch.Tensor, B: torch.Tensor, scale: float) -> None:
-        added = self._by_token(torch.bmm(s, B))
+        self.add_rows(y, torch.bmm(s, B), scale)
+
+    def add_rows(self, y: torch.Tensor, rows: torch.Tensor, scale: float) -> None:
+        added = self._by_token(rows)
         if self.tokens is None:
             y.add_(added, alpha=scale)
         else:
@@ -114,23 +117,41 @@ class Lot(NamedTuple):
         else:
             self.rows.add_product(y, s.mul_(cast(self.scale, s.dtype)), B, 1.0)
 
-    def bound_add(self, A: torch.Tensor, B: torch.Tensor) -> Adder:
-        """`add` for contiguous y and x of any leading shape, with all looked up that does not depend on them.
+    def bound_add(self, As: list[torch.Tensor], Bs: list[torch.Tensor]) -> Adder:
+        """`add` of several slices, whose columns lie side by side in y, for contiguous y and x of any leading shape.
 
-        Between the layers of a model each operator that is saved, a view too, is 4 µs.
+        All is looked up that does not depend on y and x, and the slices' A are one: between the layers of a model each
+        operator that is saved, a view too, is 4 µs.
         """
-        rows, A_t, K, N = self.rows, A.mT, A.shape[2], B.shape[2]
-        if isinstance(rows, Gathered):
-            return lambda y, x: self.add(y.view(-1, N), x.view(-1, K), A, B)
-        x_size, x_strides, x_offset = rows.strided(K, 1, K)
-        y_size, y_strides, y_offset = rows.strided(N, 1, N)
+        rows, A = self.rows, As[0] if len(As) == 1 else torch.cat(As, 1)
+        A_t, K, N = A.mT, A.shape[2], sum(B.shape[2] for B in Bs)
         scale, scales = (self.scale, None) if isinstance(self.scale, float) else (1.0, cast(self.scale, A.dtype))
+        if scales is not None and scales.shape[2] > 1:
+            scales = scales.repeat(1, 1, len(As))
 
-        def add(y: torch.Tensor, x: torch.Tensor) -> None:
-            s = torch.bmm(x.as_strided(x_size, x_strides, x.storage_offset() + x_offset), A_t)
+        def shrink(x: torch.Tensor) -> list[torch.Tensor]:
+            s = torch.bmm(x, A_t)
             if scales is not None:
                 s.mul_(scales)
-            _add_product(y.as_strided(y_size, y_strides, y.storage_offset() + y_offset), s, B, scale)
+            return [s] if len(As) == 1 else list(s.split([B.shape[1] for B in Bs], 2))
+
+        if isinstance(rows, Gathered):
+
+            def add_gathered(y: torch.Tensor, x: torch.Tensor) -> None:
+                products = list(map(torch.bmm, shrink(rows.take(x.view(-1, K))), Bs))
+                rows.add_rows(y.view(-1, N), products[0] if len(Bs) == 1 else torch.cat(products, 2), scale)
+
+            return add_gathered
+        x_size, x_strides, x_offset = rows.strided(K, 1, K)
+        views = []
+        for B, end in zip(Bs, accumulate(B.shape[2] for B in Bs), strict=True):
+            size, strides, offset = rows.strided(N, 1, B.shape[2])
+            views.append((B, size, strides, offset + end - B.shape[2]))
+
+        def add(y: torch.Tensor, x: torch.Tensor) -> None:
+            slices = shrink(x.as_strided(x_size, x_strides, x.storage_offset() + x_offset))
+            for s, (B, size, strides, offset) in zip(slices, views, strict=True):
+                _add_product(y.as_strided(size, strides, y.storage_offset() + offset), s, B, scale)
 
         return add
 
@@ -150,12 +171,12 @@ class Grid(NamedTuple):
         """Whether the padding costs less than the loop."""
         return self.padding * columns <= 1 << 19
 
-    def bound_add(self, lora_A: torch.Tensor, lora_B: torch.Tensor, dtype: torch.dtype) -> Adder:
-        """What adds the adapters' update to contiguous y [..., N], from contiguous x [..., K] of this dtype."""
-        adds = [
-            lot.bound_add(lot.factors(lora_A, dtype, is_B=False), lot.factors(lora_B, dtype, is_B=True))
-            for lot in self.lots
-        ]
+    def bound_add(self, lora_As: list[torch.Tensor], lora_Bs: list[torch.Tensor], dtype: torch.dtype) -> Adder:
+        """What adds the adapters' updates to contiguous y [..., ΣN], from contiguous x [..., K] of this dtype."""
+        adds = []
+        for lot in self.lots:
+            As = [lot.factors(A, dtype, is_B=False) for A in lora_As]
+            adds.append(lot.bound_add(As, [lot.factors(B, dtype, is_B=True) for B in lora_Bs]))
         if len(adds) == 1:
             return adds[0]
 

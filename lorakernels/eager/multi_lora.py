@@ -53,6 +53,9 @@ def add(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Add each slice's update to its y, in place; S and the mask as of `forward`."""
     where = where or route(plan, x.shape[0])
+    if ys[0].dtype is not x.dtype:  # logits in float32
+        expand(shrink(x, lora_As, plan, where=where), lora_Bs, plan, ys, where=where)
+        return None, None
     width = lora_As[0].shape[1] if plan.page_table is None else plan.page_table.shape[1]
     columns = x.shape[1] + sum([y.shape[1] for y in ys])
     if thresholds is None and (grid := where.grid_for(x, columns)) is not None:

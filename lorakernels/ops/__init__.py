@@ -9,6 +9,7 @@ from lorakernels.ops.linear import small_lora_linear as small_lora_linear
 from lorakernels.ops.linear_operators import autocast_arguments as autocast_arguments
 from lorakernels.ops.multi_embedding import multi_lora_embedding as multi_lora_embedding
 from lorakernels.ops.multi_linear import bound_update as bound_update
+from lorakernels.ops.multi_linear import bound_updates as bound_updates
 from lorakernels.ops.multi_linear import multi_lora_linear as multi_lora_linear
 from lorakernels.ops.multi_shrink_expand import multi_lora_add as multi_lora_add
 from lorakernels.ops.multi_shrink_expand import multi_lora_expand as multi_lora_expand

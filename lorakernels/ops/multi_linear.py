@@ -237,18 +237,26 @@ def multi_lora_linear(
 def bound_update(
     x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, plan: BatchPlan
 ) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
-    """What adds a plan's update of one slice to a base product, (y, x) -> None in place, for batches such as x [T, K].
+    """`bound_updates` of one slice."""
+    return bound_updates(x, [lora_A], [lora_B], plan)
+
+
+def bound_updates(
+    x: torch.Tensor, lora_As: Tensors, lora_Bs: Tensors, plan: BatchPlan
+) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """What adds a plan's updates to base products side by side, (y, x) -> None in place, for batches such as x [T, K].
 
     For whoever infers with the same adapters many times on a CPU: what does not depend on x's numbers is looked up
     here once, which takes `multi_lora_linear` 40 µs between the layers of a model. None where that is the only way.
     It holds for this version of the plan and of LORAKERNELS_IMPL, and where `runs_directly` does, without gradients;
-    y [..., N] and x [..., K] must be contiguous.
+    y [..., ΣN] and x [..., K] must be contiguous.
     """
     if not plan.tensors.buffer.is_cpu or implementation_of("auto", x) is not eager_multi_lora:
         return None
     where: eager_multi_lora.Route = on_host(plan, "auto", x, True)["where"]
-    grid = where.grid_for(x, x.shape[1] + (lora_B.shape[1] if plan.tensors.page_table is None else lora_B.shape[0]))
-    return None if grid is None else grid.bound_add(lora_A, lora_B, x.dtype)
+    width = sum(B.shape[1] for B in lora_Bs)
+    grid = where.grid_for(x, x.shape[1] + width)
+    return None if grid is None else grid.bound_add(lora_As, lora_Bs, x.dtype)
 
 
 def _thresholds(dropout_p: float | torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -86,12 +86,18 @@ def test_values_and_gradients(case: MultiCase, rows: str | None) -> None:
             lk.lora_expand(s, inputs.lora_B, inputs.plan, out=outs)
     grid = inputs.plan.on_host.grid
     assert arrangement(grid) == rows
-    if rows and len(case.Ns) == 1 and case.layout != "layered":
-        update = ops.bound_update(inputs.x, inputs.lora_A[0], inputs.lora_B[0], inputs.plan)
+    if rows and case.layout != "layered":
+        bases = [
+            torch.nn.functional.linear(inputs.x, inputs.weight[i], inputs.bias[i] if case.bias else None)
+            for i in range(len(case.Ns))
+        ]
+        bound = torch.cat(bases, 1)
+        update = ops.bound_updates(inputs.x, inputs.lora_A, inputs.lora_B, inputs.plan)
         assert update is not None
-        bound = torch.nn.functional.linear(inputs.x, inputs.weight[0], inputs.bias[0] if case.bias else None)
         update(bound, inputs.x.contiguous())
-        assert torch.equal(bound, plain[0].detach())
+        if len(bases) == 1:
+            assert torch.equal(bound, plain[0].detach())
+        assert error(bound, torch.cat([exact[f"y.{i}"] for i in range(len(bases))], 1)) < 1e-14
     for i in range(len(case.Ns)):
         in_two_steps = outs[i] + (inputs.bias[i] if case.bias else 0.0)
         for y in (ys[i], plain[i], in_two_steps):

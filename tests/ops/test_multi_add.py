@@ -109,6 +109,18 @@ def test_it_adds_and_leaves_rows_of_the_base_alone(way: str, device: str) -> Non
         assert torch.equal(skipped[i], y) and not emptied[i].any()
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_into_outs_of_a_wider_dtype(way: str, device: str) -> None:
+    """Logits in float32, from hidden states of 16 bits."""
+    case = MultiCase("logits", T=20, Ns=(24,), bias=False, needs=())
+    inputs = make_multi_inputs(case, torch.float16, device)
+    inputs.weight[0].zero_()
+    with path(way) as impl:
+        [out] = add(inputs, [torch.zeros(case.T, 24, device=device)], impl)
+    exact = run_loop(case, inputs, None, torch.float64, by_token(inputs))
+    assert out.dtype is torch.float32 and error(out, exact["y.0"]) < 2 * torch.finfo(torch.float16).eps
+
+
 def test_a_skipped_batch_launches_nothing(device: str) -> None:
     inputs = make_multi_inputs(MultiCase("skipped"), torch.float32, device)
     with record_launches() as launches:
