@@ -188,6 +188,8 @@ def test_doctor_json(interpreter: bool, monkeypatch: pytest.MonkeyPatch, capsys:
     cpu = [choice for choice in found["choices"] if choice["device"] == "cpu"]
     assert {choice["impl"] for choice in cpu} == {"torch"} and all(choice["why"] for choice in cpu)
     assert len(found["checks"]) == CHECKS
+    vllm = found["versions"]["vllm"]
+    assert "not installed" in found["vllm_plugin"] if vllm is None else str(vllm) in found["vllm_plugin"]
     assert all(check["ok"] and 0 < check["error"] <= check["limit"] for check in found["checks"])
     assert all(problem["what"] and problem["mend"] for problem in found["problems"])
 

@@ -332,12 +332,13 @@ class _BoundWrapper(_Wrapper):
         As, Bs, plan = _stacks(lora_a_stacked), _stacks(lora_b_stacked), self._tokens
         if x.dim() != 2 or x.shape[0] != plan.num_tokens or any(stack.is_inference() for stack in (*As, *Bs)):
             return None  # without a version counter nobody knows whether the weights still are these
-        add: Callable[[torch.Tensor, torch.Tensor], None] | None = lambda y, x: None
-        if self._is_in_batch(lora_a_stacked):
-            add = ops.bound_updates(x, As, Bs, plan)
-        if add is None:  # one adapter is no batched product
-            add = lambda y, x: ops.multi_lora_add(_columns(y, widths, 0), x, As, Bs, plan)
-        bound = _Bound((lora_a_stacked, lora_b_stacked), _versions(lora_a_stacked, lora_b_stacked), add)
+
+        def by_adapter(y: torch.Tensor, x: torch.Tensor) -> None:
+            ops.multi_lora_add(_columns(y, widths, 0), x, As, Bs, plan)
+
+        add = ops.bound_updates(x, As, Bs, plan) if self._is_in_batch(lora_a_stacked) else _add_nothing
+        versions = _versions(lora_a_stacked, lora_b_stacked)
+        bound = _Bound((lora_a_stacked, lora_b_stacked), versions, add or by_adapter)
         self._bound[id(lora_a_stacked)] = bound
         return bound
 
@@ -352,6 +353,10 @@ class _BoundWrapper(_Wrapper):
             if any(seen[2][slot] for slot in self._slots):
                 return True
         return False
+
+
+def _add_nothing(y: torch.Tensor, x: torch.Tensor) -> None:
+    return None
 
 
 def _versions(As: Sequence[torch.Tensor], Bs: Sequence[torch.Tensor]) -> list[int]:

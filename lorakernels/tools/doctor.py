@@ -21,6 +21,7 @@ from lorakernels import __version__, formula
 from lorakernels.backend import ENVIRONMENT, IMPLS, TRITON_DTYPES, explain_impl, interpreter_on
 from lorakernels.configs.table_file import CACHE
 from lorakernels.functional import lora_linear
+from lorakernels.integrations import vllm
 from lorakernels.tools.bench.environment import cpu_name, version_of
 
 VARIABLES = (ENVIRONMENT, CACHE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
@@ -45,6 +46,7 @@ def examine() -> Row:
     versions: dict[str, str | None] = {"lorakernels": __version__, "python": platform.python_version()}
     versions |= {"platform": platform.platform(), **{name: version_of(name) for name in (*PACKAGES, *OPTIONAL)}}
     versions |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda, "torch_rocm": torch.version.hip}
+    versions["vllm"] = vllm.installed_version()
     cpu = {"name": "cpu", "model": cpu_name(), "threads": torch.get_num_threads()}
     found = [cpu, *(_gpu(index) for index in range(torch.cuda.device_count()))]
     devices: list[Row] = [{"name": "", **dict.fromkeys(_FACTS)} | device for device in found]
@@ -56,6 +58,7 @@ def examine() -> Row:
         "versions": versions,
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "interpreter": interpreter_on(),
+        "vllm_plugin": vllm.why_left_off() or f"fits vLLM {versions['vllm']}",
         "environment_valid": os.environ.get(ENVIRONMENT, "auto") in IMPLS,
         "devices": devices,
         "choices": [_choice(name, dtype) for name in names for dtype in TRITON_DTYPES],
@@ -149,6 +152,7 @@ def print_diagnosis(found: Row, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     environment = {name: value or "not set" for name, value in found["environment"].items()}
     environment["Triton's interpreter"] = "on" if found["interpreter"] else "off"
+    environment["The plugin for vLLM"] = found["vllm_plugin"]
     sections: dict[str, Iterable[tuple[str, ...]]] = {
         "Versions": [(name, version or "-") for name, version in found["versions"].items()],
         "Environment": environment.items(),

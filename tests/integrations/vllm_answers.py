@@ -51,6 +51,6 @@ def answers(who: str, folder: str, dtype: str) -> dict[str, Any]:
 if __name__ == "__main__":
     plugins, folder = sys.argv[1:]
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    os.environ["VLLM_PLUGINS"] = plugins
+    os.environ |= {"VLLM_PLUGINS": plugins, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     whose = [plugins] if plugins else ["base", "vllm"]
     print(json.dumps({f"{who} {d}": answers(who, folder, d) for who in whose for d in ("float32", "bfloat16")}))
