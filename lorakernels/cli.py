@@ -157,6 +157,32 @@ def merge(arguments: argparse.Namespace) -> int:
 
 
 @command(
+    argument("--model", required=True, metavar="DIR", help="the model's folder"),
+    argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="an adapter's folder; repeatable"),
+    argument("--max-adapters", type=int, metavar="N", help="adapters in one batch (as there are, up to 8)"),
+    argument("--max-rank", type=int, metavar="R", help="the largest rank (the adapters' largest)"),
+    argument("--host", help="the address to listen at (vLLM's)"),
+    argument("--port", type=int, help="the port to listen at (vLLM's)"),
+    argument("--dtype", help="what is computed in (the model's)"),
+    argument("own", nargs=argparse.REMAINDER, metavar="-- OPTIONS", help="vLLM's own options, after --"),
+)
+def serve(arguments: argparse.Namespace) -> int:
+    """start vLLM's OpenAI server, its LoRA by these kernels"""
+    from lorakernels.tools import serve as launcher
+
+    command = launcher.vllm_command(
+        arguments.model,
+        arguments.adapter,
+        max_adapters=arguments.max_adapters,
+        max_rank=arguments.max_rank,
+        options={name: getattr(arguments, name) for name in ("host", "port", "dtype")},
+        own=arguments.own[arguments.own[:1] == ["--"] :],
+    )
+    launcher.serve(command)
+    return 0
+
+
+@command(
     argument("--shapes", nargs="+", metavar="MxNxKxr", help="tokens, outputs, inputs and rank of layers"),
     argument("--set", default="all", metavar="NAMES", help="without --shapes: sets of `bench` (%(default)s)"),
     argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of --shapes (bfloat16)"),

@@ -1,0 +1,86 @@
+"""`lorakernels serve`: what it starts vLLM with, and what it refuses before."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakernels import cli
+from lorakernels.integrations import vllm
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that would have been started, by a vLLM that fits; in a folder with a model and two adapters."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(vllm, "why_left_off", lambda: None)
+    monkeypatch.setattr(vllm, "installed_version", lambda: "0.32.0")
+    monkeypatch.setattr(os, "execv", lambda path, command: commands.append(command))
+    monkeypatch.chdir(tmp_path)
+    for name, rank in (("alice", {"r": 4}), ("bob", {"r": 8, "rank_pattern": {"q_proj": 20}})):
+        Path(name).mkdir()
+        Path(name, "adapter_config.json").write_text(json.dumps(rank))
+    Path("model").mkdir()
+    Path("model", "config.json").write_text("{}")
+    return commands
+
+
+def test_vllms_server_takes_the_place_of_the_command(
+    started: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    adapters = ["--adapter", "a=alice", "--adapter", "b=bob"]
+    assert cli.main(["serve", "--model", "model", *adapters, "--port", "8001", "--", "--max-model-len", "512"]) == 0
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "model", "--enable-lora"]
+    sizes = ["--max-loras", "2", "--max-lora-rank", "32", "--lora-modules", "a=alice", "b=bob"]
+    assert started == [[*server, *sizes, "--port", "8001", "--max-model-len", "512"]]
+    assert "vLLM 0.32.0 with LoRA by lorakernels" in capsys.readouterr().out
+    assert os.environ["VLLM_PLUGINS"] == "another,lorakernels"
+    assert (
+        cli.main(["serve", "--model", "hub/name", "--max-adapters", "3", "--max-rank", "64", "--dtype", "float32"]) == 0
+    )
+    assert started[1][4:] == [
+        "hub/name", "--enable-lora", "--max-loras", "3", "--max-lora-rank", "64", "--dtype", "float32"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "alice"], "--model alice has no config.json"),
+        (["--model", "model", "--adapter", "alice"], "expected NAME=DIR"),
+        (["--model", "model", "--adapter", "a=alice", "--adapter", "a=bob"], "a name of its own"),
+        (["--model", "model", "--adapter", "a=nobody"], "nobody/adapter_config.json"),
+        (["--model", "model", "--adapter", "a=broken"], "has no rank"),
+        (
+            ["--model", "model", "--adapter", "b=bob", "--max-rank", "16"],
+            "rank 20, over --max-rank 16: give",
+        ),
+        (["--model", "model", "--max-rank", "1000"], "vLLM takes 1 … 512"),
+        (["--model", "model", "--max-adapters", "0"], "expected at least 1"),
+    ],
+)
+def test_what_is_refused(
+    started: list[list[str]], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("broken").mkdir()
+    Path("broken", "adapter_config.json").write_text('{"r": "four"}')
+    assert cli.main(["serve", *arguments]) == 2
+    assert message in capsys.readouterr().err and not started
+
+
+@pytest.mark.parametrize("installed", [None, "9.9"])
+def test_without_a_vllm_that_fits(
+    started: list[list[str]],
+    installed: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(vllm, "installed_version", lambda: installed)
+    monkeypatch.setattr(vllm, "why_left_off", lambda: "vLLM does not do, and the mend")
+    assert cli.main(["serve", "--model", "model"]) == 2
+    assert capsys.readouterr().err == "lorakernels: vLLM does not do, and the mend\n" and not started
