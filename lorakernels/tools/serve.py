@@ -90,9 +90,9 @@ def serve(command: list[str]) -> None:
 def _rank(folder: str) -> int:
     file = Path(folder, "adapter_config.json")
     config = json.loads(file.read_text(encoding="utf-8"))
-    ranks: list[Any] = (
-        [config.get("r"), *(config.get("rank_pattern") or {}).values()] if isinstance(config, dict) else [None]
-    )
-    if not all(isinstance(rank, int) for rank in ranks):
+    ranks: list[Any] = []
+    if isinstance(config, dict):
+        ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    if not ranks or not all(isinstance(rank, int) for rank in ranks):
         raise ValueError(f"{file} has no rank; expected PEFT's adapter_config.json, with a whole number as r")
     return max(ranks)
