@@ -196,7 +196,7 @@ def grid_of(segments: list[Segment], order: list[int], pages: list[list[int]] | 
     if len(segments) < 2 or (pages is None and min(ranks) < max(ranks)):
         return None
     rank, tokens = max(ranks), _tokens(segments, order)
-    arranged = _regular(segments, tokens, len(order)) or _in_runs(segments, tokens, len(order), rank)
+    arranged = _regular(segments, tokens) or _in_runs(segments, tokens, len(order), rank)
     arranged = arranged or [(_gathered(tokens, len(order)), segments)]
     lots, multiplied = [], 0
     for rows, adapters in arranged:
@@ -211,14 +211,14 @@ def _tokens(segments: list[Segment], order: list[int]) -> list[list[int]]:
     return [order[first:end] for first, end in zip([0, *ends], ends, strict=False)]
 
 
-def _regular(segments: list[Segment], tokens: list[list[int]], T: int) -> list[Arranged]:
-    """All adapters at once, if theirs are all tokens and one step leads from each to the next: in order, in turn."""
-    height, across = len(tokens[0]), tokens[1][0]
-    along = tokens[0][1] if height > 1 else 1
-    regular = [[i * across + j * along for j in range(height)] for i in range(len(tokens))]
-    if tokens != regular or len(tokens) * height != T:
+def _regular(segments: list[Segment], tokens: list[list[int]]) -> list[Arranged]:
+    """All adapters at once, if one step leads from each one's tokens to the next's: in order, in turn."""
+    first, height = tokens[0][0], len(tokens[0])
+    across, along = tokens[1][0] - first, tokens[0][1] - first if height > 1 else 1
+    regular = [[first + i * across + j * along for j in range(height)] for i in range(len(tokens))]
+    if across < 0 or tokens != regular:
         return []
-    return [(Steps(0, len(tokens), height, across, along), segments)]
+    return [(Steps(first, len(tokens), height, across, along), segments)]
 
 
 def _in_runs(segments: list[Segment], tokens: list[list[int]], T: int, rank: int) -> list[Arranged]:

@@ -25,6 +25,8 @@ from lorakernels.testing.multi_cases import MultiCase, MultiInputs, Results, by_
 EQUAL = (6, 6, 6, 6)
 # (case, how the adapters are one product: of rows that are views, of rows that are gathered; None where they are not)
 CASES = (
+    (MultiCase("base_around", T=20, ranks=(8, 8, 8), batch="rows -1 0 1 2 -1"), "views"),
+    (MultiCase("base_around_in_slices", T=5, ranks=(8, 8, 8), Ns=(24, 20), batch="rows -1 0 1 2 -1"), "views"),
     (MultiCase("equal ranks", ranks=EQUAL), "gathered"),
     (MultiCase("of larger stacks", ranks=EQUAL, R=9, T=40), "gathered"),
     (MultiCase("grouped", ranks=EQUAL, batch="grouped"), "gathered"),
