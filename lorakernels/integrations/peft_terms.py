@@ -57,8 +57,13 @@ def linear_call(layer: Any, x: torch.Tensor) -> Call | None:
     if isinstance(terms, str) or not terms:
         return None
     base = layer._modules["base_layer"]
-    weight = parameter_of(base, "weight") if type(base) is nn.Linear else read(base)
+    weight = base_weight(base)
     return (weight, parameter_of(base, "bias"), terms, None) if takes_dtypes(layer, x, weight, terms) else None
+
+
+def base_weight(base: Any) -> Any:
+    """Of a base layer that `adapter_terms` takes."""
+    return parameter_of(base, "weight") if type(base) is nn.Linear else read(base)
 
 
 def takes_dtypes(layer: Any, x: torch.Tensor, weight: Any, terms: Sequence[Term]) -> bool:
