@@ -151,8 +151,11 @@ def restore(model: nn.Module) -> None:
             module.__class__ = type(module).__base__  # type: ignore[assignment]
 
 
-# PEFT's layers for a torch.nn.Linear, and for the packed weights of bitsandbytes and HQQ.
-_TAKEN = tuple(f"peft.tuners.lora.{name}" for name in ("layer.Linear", "bnb.Linear4bit", "hqq.HqqLoraLinear"))
+# PEFT's layers for a torch.nn.Linear, and for the packed weights of bitsandbytes, HQQ and torchao.
+_TAKEN = tuple(
+    f"peft.tuners.lora.{name}"
+    for name in ("layer.Linear", "bnb.Linear4bit", "hqq.HqqLoraLinear", "torchao.TorchaoLoraLinear")
+)
 
 
 def _lora_layer() -> Any:
