@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
-from lorakernels.adapters.load_save import copy_whole
+from lorakernels.adapters.load import copy_whole
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.config import check_rank

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorakernels.adapters import held
+from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import give_copies, saved_modules
 from lorakernels.adapters.targets import find_modules_to_save, find_targets, warn_of_unused
 from lorakernels.config import LoRAConfig, of_one_layer
@@ -104,6 +105,7 @@ def inject(
         parents = {p: names for p, names in siblings_of.items() if not own.isdisjoint(p._modules.values())}
         siblings.declare(parents, group)
         held.remember(model, adapter_name, config)
+        save_through_transformers(model)
     return compiled
 
 

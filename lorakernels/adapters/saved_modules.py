@@ -23,6 +23,7 @@ class SavedModule(nn.Module):
         self.train(original_module.training)
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: list[str] = []  # one or none: whole modules do not add up
+        self.merged = False  # whether the model is, and its state dict a plain model's
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -62,6 +63,10 @@ class SavedModule(nn.Module):
             if "original_module" not in self.__dict__.get("_modules", {}):  # while it is being made or unpickled
                 raise
             return getattr(self.running, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """While the model's adapters are merged that of the module that runs."""
+        return self.running.state_dict(*args, **kwargs) if self.merged else super().state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"active={self.active_adapters}"
