@@ -20,6 +20,7 @@ from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.files.update import Update
 from lorakernels.nn.base import DEFAULT, MAGNITUDE
 from lorakernels.nn.layer import LoRALayer
+from lorakernels.nn.modules import unwrapped
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def hotswap_adapter(
             kind of adapter, numbers that its dtype would round.
         RuntimeError: adapters are merged, or one has changed the base weights.
     """
-    original = held.uncompiled(model)
+    original = unwrapped(model)
     held.config_of(original, adapter_name)
     held.refuse_merged(original)
     held.refuse_changed_base(original)

@@ -22,6 +22,7 @@ from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name, no_fast_pa
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear
 from lorakernels.quant.layers import why_refused
 
@@ -62,7 +63,7 @@ def inject(
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
         got = " and ".join(f"{type(one).__module__}.{type(one).__qualname__}" for one in (model, config))
         raise TypeError(f"inject takes a torch.nn.Module and a lorakernels.LoRAConfig; got {got}")
-    compiled, model = model, held.uncompiled(model)
+    compiled, model = model, unwrapped(model)
     earlier = held.names(model)
     check_new_name(adapter_name, earlier)
     held.refuse_shared_biases(model, config, adapter_name)

@@ -18,6 +18,7 @@ from lorakernels.config import of_one_layer
 from lorakernels.files.peft import local_folder, read_peft
 from lorakernels.files.reading import AdapterFileError, as_file_error
 from lorakernels.nn.base import DEFAULT, check_adapter_name
+from lorakernels.nn.modules import unwrapped
 
 
 def load_adapter(
@@ -53,7 +54,7 @@ def load_adapter(
         ImportError: the hub is asked, and huggingface_hub is not installed.
     """
     check_adapter_name(adapter_name)
-    compiled, model = model, held.uncompiled(model)
+    compiled, model = model, unwrapped(model)
     contents = bind(model, read_peft(local_folder(folder, hub, revision)))
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)

@@ -20,6 +20,7 @@ from lorakernels.files.peft import with_ranks, write_peft
 from lorakernels.files.reading import Tensors
 from lorakernels.nn.base import DEFAULT
 from lorakernels.nn.layer import LoRALayer
+from lorakernels.nn.modules import named_parameters, unwrapped
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = DEFAULT) -> Path:
@@ -30,7 +31,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     Raises KeyError, naming the adapters there are, when the model has none of that name or was not given it as a whole,
     and RuntimeError when another adapter has changed the base weights, or ranks past those of a hot swap have trained.
     """
-    model = held.uncompiled(model)
+    model = unwrapped(model)
     config = held.config_of(model, adapter_name)
     held.refuse_changed_base(model, but_by=adapter_name)
     others = _saved_biases(model, config, adapter_name)
@@ -82,7 +83,7 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
     adapted = tuple(f"{path}.base_layer." for path in held.owners(model, adapter_name))
     return {
         name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)  # PEFT has each of a tied one's names
+        for name, parameter in named_parameters(model)  # PEFT has each of a tied one's names
         if name.rpartition(".")[2] == "bias"
         and id(parameter) not in of_adapters
         and (config.bias == "all" or name.startswith(adapted))

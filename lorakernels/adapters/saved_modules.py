@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakernels.nn.modules import names_of
+
 
 class SavedModule(nn.Module):
     """Runs the active adapter's copy of a module, or the original where no active adapter has one.
@@ -74,7 +76,7 @@ class SavedModule(nn.Module):
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The wrapped modules of `model` by their full names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SavedModule)}
+    return {path: module for module, path in names_of(model).items() if isinstance(module, SavedModule)}
 
 
 def copies_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:

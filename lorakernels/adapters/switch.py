@@ -12,6 +12,7 @@ from lorakernels.adapters.inject import activate, activity, replace_modules
 from lorakernels.adapters.saved_modules import SavedModule, saved_modules
 from lorakernels.config import check_alpha
 from lorakernels.nn import siblings
+from lorakernels.nn.modules import unwrapped
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
@@ -111,7 +112,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         ValueError: with `merge`, what `merge` raises; nothing changes.
         RuntimeError: some of the adapters are merged and others not.
     """
-    compiled, model = model, held.uncompiled(model)
+    compiled, model = model, unwrapped(model)
     layers = held.layers(model)
     if not merge:
         unmerge(model)
