@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakernels.adapters.inject import base_and_kind
 from lorakernels.adapters.saved_modules import SavedModule, state_of
-from lorakernels.adapters.targets import find_modules_to_save, plain_modules
+from lorakernels.adapters.targets import find_modules_to_save, plain_modules, why_without_effect
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.config_file import check_start, not_supported
 from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, updates_of
@@ -139,5 +139,7 @@ def _layer(
     if layer is None:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
+    if why := why_without_effect(modules, path):
+        raise AdapterFileError(f"module {path!r}: {why}; take its tensors out of the file")
     with as_file_error("the file does not fit"):
         return base_and_kind(f"module {path!r}", layer, bases)

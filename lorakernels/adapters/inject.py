@@ -13,7 +13,14 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import give_copies, saved_modules
-from lorakernels.adapters.targets import find_modules_to_save, find_targets, warn_of_unused
+from lorakernels.adapters.targets import (
+    find_modules_to_save,
+    find_targets,
+    plain_modules,
+    warn_of_unused,
+    why_without_effect,
+)
+from lorakernels.adapters.uncalled import watch
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
@@ -76,8 +83,11 @@ def inject(
     alphas = by_pattern(targets, config.alpha_pattern, config.lora_alpha)
     configs = {name: of_one_layer(config, ranks[name], alphas[name]) for name in targets}
     held.refuse_merged(model)
+    modules = dict(plain_modules(model))
     for name, module in targets.items():
         base, kind = base_and_kind(f"target {name!r}", module)
+        if why := why_without_effect(modules, name):
+            raise ValueError(f"target {name!r}: {why}; leave it out (exclude_modules)")
         try:
             kind.check_adapter(base, configs[name])
         except (ValueError, TypeError) as error:
@@ -107,6 +117,7 @@ def inject(
         siblings.declare(parents, group)
         held.remember(model, adapter_name, config)
         save_through_transformers(model)
+        watch(model)
     return compiled
 
 

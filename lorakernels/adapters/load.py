@@ -14,6 +14,7 @@ from lorakernels.adapters.inject import adding, freeze_all_but_adapters
 from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.adapters.switch import set_adapter
+from lorakernels.adapters.uncalled import watch
 from lorakernels.config import of_one_layer
 from lorakernels.files.peft import local_folder, read_peft
 from lorakernels.files.reading import AdapterFileError, as_file_error
@@ -82,6 +83,8 @@ def load_adapter(
                 bias.copy_(value)
         held.remember(model, adapter_name, config)
         save_through_transformers(model)
+        if trainable:
+            watch(model)
     return compiled
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.inject import activate, activity, replace_modules
 from lorakernels.adapters.saved_modules import SavedModule, saved_modules
+from lorakernels.adapters.uncalled import unwatch
 from lorakernels.config import check_alpha
 from lorakernels.nn import siblings
 from lorakernels.nn.modules import unwrapped
@@ -127,6 +128,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         if not plain.keys().isdisjoint(parent._modules.values()):
             siblings.forget(parent)
     replace_modules(model, plain)
+    unwatch(model)
     for known in ("_lora_configs", "_lora_unused", "save_pretrained"):
         model.__dict__.pop(known, None)
     return plain.get(model, compiled)

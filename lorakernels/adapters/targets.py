@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -21,6 +22,8 @@ from lorakernels.nn.modules import named_modules
 ALL_LINEAR = "all-linear"
 # What PEFT's layers, and its copies of whole modules, are subclasses of.
 _PEFTS = (".BaseTunerLayer", ".AuxiliaryTrainingWrapper", ".ModulesToSaveWrapper")
+# Whose kernel has the output projection in it.
+_FUSED_MIXERS = re.compile("(FalconMamba|FalconH1|Bamba|(Zamba2|NemotronH|GraniteMoeHybrid)?Mamba2?)(Mixer|Layer)")
 WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -34,7 +37,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     modules = dict(plain_modules(model))
     if config.target_modules == ALL_LINEAR:
         head = output_layer(model)
-        named = {name for name, module in modules.items() if _is_linear(module) and module is not head}
+        linears = {name for name, module in modules.items() if _is_linear(module) and module is not head}
+        named = {name for name in linears if not why_without_effect(modules, name)}
     else:
         named = {name for name in modules if matches(name, config.target_modules)}
     whole = find_modules_to_save(model, config.modules_to_save)
@@ -50,6 +54,19 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             f"{without}; {_near_names(config.target_modules, modules)}"
         )
     return found
+
+
+def why_without_effect(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Why an adapter on this module would change nothing: its parent reads its weight, and does not call it.
+
+    Those of state-space models that run in one kernel (mamba_ssm's) are known, as PEFT knows them.
+    """
+    parent, _, name = path.rpartition(".")
+    mixer = modules.get(parent)
+    reads = mixer is not None and "A_log" in mixer._parameters
+    if not reads or not (name == "conv1d" or (name == "out_proj" and _FUSED_MIXERS.fullmatch(type(mixer).__name__))):
+        return ""
+    return f"its parent, a {type(mixer).__name__}, reads its weight in a kernel and does not call it: no effect"
 
 
 def warn_of_unused(model: nn.Module, config: LoRAConfig, targets: Iterable[str]) -> None:

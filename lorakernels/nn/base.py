@@ -75,6 +75,7 @@ class LoRABase(nn.Module):
     """
 
     BASE: ClassVar[type[nn.Module]]
+    ran: ClassVar[set[nn.Module] | None] = None  # the layers that were called, while somebody asks
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
