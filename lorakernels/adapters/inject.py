@@ -21,7 +21,7 @@ from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
-from lorakernels.quant.layers import why_refused
+from lorakernels.quant.layers import keep_packing, why_refused
 
 
 def inject(
@@ -163,6 +163,7 @@ def adding(
                 _set_tensors(made.get(module, module), adapter_name, tensors[module])
         made |= give_copies([module for module in whole if module not in had], adapter_name)
         replace_modules(model, made)
+        keep_packing(model)
         restore_activity()
         yield made
     except BaseException:
