@@ -17,10 +17,11 @@ from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, layer_for
-from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name
+from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name, no_fast_path
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+from lorakernels.nn.quantized import QuantizedLinear
 from lorakernels.quant.layers import keep_packing, why_refused
 
 
@@ -214,9 +215,14 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 touched.add(parent)
     found = siblings.find(model, lambda module: isinstance(module, LoRALinear))
     siblings.declare({p: names for p, names in found.items() if p in touched and not siblings.has_groups(p)})
-    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
-        if any(isinstance(module, LoRALayer) for module in encoder.modules()):
-            encoder.use_nested_tensor = False  # whose attention needs the fast path, which adapted layers turn off
+    encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+    for encoder in (module for module in model.modules() if isinstance(module, encoders)):
+        if not any(isinstance(module, (LoRALayer, QuantizedLinear)) for module in encoder.modules()):
+            continue
+        if isinstance(encoder, nn.TransformerEncoder):
+            encoder.use_nested_tensor = False  # whose attention needs the fast path, which is off
+        elif not encoder._forward_pre_hooks:
+            encoder.register_forward_pre_hook(no_fast_path)
 
 
 def freeze_all_but_adapters(model: nn.Module, bias: str) -> None:

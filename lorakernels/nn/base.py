@@ -84,7 +84,7 @@ class LoRABase(nn.Module):
         self.lora_A = nn.ModuleDict()
         # In evaluation torch's TransformerEncoderLayer reads its linears' weights and calls none of them, unless a
         # module in it has a hook. This one costs nothing: nobody calls the container.
-        self.lora_A.register_forward_pre_hook(_no_fast_path)
+        self.lora_A.register_forward_pre_hook(no_fast_path)
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_initial = nn.ModuleDict()
@@ -234,7 +234,7 @@ class LoRABase(nn.Module):
         return f"{adapters}, active={self.active_adapters}, merged={self.merged}{changed}"
 
 
-def _no_fast_path(module: nn.Module, args: Any) -> None:
+def no_fast_path(module: nn.Module, args: Any) -> None:
     """A hook that is there to be seen."""
 
 
