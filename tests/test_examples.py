@@ -48,16 +48,21 @@ def example(name: str) -> ModuleType:
         sys.path.remove(str(EXAMPLES))
 
 
-@pytest.mark.parametrize("name", ["trainer_llama", "sft_llama"])
+TRAINERS: dict[str, dict[str, Any]] = {"trainer_llama": {}, "sft_llama": {}, "sft_llama --nf4": {"nf4": True}}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_trainers(name: str, tmp_path: Path, fused_calls: Counter[nn.Module]) -> None:
     from peft import PeftConfig
     from safetensors.torch import load_file
 
-    report, losses = example(name).main(str(tmp_path), steps=30)
+    report, losses = example(name.split()[0]).main(str(tmp_path), steps=30, **TRAINERS[name])
     assert losses[-1] < 0.75 * losses[0], losses
     assert len(report.rows) == 14  # 7 projections of 2 layers
     assert not report.not_accelerated
     assert len(fused_calls) == 14
+    packed = {getattr(layer.get_base_layer().weight, "quant_type", "") for layer in fused_calls}
+    assert packed == ({"nf4"} if TRAINERS[name] else {""})
     assert set(fused_calls.values()) <= {30, 60}  # SFTConfig's activation checkpointing runs the forward again
 
     assert PeftConfig.from_pretrained(tmp_path).r == 8

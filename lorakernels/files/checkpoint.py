@@ -85,7 +85,7 @@ class Checkpoint:
         self.tensors = {name: info for name, info in self._stored.items() if nf4.RECORD not in name}
         with self.reader() as read:
             for name, record in self._records.items():
-                with as_file_error(f"{self.folder}: {name}"):
+                with as_file_error(f"{self.folder}: {name}", RecursionError):
                     self._unite(name, nf4.saved_form(record))
                     read(name)
         self.shards = sorted({info.shard for info in self.tensors.values()}) or single

@@ -73,12 +73,8 @@ def _fields(record: torch.Tensor) -> defaultdict[str, Any]:
 
 def _form(kind: Any, shape: Any, block: Any, dtype: Any) -> Form:
     dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if (
-        kind not in ("nf4", "fp4")
-        or block not in _BLOCKS
-        or len(shape or ()) != 2
-        or not isinstance(dtype, torch.dtype)
-    ):
+    known = kind in ("nf4", "fp4") and block in _BLOCKS and isinstance(dtype, torch.dtype)
+    if not known or len(shape or ()) != 2:
         raise ValueError(
             f"the base weight is {kind} in blocks of {block}, of {dtype} {list(shape or ())}; expected nf4 or fp4 in "
             f"blocks of {_BLOCKS}, of a float dtype [out_features, in_features]"
@@ -90,7 +86,7 @@ def _form(kind: Any, shape: Any, block: Any, dtype: Any) -> Form:
 def _of_tensors(
     form: Form, weight: torch.Tensor, absmax: torch.Tensor, nesting: tuple[Any, ...] | None
 ) -> PackedWeight:
-    data = weight.view(torch.uint8).flatten()
+    data = weight.flatten().view(torch.uint8)
     count, blocks = -(-form.N * form.K // 2), -(-form.N * form.K // form.block)
     if data.numel() != count or absmax.shape != (blocks,) or absmax.device != data.device:
         raise ValueError(
