@@ -19,6 +19,7 @@ from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, up
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
 from lorakernels.files.update import Shapes, Update
 from lorakernels.nn.layer import LoRALayer
+from lorakernels.nn.modules import named_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _refuse_the_rest(tensors: Tensors, model: nn.Module, source: str) -> None:
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's parameters by plain names, a tied one under each of its own, as PEFT writes it."""
-    return {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    return {plain_name(name): parameter for name, parameter in named_parameters(model)}
 
 
 def _layer(

@@ -14,6 +14,7 @@ from lorakernels.adapters.rank_slices import by_group, smaller
 from lorakernels.config import LoRAConfig, check_alpha, check_rank
 from lorakernels.files.peft import with_ranks
 from lorakernels.nn.layer import LoRALayer
+from lorakernels.nn.modules import unwrapped
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Weighted = list[tuple[str, float]]
@@ -66,7 +67,7 @@ def add_weighted_adapter(
         check_rank(svd_rank, "svd_rank")
         if combination_type != "svd":
             raise ValueError(f'svd_rank={svd_rank} goes with combination_type="svd"; got {combination_type!r}')
-    compiled, model = model, held.uncompiled(model)
+    compiled, model = model, unwrapped(model)
     layers = held.layers(model)
     check_new_name(adapter_name, held.names(model))
     plain = LoRAConfig()

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lorakernels.adapters import held
+from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import give_copies, saved_modules
 from lorakernels.adapters.targets import find_modules_to_save, find_targets, warn_of_unused
 from lorakernels.config import LoRAConfig, of_one_layer
@@ -21,6 +22,7 @@ from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name, no_fast_pa
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear
 from lorakernels.quant.layers import keep_packing, why_refused
 
@@ -61,7 +63,7 @@ def inject(
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
         got = " and ".join(f"{type(one).__module__}.{type(one).__qualname__}" for one in (model, config))
         raise TypeError(f"inject takes a torch.nn.Module and a lorakernels.LoRAConfig; got {got}")
-    compiled, model = model, held.uncompiled(model)
+    compiled, model = model, unwrapped(model)
     earlier = held.names(model)
     check_new_name(adapter_name, earlier)
     held.refuse_shared_biases(model, config, adapter_name)
@@ -104,6 +106,7 @@ def inject(
         parents = {p: names for p, names in siblings_of.items() if not own.isdisjoint(p._modules.values())}
         siblings.declare(parents, group)
         held.remember(model, adapter_name, config)
+        save_through_transformers(model)
     return compiled
 
 

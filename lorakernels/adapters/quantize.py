@@ -12,6 +12,7 @@ from lorakernels.adapters import held
 from lorakernels.adapters.inject import replace_modules
 from lorakernels.adapters.targets import matches, output_layer, plain_modules
 from lorakernels.config import check_modules
+from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear, pack
 from lorakernels.quant.layers import kind_of, read_on_request
 from lorakernels.quant.packed import PackedWeight
@@ -40,7 +41,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: s
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     check_modules(exclude, "exclude")
-    plain = held.uncompiled(model)
+    plain = unwrapped(model)
     head = output_layer(plain)
     found = {
         name: module

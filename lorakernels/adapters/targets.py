@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,11 @@ from lorakernels.files.patterns import by_pattern, fullmatch
 from lorakernels.nn.adapt import layer_for
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+from lorakernels.nn.modules import named_modules
 
 ALL_LINEAR = "all-linear"
+# What PEFT's layers, and its copies of whole modules, are subclasses of.
+_PEFTS = (".BaseTunerLayer", ".AuxiliaryTrainingWrapper", ".ModulesToSaveWrapper")
 WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -93,14 +97,22 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
 
 
-def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under each of its names, adapted layers and saved modules as one: what is inside is no target."""
-    for name, module in model._modules.items():
-        if module is None:
-            continue
-        yield f"{prefix}{name}", module
-        if not isinstance(module, (LoRALayer, SavedModule)):
-            yield from plain_modules(module, f"{prefix}{name}.")
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under each of its names, adapted layers and saved modules as one: what is inside is no target.
+
+    Nor is what is inside a layer of PEFT's.
+    """
+    return named_modules(model, _is_closed)
+
+
+def _is_closed(module: nn.Module) -> bool:
+    return isinstance(module, (LoRALayer, SavedModule)) or _is_of_peft(type(module).__mro__)
+
+
+@lru_cache(maxsize=1024)
+def _is_of_peft(kinds: tuple[type, ...]) -> bool:
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    return any(name.startswith("peft.") and name.endswith(_PEFTS) for name in names)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -222,6 +222,10 @@ class LoRABase(nn.Module):
                     "call unmerge() first, or eval()"
                 )
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """While adapters are merged that of the plain layer, which the weight is then: no adapter counts twice."""
+        return self.base_layer.state_dict(*args, **kwargs) if self._merged else super().state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.merged:
             *_, error_messages = args
