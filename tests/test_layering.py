@@ -44,8 +44,10 @@ class Beside:
 
 
 BESIDE: dict[str, Beside] = {
-    # Files know configurations, tensors, names and shapes, and no model.
-    "files": Beside(frozenset({"config", "formula"}), frozenset({"adapters", "serving", "cli", "lorakernels"})),
+    # Files know configurations, tensors, names and shapes, how weights are packed, and no model.
+    "files": Beside(
+        frozenset({"config", "formula", "quant"}), frozenset({"adapters", "serving", "cli", "lorakernels"})
+    ),
     "testing": Beside(LIBRARY, frozenset({"tools"})),
 }
 

@@ -31,7 +31,7 @@ from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
 from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear
-from lorakernels.quant.layers import why_refused
+from lorakernels.quant.layers import keep_packing, why_refused
 
 
 def inject(
@@ -178,6 +178,7 @@ def adding(
                 _set_tensors(made.get(module, module), adapter_name, tensors[module])
         made |= give_copies([module for module in whole if module not in had], adapter_name)
         replace_modules(model, made)
+        keep_packing(model)
         restore_activity()
         yield made
     except BaseException:

@@ -21,7 +21,7 @@ from lorakernels.integrations.peft_mixed import forget_packs, mixed_forward
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
-from lorakernels.quant.layers import why_refused
+from lorakernels.quant.layers import keep_packing, why_refused
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ def accelerate(
             reason = _why_not(module)
             rows.append(LayerReport(name, not reason, reason))
     siblings.declare(found, group)
+    keep_packing(model)
     if not rows:
         warnings.warn(
             f"{type(model).__name__} has no PEFT LoRA layer, so nothing is accelerated; call accelerate() after "

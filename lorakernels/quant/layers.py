@@ -76,6 +76,16 @@ def weight_of(layer: Any) -> torch.Tensor | PackedWeight:
     return read(layer) if kind_of(layer) else layer.weight
 
 
+def keep_packing(model: torch.nn.Module) -> None:
+    """Let the layers of `model` that run bitsandbytes' own forward keep their weights as they are packed.
+
+    In evaluation on a CPU with AVX512-BF16 it packs them again, after which training loses the gradients before them.
+    """
+    for module in model.modules():
+        if kind_of(module) == "bitsandbytes":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
 def why_refused(layer: Any) -> str:
     """Why a quantised layer that is known cannot be adapted; nothing for any other layer."""
     names = [f"{kind.__module__}.{kind.__qualname__}." for kind in type(layer).__mro__]

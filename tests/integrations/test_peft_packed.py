@@ -79,6 +79,21 @@ def test_training_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(x.grad, expected)
 
 
+def test_training_through_layers_without_an_adapter() -> None:
+    """They run bitsandbytes' forward, in evaluation too, and keep their weights as they were packed."""
+    model = peft.get_peft_model(Attention(True, torch.float32), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    lk.accelerate(model)
+    x, found = torch.randn(3, WIDTH, requires_grad=True), []
+    for _ in range(2):
+        model.train()(x).sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+        x.grad = None
+        model.zero_grad()
+        with torch.no_grad():
+            model.eval()(x.detach())
+    assert len(found[0]) == 3 and all(map(torch.equal, *found))
+
+
 def test_a_weight_that_was_packed_again_is_left_alone() -> None:
     theirs, _ = models()
     theirs.base_model.model.q_proj.base_layer.weight.quant_state.packing_format_for_cpu = True

@@ -98,8 +98,10 @@ def test_bitsandbytes_own_fault() -> None:
         ({"packing_format_for_cpu": True}, "packed again by bitsandbytes"),
         ({"quant_type": "int3"}, "int3 in blocks of 64"),
         ({"blocksize": 48}, "in blocks of 48"),
-        ({"absmax": torch.ones(3)}, "3 scales"),
+        ({"absmax": torch.ones(3)}, r"scales \[3\]"),
+        ({"absmax": torch.ones(2, 64)}, r"scales \[2, 64\].*packed again in evaluation"),
         ({"shape": torch.Size([64, 64])}, "expected 2048"),
+        ({"shape": torch.Size([2, 64, 64])}, r"of torch.float32 \[2, 64, 64\]; expected"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
