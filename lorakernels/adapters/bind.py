@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from lorakernels.adapters import held
 from lorakernels.adapters.inject import base_and_kind
 from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import find_modules_to_save, plain_modules, why_without_effect
@@ -62,6 +63,11 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
             return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
 
     layers = updates_of(file, shapes_of)
+    if file.fields.get("ensure_weight_tying"):  # where nothing is tied it says nothing
+        trained = [found[path][0] for path in layers] + list(to_save.values())
+        with as_file_error(file.source):
+            tied = (parameter for module in trained for parameter in module.parameters())
+            held.refuse_tied(model, tied, "ensure_weight_tying=True")
     for path in [*layers, *whole]:
         for name, tensor in modules[path].named_parameters():
             if tensor.is_meta:  # nothing can be put into it, and what is loaded later would start anew
