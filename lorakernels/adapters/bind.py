@@ -22,26 +22,33 @@ from lorakernels.files.update import Shapes, Update
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import named_parameters
 
+Values = list[tuple[torch.Tensor, torch.Tensor]]  # of the model, and beside it what is to be in it
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
     """An adapter's files, all checked: nothing in here can fail to fit the model.
 
     `layers` has the updates by module path, their tensors by the names of `LoRALayer.adapter_shapes`; `whole` those of
-    whole modules by path and the module's own names; `biases` each of the model's beside its new value.
+    whole modules by path and the module's own names; `biases` each of the model's beside its new value, and `base` the
+    same of base weights.
     """
 
     config: LoRAConfig
     modules: dict[str, nn.Module]
     layers: dict[str, Update]
     whole: dict[str, Tensors]
-    biases: list[tuple[torch.Tensor, torch.Tensor]]
+    biases: Values
+    base: Values
 
 
-def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingProxyType({})) -> Contents:
+def bind(
+    model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingProxyType({}), base_weights: str = "model"
+) -> Contents:
     """Check an adapter's files against `model`; raises AdapterFileError, and changes nothing.
 
-    `bases` says of a module's class which plain one stands for it, where a store has switched the model's.
+    `bases` says of a module's class which plain one stands for it, where a store has switched the model's. Base weights
+    in the file must be the model's, or with `base_weights="file"` are to come into it.
     """
     config = file.config
     check_start(file.fields, file.source)
@@ -52,7 +59,7 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
     modules, others = dict(plain_modules(model)), dict(file.others)
     whole = _take_whole(others, to_save, modules)
     biases = _take_biases(others, model) if config.bias != "none" else []
-    _refuse_the_rest(others, model, file.source)
+    base = _take_base(others, model, file.source, base_weights)
     # Before ranks and shapes: how many modules there can be is the model's.
     found = {path: _layer(modules, path, bases) for path in file.layers}
 
@@ -72,7 +79,7 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
         for name, tensor in modules[path].named_parameters():
             if tensor.is_meta:  # nothing can be put into it, and what is loaded later would start anew
                 raise AdapterFileError(f"{path}.{name} is on the meta device and has no values; put them there first")
-    return Contents(dataclasses.replace(config, target_modules=sorted(layers)), modules, layers, whole, biases)
+    return Contents(dataclasses.replace(config, target_modules=sorted(layers)), modules, layers, whole, biases, base)
 
 
 def _take_whole(
@@ -102,7 +109,7 @@ def _take_whole(
     return whole
 
 
-def _take_biases(tensors: Tensors, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _take_biases(tensors: Tensors, model: nn.Module) -> Values:
     """Take the biases out of a file's tensors, each beside the model's own that it replaces."""
     own = {name: parameter for name, parameter in _parameters(model).items() if name.endswith("bias")}
     taken: dict[torch.Tensor, tuple[str, torch.Tensor]] = {}
@@ -118,18 +125,33 @@ def _take_biases(tensors: Tensors, model: nn.Module) -> list[tuple[torch.Tensor,
     return [(bias, value) for bias, (_, value) in taken.items()]
 
 
-def _refuse_the_rest(tensors: Tensors, model: nn.Module, source: str) -> None:
-    """What is left may only be the base's own weights, which PEFT saves beside adapted embeddings."""
+def _take_base(tensors: Tensors, model: nn.Module, source: str, base_weights: str) -> Values:
+    """What is left may only be the base's own weights, which PEFT saves beside adapted or resized embeddings."""
     own = _parameters(model) if tensors else {}
+    taken: Values = []
     for key, value in tensors.items():
         weight = own.get(plain_name(key.removeprefix(PREFIX)))
         if weight is None or not key.startswith(PREFIX):
             raise unknown_key(source, key, f"{PREFIX}<module>.lora_A.weight and the like, or what was trained whole")
-        if weight.shape != value.shape or not torch.equal(weight.detach().cpu(), value.to(weight.dtype)):
+        check_finite(key, value)
+        if weight.shape != value.shape:
             raise AdapterFileError(
-                f"{key} is another base weight ({list(value.shape)}) than the model's ({list(weight.shape)}); put it "
-                "into the model first, since other adapters would get it too"
+                f"{key} is a base weight {list(value.shape)}, the model's {list(weight.shape)}; give the model the "
+                "size that it was trained with first (model.resize_token_embeddings)"
             )
+        if base_weights == "file":
+            taken.append((weight, value))
+        elif not _is_same(weight.detach().cpu(), value):
+            raise AdapterFileError(
+                f"{key} is another base weight than the model's, such as embeddings with new tokens; "
+                'load_adapter(..., base_weights="file") puts it into the model, for all its adapters'
+            )
+    return taken
+
+
+def _is_same(weight: torch.Tensor, value: torch.Tensor) -> bool:
+    """To the bit, in the narrower of the two dtypes: a file may be of a model that was loaded in bfloat16."""
+    return any(torch.equal(weight.to(dtype), value.to(dtype)) for dtype in {weight.dtype, value.dtype})
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:

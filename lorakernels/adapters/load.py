@@ -30,6 +30,7 @@ def load_adapter(
     trainable: bool = False,
     hub: bool = False,
     revision: str | None = None,
+    base_weights: str = "model",
 ) -> nn.Module:
     """Put the adapter in `folder` into `model`, in place, and make it the active one.
 
@@ -46,6 +47,8 @@ def load_adapter(
         trainable: whether its parameters need gradients.
         hub: whether the hub may be asked.
         revision: a branch, tag or commit on the hub; implies `hub`.
+        base_weights: of base weights in the file, which PEFT saves where the vocabulary was resized or embeddings are
+            targets: "model", they must be the model's; "file", they replace the model's, which then stay changed.
 
     Returns:
         `model` itself.
@@ -53,10 +56,13 @@ def load_adapter(
     Raises:
         AdapterFileError: the files are missing, broken, or do not fit the model.
         ImportError: the hub is asked, and huggingface_hub is not installed.
+        ValueError: `base_weights` is none of the two.
     """
     check_adapter_name(adapter_name)
     compiled, model = model, unwrapped(model)
-    contents = bind(model, read_peft(local_folder(folder, hub, revision)))
+    if base_weights not in ("model", "file"):
+        raise ValueError(f"base_weights is {base_weights!r}; expected 'model' or 'file'")
+    contents = bind(model, read_peft(local_folder(folder, hub, revision)), base_weights=base_weights)
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
     earlier = held.names(model)
@@ -79,8 +85,8 @@ def load_adapter(
                 parameter.requires_grad_(False)
         copy_whole(model, adapter_name, contents)
         with torch.no_grad():
-            for bias, value in contents.biases:
-                bias.copy_(value)
+            for own, value in contents.biases + contents.base:
+                own.copy_(value)
         held.remember(model, adapter_name, config)
         save_through_transformers(model)
         if trainable:
