@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import sys
+from collections.abc import Container, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, up
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
 from lorakernels.files.update import Shapes, Update
 from lorakernels.nn.layer import LoRALayer
-from lorakernels.nn.modules import named_parameters
+from lorakernels.nn.modules import named_parameters, unwrapped
 
 Values = list[tuple[torch.Tensor, torch.Tensor]]  # of the model, and beside it what is to be in it
 
@@ -56,12 +58,13 @@ def bind(
         raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
     with as_file_error(file.source):
         to_save = find_modules_to_save(model, config.modules_to_save)
-    modules, others = dict(plain_modules(model)), dict(file.others)
+    modules, others = dict(plain_modules(model)), _with_own_names(file.others, model)
     whole = _take_whole(others, to_save, modules)
     biases = _take_biases(others, model) if config.bias != "none" else []
     base = _take_base(others, model, file.source, base_weights)
     # Before ranks and shapes: how many modules there can be is the model's.
-    found = {path: _layer(modules, path, bases) for path in file.layers}
+    own_names = _own_names(model, file.layers, modules)
+    found = {path: _layer(modules, own_names[path], bases) for path in file.layers}
 
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
         (base, kind), variant = found[path], (config.use_dora, config.lora_bias, config.pooled)
@@ -69,9 +72,9 @@ def bind(
             kind.check_adapter(base, of_one_layer(config, r, alpha, init_lora_weights=True))
             return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
 
-    layers = updates_of(file, shapes_of)
+    layers = {own_names[path]: update for path, update in updates_of(file, shapes_of).items()}
     if file.fields.get("ensure_weight_tying"):  # where nothing is tied it says nothing
-        trained = [found[path][0] for path in layers] + list(to_save.values())
+        trained = [base for base, _ in found.values()] + list(to_save.values())
         with as_file_error(file.source):
             tied = (parameter for module in trained for parameter in module.parameters())
             held.refuse_tied(model, tied, "ensure_weight_tying=True")
@@ -157,6 +160,39 @@ def _is_same(weight: torch.Tensor, value: torch.Tensor) -> bool:
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's parameters by plain names, a tied one under each of its own, as PEFT writes it."""
     return {plain_name(name): parameter for name, parameter in named_parameters(model)}
+
+
+def _own_names(
+    model: nn.Module, names: Iterable[str], known: Container[str], ending: str = ".weight"
+) -> dict[str, str]:
+    """What the model calls each of a file's names, which are older ones where transformers has renamed modules since.
+
+    Raises AdapterFileError where two of them are one.
+    """
+    own = {name: name for name in names}
+    missing = [name for name in own if name not in known]
+    mapping: Any = sys.modules.get("transformers.conversion_mapping")  # imported by whoever has made such a model
+    if missing and hasattr(mapping, "get_model_conversion_mapping"):
+        every = mapping.get_model_conversion_mapping(unwrapped(model))
+        renamings = [one for one in every if not getattr(one, "operations", ())]  # others change tensors too
+        for name in missing:
+            renamed = f"{name}{ending}"
+            for renaming in renamings:
+                renamed, _ = renaming.rename_source_key(renamed)
+            if renamed.removesuffix(ending) in known:
+                own[name] = renamed.removesuffix(ending)
+    first: dict[str, str] = {}
+    for name, one in own.items():
+        if first.setdefault(one, name) != name:
+            raise AdapterFileError(f"{first[one]!r} and {name!r} are both {one!r} of the model; expected one of them")
+    return own
+
+
+def _with_own_names(tensors: Tensors, model: nn.Module) -> Tensors:
+    plain = {key: plain_name(key.removeprefix(PREFIX)) for key in tensors if key.startswith(PREFIX)}
+    own = _own_names(model, plain.values(), _parameters(model) if plain else (), "")
+    renamed = {key: f"{PREFIX}{own[name]}" for key, name in plain.items() if own[name] != name}
+    return {renamed.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def _layer(
