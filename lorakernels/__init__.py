@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from lorakernels.adapters.hotswap import hotswap_adapter as hotswap_adapter
     from lorakernels.adapters.hotswap import prepare_for_hotswap as prepare_for_hotswap
     from lorakernels.adapters.inject import inject as inject
-    from lorakernels.adapters.load_save import load_adapter as load_adapter
-    from lorakernels.adapters.load_save import save_adapter as save_adapter
+    from lorakernels.adapters.load import load_adapter as load_adapter
     from lorakernels.adapters.quantize import quantize as quantize
+    from lorakernels.adapters.save import save_adapter as save_adapter
     from lorakernels.adapters.switch import delete_adapter as delete_adapter
     from lorakernels.adapters.switch import merge as merge
     from lorakernels.adapters.switch import set_adapter as set_adapter
     from lorakernels.adapters.switch import set_scale as set_scale
+    from lorakernels.adapters.switch import unload as unload
     from lorakernels.adapters.switch import unmerge as unmerge
     from lorakernels.backend import BackendError as BackendError
     from lorakernels.config import LoRAConfig as LoRAConfig
@@ -62,14 +63,15 @@ _HOMES = {
     "merge": "lorakernels.adapters.switch",
     "quantize": "lorakernels.adapters.quantize",
     "unmerge": "lorakernels.adapters.switch",
+    "unload": "lorakernels.adapters.switch",
     "set_adapter": "lorakernels.adapters.switch",
     "set_scale": "lorakernels.adapters.switch",
     "delete_adapter": "lorakernels.adapters.switch",
     "add_weighted_adapter": "lorakernels.adapters.combine",
     "hotswap_adapter": "lorakernels.adapters.hotswap",
     "prepare_for_hotswap": "lorakernels.adapters.hotswap",
-    "save_adapter": "lorakernels.adapters.load_save",
-    "load_adapter": "lorakernels.adapters.load_save",
+    "save_adapter": "lorakernels.adapters.save",
+    "load_adapter": "lorakernels.adapters.load",
     "AdapterStore": "lorakernels.serving.store",
     "accelerate": "lorakernels.integrations.peft",
     "restore": "lorakernels.integrations.peft",

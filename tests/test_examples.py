@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections import Counter
@@ -13,8 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+import lorakernels as lk
 from lorakernels.backend import ENVIRONMENT
 from lorakernels.integrations import peft as integration
+from lorakernels.nn.quantized import pack
+from lorakernels.testing.budget import assert_within_budget
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -44,16 +48,21 @@ def example(name: str) -> ModuleType:
         sys.path.remove(str(EXAMPLES))
 
 
-@pytest.mark.parametrize("name", ["trainer_llama", "sft_llama"])
+TRAINERS: dict[str, dict[str, Any]] = {"trainer_llama": {}, "sft_llama": {}, "sft_llama --nf4": {"nf4": True}}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_trainers(name: str, tmp_path: Path, fused_calls: Counter[nn.Module]) -> None:
     from peft import PeftConfig
     from safetensors.torch import load_file
 
-    report, losses = example(name).main(str(tmp_path), steps=30)
+    report, losses = example(name.split()[0]).main(str(tmp_path), steps=30, **TRAINERS[name])
     assert losses[-1] < 0.75 * losses[0], losses
     assert len(report.rows) == 14  # 7 projections of 2 layers
     assert not report.not_accelerated
     assert len(fused_calls) == 14
+    packed = {getattr(layer.get_base_layer().weight, "quant_type", "") for layer in fused_calls}
+    assert packed == ({"nf4"} if TRAINERS[name] else {""})
     assert set(fused_calls.values()) <= {30, 60}  # SFTConfig's activation checkpointing runs the forward again
 
     assert PeftConfig.from_pretrained(tmp_path).r == 8
@@ -88,3 +97,41 @@ def test_minilm_learns_with_dropout(fused_calls: Counter[nn.Module]) -> None:
     assert not torch.equal(plain, ours)  # masks of their own
     assert ours[-1] < 0.5 * ours[0], ours
     assert len(fused_calls) == 37
+
+
+def test_minilm_on_nf4_keeps_what_it_learned_when_merged() -> None:
+    """Into the dequantised weights; packed again, which is refused, nearly all of it would be lost."""
+    from transformers import BertModel
+
+    steps = example("minilm")
+    torch.manual_seed(0)
+    model = BertModel.from_pretrained(steps.MODEL_DIR, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    lk.inject(lk.quantize(model, "nf4"), lk.LoRAConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    layers = [module for module in model.modules() if isinstance(module, lk.LoRALinear)]
+    assert len(layers) == 37
+
+    def unseen() -> torch.Tensor:
+        with torch.no_grad():
+            return steps.margins(model.eval(), steps.TEST)
+
+    assert (unseen() > 0).double().mean() < 0.1
+    optimizer = torch.optim.AdamW(lk.trainable_parameters(model), lr=5e-4)
+    for step in range(7):
+        margins = steps.margins(model.train(), steps.TRAIN[step % 7 :: 7])
+        nn.functional.softplus(-10 * margins).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learned = unseen()
+    assert (learned > 0).all()
+    with pytest.raises(ValueError, match=r"packed again .* expected at most"):
+        lk.merge(model, requantize=True)
+    assert torch.equal(unseen(), learned)
+    lk.merge(model)
+    merged = unseen()
+    assert (merged > 0).all()
+    with torch.no_grad():
+        exact = steps.margins(copy.deepcopy(model).double(), steps.TEST)
+        assert_within_budget(learned, merged, exact, torch.float32)
+        for layer in layers:
+            layer.weight.copy_(pack(layer.weight, "nf4").dense())
+    assert (unseen() > 0).double().mean() < 0.5

@@ -44,8 +44,10 @@ class Beside:
 
 
 BESIDE: dict[str, Beside] = {
-    # Files know configurations, tensors, names and shapes, and no model.
-    "files": Beside(frozenset({"config", "formula"}), frozenset({"adapters", "serving", "cli", "lorakernels"})),
+    # Files know configurations, tensors, names and shapes, how weights are packed, and no model.
+    "files": Beside(
+        frozenset({"config", "formula", "quant"}), frozenset({"adapters", "serving", "cli", "lorakernels"})
+    ),
     "testing": Beside(LIBRARY, frozenset({"tools"})),
 }
 
@@ -277,7 +279,7 @@ CAUGHT = [
     ("lorakernels.cli", "def f():\n    from lorakernels.testing import cases", beside),
     ("lorakernels", "from lorakernels.testing import cases", beside),
     ("lorakernels.files.peft", "from lorakernels.nn.adapt import LAYERS", ladder),
-    ("lorakernels.files.formats", "from lorakernels.adapters.load_save import load_adapter", ladder),
+    ("lorakernels.files.formats", "from lorakernels.adapters.load import load_adapter", ladder),
     ("lorakernels.nn.layer", "from lorakernels.files.update import MAGNITUDE", beside),
     ("lorakernels.nn.linear", "from lorakernels import lora_linear", facade),
     ("lorakernels.nn.linear", "import lorakernels", facade),
@@ -292,7 +294,7 @@ CAUGHT = [
     ("lorakernels.ops", "from lorakernels.kernels.shrink import shrink", kernels_late),
     ("lorakernels.ops", "from .kernels import shrink", kernels_late),
     ("lorakernels.ops", "class A:\n    from lorakernels.kernels import shrink", kernels_late),
-    ("lorakernels.adapters.load_save", "def f():\n    import peft", hosts),
+    ("lorakernels.adapters.load", "def f():\n    import peft", hosts),
     ("lorakernels.integrations.common", "from transformers import Trainer", hosts),
     ("lorakernels.serving.server", "import vllm.lora", hosts),
 ]

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+import sys
+from collections.abc import Container, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
+from lorakernels.adapters import held
 from lorakernels.adapters.inject import base_and_kind
 from lorakernels.adapters.saved_modules import SavedModule, state_of
-from lorakernels.adapters.targets import find_modules_to_save, plain_modules
+from lorakernels.adapters.targets import find_modules_to_save, plain_modules, why_without_effect
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.config_file import check_start, not_supported
 from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, updates_of
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
 from lorakernels.files.update import Shapes, Update
 from lorakernels.nn.layer import LoRALayer
+from lorakernels.nn.modules import named_parameters, unwrapped
+
+Values = list[tuple[torch.Tensor, torch.Tensor]]  # of the model, and beside it what is to be in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,20 +32,25 @@ class Contents:
     """An adapter's files, all checked: nothing in here can fail to fit the model.
 
     `layers` has the updates by module path, their tensors by the names of `LoRALayer.adapter_shapes`; `whole` those of
-    whole modules by path and the module's own names; `biases` each of the model's beside its new value.
+    whole modules by path and the module's own names; `biases` each of the model's beside its new value, and `base` the
+    same of base weights.
     """
 
     config: LoRAConfig
     modules: dict[str, nn.Module]
     layers: dict[str, Update]
     whole: dict[str, Tensors]
-    biases: list[tuple[torch.Tensor, torch.Tensor]]
+    biases: Values
+    base: Values
 
 
-def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingProxyType({})) -> Contents:
+def bind(
+    model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingProxyType({}), base_weights: str = "model"
+) -> Contents:
     """Check an adapter's files against `model`; raises AdapterFileError, and changes nothing.
 
-    `bases` says of a module's class which plain one stands for it, where a store has switched the model's.
+    `bases` says of a module's class which plain one stands for it, where a store has switched the model's. Base weights
+    in the file must be the model's, or with `base_weights="file"` are to come into it.
     """
     config = file.config
     check_start(file.fields, file.source)
@@ -47,12 +58,13 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
         raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
     with as_file_error(file.source):
         to_save = find_modules_to_save(model, config.modules_to_save)
-    modules, others = dict(plain_modules(model)), dict(file.others)
+    modules, others = dict(plain_modules(model)), _with_own_names(file.others, model)
     whole = _take_whole(others, to_save, modules)
     biases = _take_biases(others, model) if config.bias != "none" else []
-    _refuse_the_rest(others, model, file.source)
+    base = _take_base(others, model, file.source, base_weights)
     # Before ranks and shapes: how many modules there can be is the model's.
-    found = {path: _layer(modules, path, bases) for path in file.layers}
+    own_names = _own_names(model, file.layers, modules)
+    found = {path: _layer(modules, own_names[path], bases) for path in file.layers}
 
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
         (base, kind), variant = found[path], (config.use_dora, config.lora_bias, config.pooled)
@@ -60,12 +72,17 @@ def bind(model: nn.Module, file: PeftFile, bases: Mapping[type, type] = MappingP
             kind.check_adapter(base, of_one_layer(config, r, alpha, init_lora_weights=True))
             return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
 
-    layers = updates_of(file, shapes_of)
+    layers = {own_names[path]: update for path, update in updates_of(file, shapes_of).items()}
+    if file.fields.get("ensure_weight_tying"):  # where nothing is tied it says nothing
+        trained = [base for base, _ in found.values()] + list(to_save.values())
+        with as_file_error(file.source):
+            tied = (parameter for module in trained for parameter in module.parameters())
+            held.refuse_tied(model, tied, "ensure_weight_tying=True")
     for path in [*layers, *whole]:
         for name, tensor in modules[path].named_parameters():
             if tensor.is_meta:  # nothing can be put into it, and what is loaded later would start anew
                 raise AdapterFileError(f"{path}.{name} is on the meta device and has no values; put them there first")
-    return Contents(dataclasses.replace(config, target_modules=sorted(layers)), modules, layers, whole, biases)
+    return Contents(dataclasses.replace(config, target_modules=sorted(layers)), modules, layers, whole, biases, base)
 
 
 def _take_whole(
@@ -95,7 +112,7 @@ def _take_whole(
     return whole
 
 
-def _take_biases(tensors: Tensors, model: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _take_biases(tensors: Tensors, model: nn.Module) -> Values:
     """Take the biases out of a file's tensors, each beside the model's own that it replaces."""
     own = {name: parameter for name, parameter in _parameters(model).items() if name.endswith("bias")}
     taken: dict[torch.Tensor, tuple[str, torch.Tensor]] = {}
@@ -111,23 +128,71 @@ def _take_biases(tensors: Tensors, model: nn.Module) -> list[tuple[torch.Tensor,
     return [(bias, value) for bias, (_, value) in taken.items()]
 
 
-def _refuse_the_rest(tensors: Tensors, model: nn.Module, source: str) -> None:
-    """What is left may only be the base's own weights, which PEFT saves beside adapted embeddings."""
+def _take_base(tensors: Tensors, model: nn.Module, source: str, base_weights: str) -> Values:
+    """What is left may only be the base's own weights, which PEFT saves beside adapted or resized embeddings."""
     own = _parameters(model) if tensors else {}
+    taken: Values = []
     for key, value in tensors.items():
         weight = own.get(plain_name(key.removeprefix(PREFIX)))
         if weight is None or not key.startswith(PREFIX):
             raise unknown_key(source, key, f"{PREFIX}<module>.lora_A.weight and the like, or what was trained whole")
-        if weight.shape != value.shape or not torch.equal(weight.detach().cpu(), value.to(weight.dtype)):
+        check_finite(key, value)
+        if weight.shape != value.shape:
             raise AdapterFileError(
-                f"{key} is another base weight ({list(value.shape)}) than the model's ({list(weight.shape)}); put it "
-                "into the model first, since other adapters would get it too"
+                f"{key} is a base weight {list(value.shape)}, the model's {list(weight.shape)}; give the model the "
+                "size that it was trained with first (model.resize_token_embeddings)"
             )
+        if base_weights == "file":
+            taken.append((weight, value))
+        elif not _is_same(weight.detach().cpu(), value):
+            raise AdapterFileError(
+                f"{key} is another base weight than the model's, such as embeddings with new tokens; "
+                'load_adapter(..., base_weights="file") puts it into the model, for all its adapters'
+            )
+    return taken
+
+
+def _is_same(weight: torch.Tensor, value: torch.Tensor) -> bool:
+    """To the bit, in the narrower of the two dtypes: a file may be of a model that was loaded in bfloat16."""
+    return any(torch.equal(weight.to(dtype), value.to(dtype)) for dtype in {weight.dtype, value.dtype})
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The model's parameters by plain names, a tied one under each of its own, as PEFT writes it."""
-    return {plain_name(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    return {plain_name(name): parameter for name, parameter in named_parameters(model)}
+
+
+def _own_names(
+    model: nn.Module, names: Iterable[str], known: Container[str], ending: str = ".weight"
+) -> dict[str, str]:
+    """What the model calls each of a file's names, which are older ones where transformers has renamed modules since.
+
+    Raises AdapterFileError where two of them are one.
+    """
+    own = {name: name for name in names}
+    missing = [name for name in own if name not in known]
+    mapping: Any = sys.modules.get("transformers.conversion_mapping")  # imported by whoever has made such a model
+    if missing and hasattr(mapping, "get_model_conversion_mapping"):
+        every = mapping.get_model_conversion_mapping(unwrapped(model))
+        renamings = [one for one in every if not getattr(one, "operations", ())]  # others change tensors too
+        for name in missing:
+            renamed = f"{name}{ending}"
+            for renaming in renamings:
+                renamed, _ = renaming.rename_source_key(renamed)
+            if renamed.removesuffix(ending) in known:
+                own[name] = renamed.removesuffix(ending)
+    first: dict[str, str] = {}
+    for name, one in own.items():
+        if first.setdefault(one, name) != name:
+            raise AdapterFileError(f"{first[one]!r} and {name!r} are both {one!r} of the model; expected one of them")
+    return own
+
+
+def _with_own_names(tensors: Tensors, model: nn.Module) -> Tensors:
+    plain = {key: plain_name(key.removeprefix(PREFIX)) for key in tensors if key.startswith(PREFIX)}
+    own = _own_names(model, plain.values(), _parameters(model) if plain else (), "")
+    renamed = {key: f"{PREFIX}{own[name]}" for key, name in plain.items() if own[name] != name}
+    return {renamed.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def _layer(
@@ -138,5 +203,7 @@ def _layer(
     if layer is None:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")
+    if why := why_without_effect(modules, path):
+        raise AdapterFileError(f"module {path!r}: {why}; take its tensors out of the file")
     with as_file_error("the file does not fit"):
         return base_and_kind(f"module {path!r}", layer, bases)

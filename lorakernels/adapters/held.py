@@ -10,17 +10,13 @@ from torch import nn
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
 from lorakernels.nn.layer import LoRALayer
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that `torch.compile` was given, whose names have no prefix; any other module itself."""
-    return getattr(model, "_orig_mod", model)
+from lorakernels.nn.modules import names_of, unwrapped
 
 
 def configs(model: nn.Module) -> dict[str, LoRAConfig]:
     """The configuration of each adapter that was put into `model` as a whole and is still there, by name."""
     there = names(model)
-    return {name: config for name, config in getattr(model, "_lora_configs", {}).items() if name in there}
+    return {name: config for name, config in getattr(unwrapped(model), "_lora_configs", {}).items() if name in there}
 
 
 def config_of(model: nn.Module, adapter_name: str) -> LoRAConfig:
@@ -43,7 +39,7 @@ def remember(model: nn.Module, adapter_name: str, config: LoRAConfig, unused: It
 
 def holders(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoRALayer | SavedModule]:
     """What holds adapters in `model`, or this one, by full names: adapted layers and wrapped modules."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, (LoRALayer, SavedModule))}
+    found = {path: one for one, path in names_of(model).items() if isinstance(one, (LoRALayer, SavedModule))}
     return {path: one for path, one in found.items() if adapter_name is None or adapter_name in one.adapters}
 
 
@@ -54,7 +50,7 @@ def names(model: nn.Module) -> dict[str, None]:
 
 def layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The adapted layers of `model` by their full names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return {path: one for path, one in holders(model).items() if isinstance(one, LoRALayer)}
 
 
 def owners(model: nn.Module, adapter_name: str) -> dict[str, LoRALayer]:
@@ -141,7 +137,7 @@ def refuse_changed_base(model: nn.Module, but_by: str | None = None) -> None:
 def refuse_tied(model: nn.Module, weights: Iterable[torch.Tensor], what: str) -> None:
     """A weight that another module uses too (a head tied to its embedding) would change there as well."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for module, name in names_of(model).items():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), []).append(name)
     for weight in weights:

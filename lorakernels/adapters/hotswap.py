@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
-from lorakernels.adapters.load_save import copy_whole
+from lorakernels.adapters.load import copy_whole
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.config import check_rank
@@ -20,6 +20,7 @@ from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.files.update import Update
 from lorakernels.nn.base import DEFAULT, MAGNITUDE
 from lorakernels.nn.layer import LoRALayer
+from lorakernels.nn.modules import unwrapped
 
 
 @torch.no_grad()
@@ -82,7 +83,7 @@ def hotswap_adapter(
             kind of adapter, numbers that its dtype would round.
         RuntimeError: adapters are merged, or one has changed the base weights.
     """
-    original = held.uncompiled(model)
+    original = unwrapped(model)
     held.config_of(original, adapter_name)
     held.refuse_merged(original)
     held.refuse_changed_base(original)

@@ -11,17 +11,27 @@ import torch
 from torch import nn
 
 from lorakernels.adapters import held
+from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import give_copies, saved_modules
-from lorakernels.adapters.targets import find_modules_to_save, find_targets, warn_of_unused
+from lorakernels.adapters.targets import (
+    find_modules_to_save,
+    find_targets,
+    plain_modules,
+    warn_of_unused,
+    why_without_effect,
+)
+from lorakernels.adapters.uncalled import watch
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, layer_for
-from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name
+from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name, no_fast_path
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
-from lorakernels.quant.layers import why_refused
+from lorakernels.nn.modules import unwrapped
+from lorakernels.nn.quantized import QuantizedLinear
+from lorakernels.quant.layers import keep_packing, why_refused
 
 
 def inject(
@@ -60,7 +70,7 @@ def inject(
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
         got = " and ".join(f"{type(one).__module__}.{type(one).__qualname__}" for one in (model, config))
         raise TypeError(f"inject takes a torch.nn.Module and a lorakernels.LoRAConfig; got {got}")
-    compiled, model = model, held.uncompiled(model)
+    compiled, model = model, unwrapped(model)
     earlier = held.names(model)
     check_new_name(adapter_name, earlier)
     held.refuse_shared_biases(model, config, adapter_name)
@@ -73,8 +83,11 @@ def inject(
     alphas = by_pattern(targets, config.alpha_pattern, config.lora_alpha)
     configs = {name: of_one_layer(config, ranks[name], alphas[name]) for name in targets}
     held.refuse_merged(model)
+    modules = dict(plain_modules(model))
     for name, module in targets.items():
         base, kind = base_and_kind(f"target {name!r}", module)
+        if why := why_without_effect(modules, name):
+            raise ValueError(f"target {name!r}: {why}; leave it out (exclude_modules)")
         try:
             kind.check_adapter(base, configs[name])
         except (ValueError, TypeError) as error:
@@ -103,6 +116,8 @@ def inject(
         parents = {p: names for p, names in siblings_of.items() if not own.isdisjoint(p._modules.values())}
         siblings.declare(parents, group)
         held.remember(model, adapter_name, config)
+        save_through_transformers(model)
+        watch(model)
     return compiled
 
 
@@ -163,6 +178,7 @@ def adding(
                 _set_tensors(made.get(module, module), adapter_name, tensors[module])
         made |= give_copies([module for module in whole if module not in had], adapter_name)
         replace_modules(model, made)
+        keep_packing(model)
         restore_activity()
         yield made
     except BaseException:
@@ -213,9 +229,14 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
                 touched.add(parent)
     found = siblings.find(model, lambda module: isinstance(module, LoRALinear))
     siblings.declare({p: names for p, names in found.items() if p in touched and not siblings.has_groups(p)})
-    for encoder in (module for module in model.modules() if isinstance(module, nn.TransformerEncoder)):
-        if any(isinstance(module, LoRALayer) for module in encoder.modules()):
-            encoder.use_nested_tensor = False  # whose attention needs the fast path, which adapted layers turn off
+    encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+    for encoder in (module for module in model.modules() if isinstance(module, encoders)):
+        if not any(isinstance(module, (LoRALayer, QuantizedLinear)) for module in encoder.modules()):
+            continue
+        if isinstance(encoder, nn.TransformerEncoder):
+            encoder.use_nested_tensor = False  # whose attention needs the fast path, which is off
+        elif not encoder._forward_pre_hooks:
+            encoder.register_forward_pre_hook(no_fast_path)
 
 
 def freeze_all_but_adapters(model: nn.Module, bias: str) -> None:

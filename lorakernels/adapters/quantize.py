@@ -12,14 +12,19 @@ from lorakernels.adapters import held
 from lorakernels.adapters.inject import replace_modules
 from lorakernels.adapters.targets import matches, output_layer, plain_modules
 from lorakernels.config import check_modules
+from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear, pack
+from lorakernels.quant.layers import kind_of, read_on_request
+from lorakernels.quant.packed import PackedWeight
 
 
 def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: str | Sequence[str] = ()) -> nn.Module:
     """Pack the weight of every `torch.nn.Linear` of `model` but its output layer, in place and frozen.
 
     Args:
-        model: any module; a model with adapters keeps them, and its adapted layers stay plain.
+        model: any module; a model with adapters keeps them, and its adapted layers stay plain. The bytes of
+            bitsandbytes' `Linear8bitLt` ("int8") and of transformers' `FP8Linear` ("fp8") are taken as they are, in
+            layers that leave the activations as they are, which those round.
         kind: "nf4" or "fp4" (Dettmers et al., arXiv 2305.14314), "int4" with a float zero and scale for each group, or
             "int8" or "fp8" with a scale for each row.
         block: how many numbers share a scale in the formats of 4 bits; for "int4" a divisor of in_features.
@@ -36,25 +41,30 @@ def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: s
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     check_modules(exclude, "exclude")
-    plain = held.uncompiled(model)
+    plain = unwrapped(model)
     head = output_layer(plain)
     found = {
         name: module
         for name, module in plain_modules(plain)
-        if type(module) is nn.Linear and module is not head and not (exclude and matches(name, exclude))
+        if isinstance(module, nn.Linear) and module is not head and not (exclude and matches(name, exclude))
     }
-    if not found:
-        raise ValueError(f"{type(plain).__name__} has no torch.nn.Linear to pack, or exclude={exclude!r} leaves none")
-    held.refuse_tied(plain, [module.weight for module in found.values()], f"quantize to {kind}")
+    own = {module for module in found.values() if type(module) is nn.Linear and not kind_of(module)}
+    held.refuse_tied(plain, [module.weight for module in own], f"quantize to {kind}")
     made: dict[nn.Module, nn.Module] = {}
     for name, module in tqdm(found.items(), desc=f"packing to {kind}", unit="layer", disable=len(found) < 64):
-        if module not in made:
-            if module.weight.is_meta or not torch.isfinite(module.weight).all():
-                raise ValueError(f"the weight of {name!r} has no values, or numbers that are not finite")
-            try:
-                packed = pack(module.weight.detach(), kind, block)
-            except ValueError as error:
-                raise ValueError(f"layer {name!r}: {error}") from error
+        try:
+            packed = _packed(module, kind, block) if module in own else read_on_request(module, kind)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        if packed is not None:
             made[module] = QuantizedLinear(packed, module.bias).train(module.training)
+    if not made:
+        raise ValueError(f"{type(plain).__name__} has no torch.nn.Linear to pack, or exclude={exclude!r} leaves none")
     replace_modules(plain, made)
     return model
+
+
+def _packed(layer: nn.Linear, kind: str, block: int) -> PackedWeight:
+    if layer.weight.is_meta or not torch.isfinite(layer.weight).all():
+        raise ValueError("its weight has no values, or numbers that are not finite")
+    return pack(layer.weight.detach(), kind, block)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakernels.nn.modules import names_of
+
 
 class SavedModule(nn.Module):
     """Runs the active adapter's copy of a module, or the original where no active adapter has one.
@@ -23,6 +25,7 @@ class SavedModule(nn.Module):
         self.train(original_module.training)
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: list[str] = []  # one or none: whole modules do not add up
+        self.merged = False  # whether the model is, and its state dict a plain model's
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -63,13 +66,17 @@ class SavedModule(nn.Module):
                 raise
             return getattr(self.running, name)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """While the model's adapters are merged that of the module that runs."""
+        return self.running.state_dict(*args, **kwargs) if self.merged else super().state_dict(*args, **kwargs)
+
     def extra_repr(self) -> str:
         return f"active={self.active_adapters}"
 
 
 def saved_modules(model: nn.Module) -> dict[str, SavedModule]:
     """The wrapped modules of `model` by their full names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SavedModule)}
+    return {path: module for module, path in names_of(model).items() if isinstance(module, SavedModule)}
 
 
 def copies_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Module]:

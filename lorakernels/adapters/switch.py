@@ -10,7 +10,10 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.inject import activate, activity, replace_modules
 from lorakernels.adapters.saved_modules import SavedModule, saved_modules
+from lorakernels.adapters.uncalled import unwatch
 from lorakernels.config import check_alpha
+from lorakernels.nn import siblings
+from lorakernels.nn.modules import unwrapped
 
 
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
@@ -73,6 +76,8 @@ def merge(
         raise
     for layer in layers.values():
         layer.merge(keep_base, requantize)
+    for wrapper in saved_modules(model).values():
+        wrapper.merged = True
     if any(lost.values()):
         worst = max(lost, key=lost.__getitem__)
         warnings.warn(
@@ -80,11 +85,53 @@ def merge(
         )
 
 
+_merge = merge  # for `unload`, which has an argument of that name
+
+
 def unmerge(model: nn.Module) -> None:
     """Take merged adapters out of the base weights again."""
     for layer in held.layers(model).values():
         if layer.merged:
             layer.unmerge()
+    for wrapper in saved_modules(model).values():
+        wrapper.merged = False
+
+
+def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
+    """Take all adapters out of `model`, in place: every layer is of its own type again, with its own names.
+
+    Args:
+        model: with adapters from `inject` or `load_adapter`; compiled or not.
+        merge: what the active adapters add stays, in the base weights, with their copies of whole modules
+            (modules_to_save): the model answers as before. Else it answers as without adapters; what PiSSA or OLoRA
+            took out of the base weights goes back, to within rounding. Biases that trained stay as they are.
+
+    Returns:
+        `model` itself; of an adapted layer its base layer. What was frozen stays so.
+
+    Raises:
+        ValueError: with `merge`, what `merge` raises; nothing changes.
+        RuntimeError: some of the adapters are merged and others not.
+    """
+    compiled, model = model, unwrapped(model)
+    layers = held.layers(model)
+    if not merge:
+        unmerge(model)
+        for name in held.names(model):
+            delete_adapter(model, name)
+    elif not layers or not all(layer.merged for layer in layers.values() if layer.active_adapters):
+        held.refuse_merged(model)
+        _merge(model)
+    plain: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers.values()}
+    plain |= {wrapper: wrapper.running for wrapper in saved_modules(model).values()}
+    for parent in model.modules():
+        if not plain.keys().isdisjoint(parent._modules.values()):
+            siblings.forget(parent)
+    replace_modules(model, plain)
+    unwatch(model)
+    for known in ("_lora_configs", "_lora_unused", "save_pretrained"):
+        model.__dict__.pop(known, None)
+    return plain.get(model, compiled)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -15,8 +17,13 @@ from lorakernels.files.patterns import by_pattern, fullmatch
 from lorakernels.nn.adapt import layer_for
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
+from lorakernels.nn.modules import named_modules
 
 ALL_LINEAR = "all-linear"
+# What PEFT's layers, and its copies of whole modules, are subclasses of.
+_PEFTS = (".BaseTunerLayer", ".AuxiliaryTrainingWrapper", ".ModulesToSaveWrapper")
+# Whose kernel has the output projection in it.
+_FUSED_MIXERS = re.compile("(FalconMamba|FalconH1|Bamba|(Zamba2|NemotronH|GraniteMoeHybrid)?Mamba2?)(Mixer|Layer)")
 WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -30,7 +37,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
     modules = dict(plain_modules(model))
     if config.target_modules == ALL_LINEAR:
         head = output_layer(model)
-        named = {name for name, module in modules.items() if _is_linear(module) and module is not head}
+        linears = {name for name, module in modules.items() if _is_linear(module) and module is not head}
+        named = {name for name in linears if not why_without_effect(modules, name)}
     else:
         named = {name for name in modules if matches(name, config.target_modules)}
     whole = find_modules_to_save(model, config.modules_to_save)
@@ -46,6 +54,19 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
             f"{without}; {_near_names(config.target_modules, modules)}"
         )
     return found
+
+
+def why_without_effect(modules: Mapping[str, nn.Module], path: str) -> str:
+    """Why an adapter on this module would change nothing: its parent reads its weight, and does not call it.
+
+    Those of state-space models that run in one kernel (mamba_ssm's) are known, as PEFT knows them.
+    """
+    parent, _, name = path.rpartition(".")
+    mixer = modules.get(parent)
+    reads = mixer is not None and "A_log" in mixer._parameters
+    if not reads or not (name == "conv1d" or (name == "out_proj" and _FUSED_MIXERS.fullmatch(type(mixer).__name__))):
+        return ""
+    return f"its parent, a {type(mixer).__name__}, reads its weight in a kernel and does not call it: no effect"
 
 
 def warn_of_unused(model: nn.Module, config: LoRAConfig, targets: Iterable[str]) -> None:
@@ -93,14 +114,22 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
 
 
-def plain_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under each of its names, adapted layers and saved modules as one: what is inside is no target."""
-    for name, module in model._modules.items():
-        if module is None:
-            continue
-        yield f"{prefix}{name}", module
-        if not isinstance(module, (LoRALayer, SavedModule)):
-            yield from plain_modules(module, f"{prefix}{name}.")
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under each of its names, adapted layers and saved modules as one: what is inside is no target.
+
+    Nor is what is inside a layer of PEFT's.
+    """
+    return named_modules(model, _is_closed)
+
+
+def _is_closed(module: nn.Module) -> bool:
+    return isinstance(module, (LoRALayer, SavedModule)) or _is_of_peft(type(module).__mro__)
+
+
+@lru_cache(maxsize=1024)
+def _is_of_peft(kinds: tuple[type, ...]) -> bool:
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
+    return any(name.startswith("peft.") and name.endswith(_PEFTS) for name in names)
 
 
 def _is_linear(module: nn.Module) -> bool:

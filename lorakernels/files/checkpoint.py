@@ -7,8 +7,9 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from safetensors import safe_open
 
 from lorakernels.files import reading
-from lorakernels.files.reading import AdapterFileError, open_weights, read_json, write_json
+from lorakernels.files.reading import AdapterFileError, as_file_error, open_weights, read_json, write_json
+from lorakernels.quant import nf4
+from lorakernels.quant.packed import Form, PackedWeight
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors' names of the dtypes that a merge can read and write.
@@ -25,6 +28,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES = {"C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 # What a quantised weight has beside it, in the formats of bitsandbytes, GPTQ, AWQ, fp8 and MLX.
 _QUANT_STATE = ("qweight", "qzeros", "scales", "SCB", "weight_scale", "weight_scale_inv", "weight_packed")
+_QUANTISED = ("quantization_config", "quantization")  # in config.json
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
 Changes = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
@@ -42,7 +46,8 @@ class TensorInfo:
 class Checkpoint:
     """The tensors of a folder with one .safetensors file, or several and their index. Reads headers only.
 
-    `tensors` is by name, `shards` the file names, `config` what config.json holds (empty without one).
+    `tensors` is by name, `shards` the files of these, `config` what config.json holds (empty without one). A weight
+    that bitsandbytes has packed into 4 bits is one tensor, of the shape and dtype that it had; `packed` has its form.
 
     Raises AdapterFileError when there is none, one is broken, or the index and the shards disagree.
     """
@@ -59,12 +64,15 @@ class Checkpoint:
             self._refuse(here, len(single))
         self.index_file = indices[0] if indices else None
         weight_map = _weight_map(self.folder / indices[0]) if indices else {}
-        self.shards = sorted(set(weight_map.values())) or single
         self.tensors: dict[str, TensorInfo] = {}
-        for shard in self.shards:
+        self._records: dict[str, torch.Tensor] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        for shard in sorted(set(weight_map.values())) or single:
             with open_weights(self.folder / shard) as file:
+                self.metadata[shard] = file.metadata() or {"format": "pt"}
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 found = {n: TensorInfo(shard, torch.Size(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
+                self._records |= {n.partition(nf4.RECORD)[0]: file.get_tensor(n) for n in found if nf4.RECORD in n}
             twice = next((name for name in found if name in self.tensors), None)
             if twice is not None:
                 raise AdapterFileError(f"{self.folder}: {twice} is in {self.tensors[twice].shard} and {shard}")
@@ -73,6 +81,47 @@ class Checkpoint:
         wrong = sorted(name for name in {**weight_map, **places} if weight_map.get(name) != places.get(name))
         if indices and wrong:
             raise AdapterFileError(f"{self.folder / indices[0]} and its shards disagree on {len(wrong)}: {wrong[0]}")
+        self._stored, self.packed = self.tensors, dict[str, Form]()
+        self.tensors = {name: info for name, info in self._stored.items() if nf4.RECORD not in name}
+        with self.reader() as read:
+            for name, record in self._records.items():
+                with as_file_error(f"{self.folder}: {name}", RecursionError):
+                    self._unite(name, nf4.saved_form(record))
+                    read(name)
+        self.shards = sorted({info.shard for info in self.tensors.values()}) or single
+
+    def _unite(self, name: str, form: Form) -> None:
+        """Let the tensors of a packed weight be one, as the weight was."""
+        if name not in self.tensors or form.dtype not in _NAMES:
+            raise ValueError(f"{form}, without numbers or of no dtype of {', '.join(DTYPES)}")
+        for part in nf4.PARTS:
+            self.tensors.pop(f"{name}.{part}", None)
+        shape = torch.Size((form.N, form.K))
+        self.tensors[name] = TensorInfo(self.tensors[name].shard, shape, _NAMES[form.dtype])
+        self.packed[name] = form
+
+    @contextmanager
+    def reader(self) -> Iterator[Callable[[str], Any]]:
+        """In the block, what gives a tensor by its name: one of the file's, of a packed weight a `PackedWeight`.
+
+        Not with open_weights: what goes wrong in writing is no fault of the file that is read.
+        """
+        with ExitStack() as stack:
+
+            @cache
+            def opened(shard: str) -> Any:
+                return stack.enter_context(safe_open(self.folder / shard, framework="pt"))
+
+            def stored(name: str) -> torch.Tensor:
+                return opened(self._stored[name].shard).get_tensor(name)
+
+            def read(name: str) -> Any:
+                if name not in self.packed:
+                    return stored(name)
+                parts = {part: stored(f"{name}.{part}") for part in nf4.PARTS if f"{name}.{part}" in self._stored}
+                return nf4.read_saved(stored(name), self._records[name], parts)
+
+            yield read
 
     def _refuse(self, here: list[str], number: int) -> None:
         parts = [name for name in here if any((self.folder / name).glob("*.safetensors"))]
@@ -97,10 +146,11 @@ class Checkpoint:
 
     def quantised(self, module: str) -> str | None:
         """Why the weight of a module is taken for a quantised one, or None."""
-        config = self.config.get("quantization_config") or self.config.get("quantization")
+        config = next((self.config[name] for name in _QUANTISED if self.config.get(name)), None)
         if config:
             method = config.get("quant_method", "quantised") if isinstance(config, dict) else config
-            return f"config.json says {method}"
+            if not (self.packed and method == "bitsandbytes"):
+                return f"config.json says {method}"
         weight = f"{module}.weight"
         beside = [f"{module}.{name}" for name in _QUANT_STATE if f"{module}.{name}" in self.tensors]
         beside += [name for name in (f"{weight}.absmax", f"{weight}.quant_map") if name in self.tensors]
@@ -168,16 +218,22 @@ def write_changed(
     if checkpoint.index_file is not None:
         index = read_json(checkpoint.folder / checkpoint.index_file)
         index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+        index["weight_map"] = {
+            name: checkpoint.tensors[name].shard for name in index["weight_map"] if name in checkpoint.tensors
+        }
         write_json(folder / checkpoint.index_file, index)
     for path in checkpoint.folder.iterdir():
         is_weights = path.name.endswith((*_WEIGHT_FILES, ".index.json"))
         if path.is_file() and not is_weights and not path.name.startswith("."):
             shutil.copyfile(path, folder / path.name)
-    if dtype is not None and (folder / "config.json").is_file():
+    config = {name: value for name, value in checkpoint.config.items() if name not in _QUANTISED}
+    if dtype is not None:
         name = str(dtype).removeprefix("torch.")
-        config = _with_dtype(checkpoint.config, name)
+        config = _with_dtype(config, name)
         # Before 4.56 transformers knew torch_dtype alone.
-        write_json(folder / "config.json", config if "dtype" in config else config | {"torch_dtype": name})
+        config = config if "dtype" in config else config | {"torch_dtype": name}
+    if config != checkpoint.config and (folder / "config.json").is_file():
+        write_json(folder / "config.json", config)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -199,14 +255,14 @@ def _write_shard(checkpoint: Checkpoint, shard: str, folder: Path, changes: Chan
     for name in sorted(infos, key=lambda name: (-_BYTES.get(stored[name], 1), name)):  # keeps every tensor aligned
         begin, end = end, end + infos[name].shape.numel() * _BYTES.get(stored[name], 1)
         header[name] = {"dtype": stored[name], "shape": list(infos[name].shape), "data_offsets": [begin, end]}
-    # Not open_weights: what goes wrong in writing is no fault of the file that is read.
-    with safe_open(checkpoint.folder / shard, framework="pt") as source, open(folder / shard, "wb") as file:
-        metadata = {"__metadata__": source.metadata() or {"format": "pt"}}
-        encoded = json.dumps(metadata | header, separators=(",", ":")).encode()
+    with checkpoint.reader() as read, open(folder / shard, "wb") as file:
+        encoded = json.dumps({"__metadata__": checkpoint.metadata[shard]} | header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         file.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in header:
-            tensor = source.get_tensor(name)
+            tensor = read(name)
+            if isinstance(tensor, PackedWeight):
+                tensor = tensor.dense(torch.promote_types(tensor.dtype, torch.float32))
             if name in changes:
                 tensor = changes[name](tensor)
             if stored[name] in DTYPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,21 +17,38 @@ WITHOUT_EFFECT = (
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode"),
     *("layers_pattern", "layers_to_transform", "loftq_config", "megatron_config", "megatron_core", "peft_version"),
     *("revision", "runtime_config", "task_type"),
+    # Left over from a start, which `init_lora_weights` names, or of training alone.
+    *("lora_ga_config", "velora_config", "ensure_weight_tying"),
+    # Of ms-swift and of PEFT's beginnings.
+    *("swift_type", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights"),
+)
+# PEFT's other fields, each of which changes the maths.
+_OF_PEFT = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora"),
 )
 
 
 def config_from_fields(fields: Mapping[str, Any], source: str) -> LoRAConfig:
     """PEFT's fields as a LoRAConfig. A field that changes the maths and is not known is refused.
 
-    Of the start no more than what a new adapter could have: `check_start` refuses those that have changed the base.
+    A text under a name that PEFT does not have is a note, and gets a warning. Of the start no more is read than what a
+    new adapter could have: `check_start` refuses those that have changed the base.
     """
     if fields.get("peft_type", "LORA") != "LORA":
         raise AdapterFileError(f"{source}: peft_type is {fields['peft_type']!r}; expected 'LORA'")
     known = {"peft_type", *HANDLED, *WITHOUT_EFFECT}
+    notes = []
     for name, value in fields.items():
         # Off is what a field that we do not know says when it is None, False or empty.
-        if name not in known and value not in (None, False, "", [], {}):
+        if name in known or value in (None, False, "", [], {}):
+            continue
+        if name in _OF_PEFT or not isinstance(value, str):
             raise not_supported(name, value, source)
+        notes.append(name)
+    if notes:
+        shown = ", ".join(f"{name[:40]!r}" for name in notes[:5]) + (", …" if len(notes) > 5 else "")
+        warnings.warn(f"{source}: PEFT has no field {shown}; taken for a note", stacklevel=2)
     # A file without them means PEFT's own defaults, and its alpha is not ours.
     arguments = {"r": 8, "lora_alpha": 8} | {name: fields[name] for name in HANDLED if fields.get(name) is not None}
     if arguments.get("init_lora_weights") not in (False, "gaussian", "orthogonal"):

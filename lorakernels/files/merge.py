@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from lorakernels.files.config_file import check_start
 from lorakernels.files.formats import AdapterFile, read_adapter
 from lorakernels.files.reading import AdapterFileError
 from lorakernels.files.update import BIAS, MAGNITUDE, Update
+from lorakernels.quant.packed import Form
 
 # Their linear layers are transformers' Conv1D, whose weight is [in, out].
 CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
@@ -28,6 +31,20 @@ _ENDS_IN_WORDS = ("ConditionalGeneration", "DoubleHeads", "LM", "PreTraining")
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_files` has written: the folder, and the forms of the weights that were packed and are plain in it."""
+
+    folder: Path
+    dequantised: Mapping[str, Form]
+
+    def __str__(self) -> str:
+        kinds = Counter(form.kind for form in self.dequantised.values())
+        return "\n".join(
+            [str(self.folder), *(f"{number} {kind} weights are plain now" for kind, number in kinds.items())]
+        )
+
+
 def merge_files(
     model: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -35,11 +52,13 @@ def merge_files(
     *,
     dtype: torch.dtype | None = None,
     progress: bool = False,
-) -> Path:
+) -> Merged:
     """Write the model in the folder `model` with `adapter` merged into the new folder `out`.
 
     Shards, index, config and tokenizer keep their names. A changed weight is summed in float32 (float64 for a float64
     weight) and rounded once, to its own dtype or to `dtype`. Memory: the adapter, and one tensor of the model.
+    Weights that bitsandbytes has packed into 4 bits are dequantised, all of them, to the dtype that was packed, and
+    config.json says no more of them: packed again, a merged weight would lose most of the update.
 
     Args:
         model: one .safetensors file or several with their index, and config.json.
@@ -48,7 +67,8 @@ def merge_files(
         progress: a bar over the shards on stderr, where that is a terminal.
 
     Raises:
-        AdapterFileError: the adapter is broken or does not fit, or the weights are quantised. `out` is then not there.
+        AdapterFileError: the adapter is broken or does not fit, or weights are quantised otherwise. `out` is then not
+            there.
     """
     read = read_adapter(adapter)
     if read.format == "kohya":
@@ -60,7 +80,7 @@ def merge_files(
     changes = _changes(read, checkpoint)
     with new_folder(out, sources=[checkpoint.folder, read.source]) as folder:
         write_changed(checkpoint, folder, changes, dtype, progress)
-    return Path(out)
+    return Merged(Path(out), checkpoint.packed)
 
 
 def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool = False) -> torch.Tensor:
@@ -103,6 +123,8 @@ def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
             checkpoint.check_holds(f"{module}.bias", update.tensors[BIAS].shape, "has lora_bias, which goes into")
             changes[f"{module}.bias"] = partial(_merged_bias, update=update)
     _check_tied(changes, adapter, checkpoint, rename)
+    for name in checkpoint.tensors if checkpoint.packed else ():
+        _refuse_quantised(name.rpartition(".")[0], checkpoint)  # config.json can no longer say how they are packed
     for name, value in adapter.others.items():
         target = rename(name)
         _refuse_quantised(target.rpartition(".")[0], checkpoint)

@@ -194,10 +194,16 @@ def with_ranks(config: LoRAConfig, ranks: Mapping[str, int], alphas: Mapping[str
     return replace(config, **fields)
 
 
-def write_peft(folder: Path, config: LoRAConfig, updates: Mapping[str, Tensors], others: Tensors | None = None) -> None:
+def write_peft(
+    folder: Path,
+    config: LoRAConfig,
+    updates: Mapping[str, Tensors],
+    others: Tensors | None = None,
+    base: str | None = None,
+) -> None:
     """Write both files, whole or not at all: a reader never meets half a file.
 
-    `updates` is by module path and PEFT's suffix, `others` by the model's names.
+    `updates` is by module path and PEFT's suffix, `others` by the model's names; `base` says where the model came from.
     """
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in (others or {}).items()}
     tensors |= {f"{PREFIX}{path}.{suffix}": t for path, own in updates.items() for suffix, t in own.items()}
@@ -205,7 +211,7 @@ def write_peft(folder: Path, config: LoRAConfig, updates: Mapping[str, Tensors],
     weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
-        reading.write_json(fields, fields_of(config))
+        reading.write_json(fields, fields_of(config) | {"base_model_name_or_path": base})
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(fields, folder / CONFIG_FILE)
     except BaseException:  # a full disk, an interrupt

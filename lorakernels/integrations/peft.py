@@ -21,7 +21,7 @@ from lorakernels.integrations.peft_mixed import forget_packs, mixed_forward
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
-from lorakernels.quant.layers import why_refused
+from lorakernels.quant.layers import keep_packing, why_refused
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def accelerate(
 ) -> AccelerationReport:
     """Give every PEFT LoRA layer of `model` the fused forward, in place.
 
-    A layer is taken when its type is exactly `peft.tuners.lora.layer.Linear`, or PEFT's for bitsandbytes' 4 bits or for
-    HQQ; it then is a subclass of that, and all else about it stays: parameters, hooks, names, state dict, and the files
-    that PEFT saves. What the fused path does not cover runs PEFT's own forward, decided at each call. Adapters added
-    later to these layers need nothing more; layers that a later adapter is the first to reach need another call, which
-    does no harm to the others.
+    A layer is taken when its type is exactly `peft.tuners.lora.layer.Linear`, or PEFT's for 4 bits of bitsandbytes, HQQ
+    or torchao. It then is a subclass of that, and all else about it stays: parameters, hooks, names, state dict, and
+    the files that PEFT saves. What the fused path does not cover runs PEFT's own forward, decided at each call.
+    Adapters added later to these layers need nothing more; layers that a later adapter is the first to reach need
+    another call, which does no harm to the others.
 
     Args:
         model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
@@ -126,6 +126,7 @@ def accelerate(
             reason = _why_not(module)
             rows.append(LayerReport(name, not reason, reason))
     siblings.declare(found, group)
+    keep_packing(model)
     if not rows:
         warnings.warn(
             f"{type(model).__name__} has no PEFT LoRA layer, so nothing is accelerated; call accelerate() after "
@@ -151,8 +152,11 @@ def restore(model: nn.Module) -> None:
             module.__class__ = type(module).__base__  # type: ignore[assignment]
 
 
-# PEFT's layers for a torch.nn.Linear, and for the packed weights of bitsandbytes and HQQ.
-_TAKEN = tuple(f"peft.tuners.lora.{name}" for name in ("layer.Linear", "bnb.Linear4bit", "hqq.HqqLoraLinear"))
+# PEFT's layers for a torch.nn.Linear, and for the packed weights of bitsandbytes, HQQ and torchao.
+_TAKEN = tuple(
+    f"peft.tuners.lora.{name}"
+    for name in ("layer.Linear", "bnb.Linear4bit", "hqq.HqqLoraLinear", "torchao.TorchaoLoraLinear")
+)
 
 
 def _lora_layer() -> Any:

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from lorakernels import ops
 from lorakernels.functional import lora_linear
-from lorakernels.integrations.peft_terms import adapter_terms, autocast_is_on, is_plain, takes_dtypes
+from lorakernels.integrations.peft_terms import adapter_terms, autocast_is_on, base_weight, is_plain, takes_dtypes
 from lorakernels.member import cast
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.nn.terms import Term
 from lorakernels.plan import BASE, BatchPlan
-from lorakernels.weight import linear
+from lorakernels.quant.packed import Weight
 
 BASE_NAME = "__base__"  # PEFT's, for rows without an adapter
 
@@ -42,7 +42,7 @@ class _Pack:
     def __init__(
         self,
         layer: Any,
-        weight: torch.Tensor,
+        weight: Weight,
         names: Sequence[str],
         there: Sequence[str],
         terms: Sequence[Term],
@@ -53,7 +53,7 @@ class _Pack:
         self.slots = tuple(there.index(name) if name in there else BASE for name in names)  # of each row
         self.ranks = tuple(term.A.shape[0] for term in terms)
         R = max(self.ranks, default=0)
-        empty = [weight.new_empty((0, 0), dtype=dtype)]
+        empty = [torch.empty((0, 0), dtype=dtype, device=weight.device)]
         As = [_padded(cast(term.A, dtype), R) for term in terms]
         Bs = [cast(term.B, dtype).t() for term in terms]
         # A plan's scalings are numbers in float32; others go into B.
@@ -85,8 +85,11 @@ class _Pack:
         if self.may_be_kept:
             self.versions = list(map(_version_of, self.weights))
 
-    def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> bool:
-        if self.names != names or weight is not self.weight or weight.dtype is not self.weight_dtype:
+    def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: Weight) -> bool:
+        if self.names != names or weight.dtype is not self.weight_dtype:
+            return False
+        # A packed one is read anew at each call; of neither is anything kept.
+        if weight is not self.weight and (isinstance(weight, torch.Tensor) or weight.device != self.weight.device):
             return False
         if torch.is_grad_enabled() or self.autocast != autocast_is_on(x):
             return False
@@ -140,9 +143,9 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
     if type(names) not in (list, tuple) or x.dim() < 2 or x.shape[0] != len(names) or not x.numel():
         return None
     base = layer._modules["base_layer"]
-    if type(base) is not torch.nn.Linear:  # a packed weight
-        return None
-    weight = parameter_of(base, "weight")
+    if type(base) is not torch.nn.Linear and isinstance(adapter_terms(layer, ()), str):
+        return None  # no packed weight that can be read
+    weight = base_weight(base)
     hook = _registration(layer, names)
     pack = None if hook is None else _packs.get(hook)
     if pack is None or runs_more_than_forward(base) or not pack.is_for(layer, x, names, weight):
@@ -152,12 +155,15 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
         pack = made
         if hook is not None and pack.may_be_kept:
             _packs[hook] = pack
-    return _run(pack, x, weight, parameter_of(base, "bias"))
+    bias = parameter_of(base, "bias")
+    if bias is not None and not isinstance(weight, torch.Tensor):
+        bias = bias.to(x.dtype)
+    return _run(pack, x, weight, bias)
 
 
-def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _run(pack: _Pack, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     if not pack.ranks:
-        return linear(x, weight, bias)
+        return ops.frozen_linear(x, weight, bias)
     if len(pack.ranks) == 1 and BASE not in pack.slots:
         y = lora_linear(x, weight, pack.A[0], pack.B[0], bias=bias, scaling=pack.scalings[0])
     else:
@@ -170,9 +176,10 @@ def _run(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     return y
 
 
-def _product(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _product(pack: _Pack, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     """x [rows, ..., K] to [rows, ..., N]."""
-    if not torch.is_grad_enabled() and ops.runs_directly(x, weight):
+    data = weight if isinstance(weight, torch.Tensor) else weight.data
+    if not torch.is_grad_enabled() and ops.runs_directly(x, data):
         update = pack.update(x)
         if update is not None:
             y = ops.linear_to_edit(x, weight, bias)
@@ -187,7 +194,7 @@ def _product(pack: _Pack, x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     return y if apart is None else y + apart
 
 
-def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: torch.Tensor) -> _Pack | None:
+def _packed(layer: Any, x: torch.Tensor, names: Sequence[str], weight: Weight) -> _Pack | None:
     lora_A = layer._modules["lora_A"]._modules
     if not all(isinstance(name, str) for name in names):
         return None

@@ -57,8 +57,14 @@ def linear_call(layer: Any, x: torch.Tensor) -> Call | None:
     if isinstance(terms, str) or not terms:
         return None
     base = layer._modules["base_layer"]
-    weight = parameter_of(base, "weight") if type(base) is nn.Linear else read(base)
+    weight = base_weight(base)
     return (weight, parameter_of(base, "bias"), terms, None) if takes_dtypes(layer, x, weight, terms) else None
+
+
+def base_weight(base: Any) -> Any:
+    """Of a base layer that `adapter_terms` takes."""
+    weight = parameter_of(base, "weight") if type(base) is nn.Linear else None
+    return weight if is_plain(weight) else read(base)
 
 
 def takes_dtypes(layer: Any, x: torch.Tensor, weight: Any, terms: Sequence[Term]) -> bool:
@@ -88,8 +94,9 @@ def adapter_terms(layer: Any, names: Sequence[str] | None = None) -> list[Term] 
     """
     modules = layer._modules
     base = modules["base_layer"]
-    is_packed = type(base) is not nn.Linear and bool(kind_of(base))
-    if type(base) is not nn.Linear and not is_packed:
+    is_linear = type(base) is nn.Linear
+    is_packed = not (is_linear and is_plain(parameter_of(base, "weight"))) and bool(kind_of(base))
+    if not (is_linear or is_packed):
         return f"the base layer is {type_name(base)}, not exactly torch.nn.Linear, nor one with a packed weight"
     if runs_more_than_forward(base):
         return "the base layer has hooks or a replaced forward, which run only when it is called"

@@ -75,6 +75,7 @@ class LoRABase(nn.Module):
     """
 
     BASE: ClassVar[type[nn.Module]]
+    ran: ClassVar[set[nn.Module] | None] = None  # the layers that were called, while somebody asks
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class LoRABase(nn.Module):
         self.lora_A = nn.ModuleDict()
         # In evaluation torch's TransformerEncoderLayer reads its linears' weights and calls none of them, unless a
         # module in it has a hook. This one costs nothing: nobody calls the container.
-        self.lora_A.register_forward_pre_hook(_no_fast_path)
+        self.lora_A.register_forward_pre_hook(no_fast_path)
         self.lora_B = nn.ModuleDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.lora_initial = nn.ModuleDict()
@@ -222,6 +223,10 @@ class LoRABase(nn.Module):
                     "call unmerge() first, or eval()"
                 )
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """While adapters are merged that of the plain layer, which the weight is then: no adapter counts twice."""
+        return self.base_layer.state_dict(*args, **kwargs) if self._merged else super().state_dict(*args, **kwargs)
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.merged:
             *_, error_messages = args
@@ -234,7 +239,7 @@ class LoRABase(nn.Module):
         return f"{adapters}, active={self.active_adapters}, merged={self.merged}{changed}"
 
 
-def _no_fast_path(module: nn.Module, args: Any) -> None:
+def no_fast_path(module: nn.Module, args: Any) -> None:
     """A hook that is there to be seen."""
 
 

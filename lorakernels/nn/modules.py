@@ -2,9 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+# What the wrappers of torch call the module that they run: checkpointing's and offloading's, torch.compile's, FSDP's.
+_WRAPPED = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+
+
+def wrapped_by(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper of torch runs; None for any other module."""
+    name = "module" if isinstance(module, (DataParallel, DistributedDataParallel)) else ""
+    return next((module._modules[own] for own in (*_WRAPPED, name) if own in module._modules), None)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is inside all of torch's wrappers around a module, whose names have no prefix."""
+    while (inner := wrapped_by(module)) is not None:
+        module = inner
+    return module
+
+
+def named_modules(
+    model: nn.Module, is_closed: Callable[[nn.Module], bool] = lambda module: False, prefix: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every module but `model` under each of its names, as without torch's wrappers, which do not come themselves.
+
+    What is inside a closed one does not come.
+    """
+    for name, child in unwrapped(model)._modules.items():
+        if child is not None:
+            module, path = unwrapped(child), f"{prefix}{name}"
+            yield path, module
+            if not is_closed(module):
+                yield from named_modules(module, is_closed, f"{path}.")
+
+
+def names_of(model: nn.Module) -> dict[nn.Module, str]:
+    """The first name of `model` and of every module in it."""
+    names = {unwrapped(model): ""}
+    for path, module in named_modules(model):
+        names.setdefault(module, path)
+    return names
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under each of its names, as without torch's wrappers."""
+    for path, module in [("", unwrapped(model)), *named_modules(model)]:
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{path}.{name}" if path else name, parameter
 
 
 def parameter_of(module: Any, name: str) -> Any:

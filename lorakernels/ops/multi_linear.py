@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -201,7 +201,7 @@ class _MultiLoRALinear(torch.autograd.Function):
 
 def multi_lora_linear(
     x: torch.Tensor,
-    weights: Tensors,
+    weights: Sequence[Any],
     biases: list[torch.Tensor | None],
     lora_As: Tensors,
     lora_Bs: Tensors,

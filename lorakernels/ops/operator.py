@@ -139,7 +139,7 @@ def as_output(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
-def linear_to_edit(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_to_edit(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
     """torch's linear, [..., N], contiguous and to be added to, where no gradient is kept.
 
     No view either, as `as_output`, whose operator takes 20 µs between the layers of a model; without a bias torch's own

@@ -6,14 +6,23 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import nn
 
-from lorakernels.quant import int4, nf4
+from lorakernels.quant import int4, nf4, wide
 from lorakernels.quant.packed import PackedWeight
 
-# Layers and weights that are known and cannot be taken, and why.
+# Layers whose own forward rounds the activations too: only `quantize` takes their weights, of its format.
+_BY_REQUEST = {
+    "bitsandbytes.nn.modules.Linear8bitLt": ("int8", wide.read_bitsandbytes),
+    "transformers.integrations.finegrained_fp8.FP8Linear": ("fp8", wide.read_transformers),
+}
+_ROUNDS = (
+    "its forward rounds the activations too, so that an adapter would train beside another layer; "
+    'lorakernels.quantize(model, "{}") makes it a layer of the same weight that leaves them as they are'
+)
+# Layers that are known and cannot be taken, and why.
 _REFUSED = {
-    "bitsandbytes.nn.modules.Linear8bitLt": "its forward rounds the activations to int8 too, so that an adapter would "
-    'train beside another layer; load the model in 4 bits, or a plain one and call lorakernels.quantize(model, "int8")',
+    **{name: _ROUNDS.format(kind) for name, (kind, _) in _BY_REQUEST.items()},
     "auto_gptq": "GPTQ's integer zeros and its order of columns are not read; use a bitsandbytes, HQQ or plain model",
     "gptqmodel": "GPTQ's integer zeros and its order of columns are not read; use a bitsandbytes, HQQ or plain model",
     "awq": "AWQ's packing is not read; use a bitsandbytes, HQQ or plain model",
@@ -21,7 +30,9 @@ _REFUSED = {
 
 
 def kind_of(layer: Any) -> str:
-    """Whose packed weight a layer has: "bitsandbytes", "hqq", "own"; nothing for one that is not known to have any."""
+    """Whose packed weight a layer has, "bitsandbytes", "hqq", "torchao" or "own"; nothing where none is known."""
+    if type(layer) is nn.Linear:  # torchao keeps it, and has tensors of its own
+        return "torchao" if type(layer._parameters.get("weight")).__module__.startswith("torchao.") else ""
     kind: Any = type(layer)
     return _kind_of(kind)
 
@@ -47,12 +58,32 @@ def read(layer: Any) -> PackedWeight:
     kind = kind_of(layer)
     if kind == "own":
         return layer.packed
-    return nf4.read_bitsandbytes(layer._parameters["weight"]) if kind == "bitsandbytes" else int4.read_hqq(layer)
+    if kind == "hqq":
+        return int4.read_hqq(layer)
+    return (nf4.read_bitsandbytes if kind == "bitsandbytes" else wide.read_torchao)(layer._parameters["weight"])
+
+
+def read_on_request(layer: Any, kind: str) -> PackedWeight | None:
+    """The weight of a layer that rounds activations too, as it is in the format `kind`; None for any other layer."""
+    for name, (known, reader) in _BY_REQUEST.items():
+        if known == kind and any(f"{own.__module__}.{own.__qualname__}" == name for own in type(layer).__mro__):
+            return reader(layer)
+    return None
 
 
 def weight_of(layer: Any) -> torch.Tensor | PackedWeight:
     """The weight of any layer as a value."""
     return read(layer) if kind_of(layer) else layer.weight
+
+
+def keep_packing(model: torch.nn.Module) -> None:
+    """Let the layers of `model` that run bitsandbytes' own forward keep their weights as they are packed.
+
+    In evaluation on a CPU with AVX512-BF16 it packs them again, after which training loses the gradients before them.
+    """
+    for module in model.modules():
+        if kind_of(module) == "bitsandbytes":
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def why_refused(layer: Any) -> str:

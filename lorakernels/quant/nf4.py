@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,26 +31,79 @@ def read_bitsandbytes(weight: Any) -> PackedWeight:
             "(quant_state.packing_format_for_cpu), which its forward in evaluation does: its numbers are rounded, and "
             "dequantising or training on it gives wrong results; load the model anew, and adapt it before any forward"
         )
-    N, K = state.shape
-    if state.quant_type not in ("nf4", "fp4") or state.blocksize not in _BLOCKS:
-        raise ValueError(
-            f"the base weight is {state.quant_type} in blocks of {state.blocksize}; expected nf4 or fp4 in blocks of "
-            f"{_BLOCKS}"
-        )
-    data, blocks = weight.data.view(torch.uint8).flatten(), -(-N * K // state.blocksize)
-    if data.numel() != -(-N * K // 2) or state.absmax.numel() != blocks or state.absmax.device != data.device:
-        raise ValueError(
-            f"the base weight has {data.numel()} bytes on {data.device} and {state.absmax.numel()} scales on "
-            f"{state.absmax.device}; expected {-(-N * K // 2)} and {blocks} on one device, for [{N}, {K}] in blocks of "
-            f"{state.blocksize}"
-        )
-    form = Form(state.quant_type, N, K, 0, state.blocksize, state.dtype)
-    if not state.nested:
-        return PackedWeight(str(form), data, state.absmax)
     outer = state.state2
-    if outer.blocksize != 256:
-        raise ValueError(f"the scales of the base weight are nested in blocks of {outer.blocksize}; expected 256")
-    return PackedWeight(str(form), data, state.absmax, None, outer.code, outer.absmax, state.offset)
+    nesting = (outer.blocksize, outer.code, outer.absmax, state.offset) if state.nested else None
+    form = _form(state.quant_type, state.shape, state.blocksize, state.dtype)
+    return _of_tensors(form, weight.data, state.absmax, nesting)
+
+
+# What bitsandbytes saves beside a weight's numbers, behind its name: tensors, and a record of the rest, JSON as bytes,
+# whose name ends in the weight's kind.
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+RECORD = ".quant_state.bitsandbytes__"
+
+
+def saved_form(record: torch.Tensor) -> Form:
+    """The form of a weight that bitsandbytes has saved, by its `RECORD`; raises ValueError for an unknown one."""
+    fields = _fields(record)
+    return _form(*(fields[name] for name in ("quant_type", "shape", "blocksize", "dtype")))
+
+
+def read_saved(weight: torch.Tensor, record: torch.Tensor, parts: Mapping[str, torch.Tensor]) -> PackedWeight:
+    """A weight that bitsandbytes has saved: its numbers, its `RECORD`, and those of `PARTS` that there are.
+
+    Raises ValueError for what is missing or does not fit together.
+    """
+    form, fields = saved_form(record), _fields(record)
+    nested = any(name.startswith("nested") for name in parts)
+    missing = [name for name in PARTS[: 4 if nested else 2] if name not in parts]
+    table = torch.tensor(CODES[form.kind])
+    if missing or parts["quant_map"].shape != table.shape or (parts["quant_map"] - table).abs().max() > 1e-6:
+        raise ValueError(f"the base weight has no {', '.join(missing) or form.kind + ' in its quant_map'}")
+    nesting = None
+    if nested:
+        offset = torch.tensor(float(fields["nested_offset"]))
+        nesting = (fields["nested_blocksize"], parts["nested_quant_map"], parts["nested_absmax"], offset)
+    return _of_tensors(form, weight, parts["absmax"], nesting)
+
+
+def _fields(record: torch.Tensor) -> defaultdict[str, Any]:
+    return defaultdict(lambda: None, json.loads(record.numpy().tobytes()))
+
+
+def _form(kind: Any, shape: Any, block: Any, dtype: Any) -> Form:
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    known = kind in ("nf4", "fp4") and block in _BLOCKS and isinstance(dtype, torch.dtype)
+    if not known or len(shape or ()) != 2:
+        raise ValueError(
+            f"the base weight is {kind} in blocks of {block}, of {dtype} {list(shape or ())}; expected nf4 or fp4 in "
+            f"blocks of {_BLOCKS}, of a float dtype [out_features, in_features]"
+        )
+    N, K = shape
+    return Form(kind, N, K, 0, block, dtype)
+
+
+def _of_tensors(
+    form: Form, weight: torch.Tensor, absmax: torch.Tensor, nesting: tuple[Any, ...] | None
+) -> PackedWeight:
+    data = weight.flatten().view(torch.uint8)
+    count, blocks = -(-form.N * form.K // 2), -(-form.N * form.K // form.block)
+    if data.numel() != count or absmax.shape != (blocks,) or absmax.device != data.device:
+        raise ValueError(
+            f"the base weight has {data.numel()} bytes on {data.device} and scales {list(absmax.shape)} on "
+            f"{absmax.device}; expected {count} and [{blocks}] on one device, for [{form.N}, {form.K}] in blocks of "
+            f"{form.block}. Where bitsandbytes saves a weight that it has packed again in evaluation, its scales are "
+            "transposed: load the model anew"
+        )
+    if nesting is None:
+        return PackedWeight(str(form), data, absmax)
+    block, table, outer, offset = nesting
+    if block != 256 or table.shape != (256,) or outer.numel() != -(-blocks // 256):
+        raise ValueError(
+            f"the scales of the base weight are nested in blocks of {block}, a table {list(table.shape)} and "
+            f"{outer.numel()} scales of their own; expected 256, [256] and {-(-blocks // 256)}"
+        )
+    return PackedWeight(str(form), data, absmax, None, table, outer, offset)
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ def pack(weight: torch.Tensor, kind: str) -> PackedWeight:
     return PackedWeight(str(Form(kind, N, K, 1, K, weight.dtype)), data, scale)
 
 
-def read_bitsandbytes(weight: Any) -> PackedWeight:
-    """The weight of a `bitsandbytes.nn.Linear8bitLt`: W = CB · SCB / 127, its activations left as they are."""
+def read_bitsandbytes(layer: Any) -> PackedWeight:
+    """The weight of a `bitsandbytes.nn.Linear8bitLt`: W = CB · SCB / 127."""
+    weight = layer.weight
     data, scale = weight.data if weight.CB is None else weight.CB, weight.SCB
     if data.dtype is not torch.int8 or scale is None:
         raise ValueError(
@@ -35,13 +36,38 @@ def read_bitsandbytes(weight: Any) -> PackedWeight:
     return PackedWeight(str(Form("int8", N, K, 1, K, torch.float16)), data, (scale / 127)[:, None])
 
 
-def read_blocks(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> PackedWeight:
-    """float8 [N, K] and scales [⌈N / b⌉, ⌈K / b⌉], blocks of b × b as DeepSeek ships them (`weight_scale_inv`)."""
-    (N, K), (rows, cols) = weight.shape, scale.shape
-    block = next((b for b in (128, 64, 32, 256) if -(-N // b) == rows and -(-K // b) == cols), None)
-    if weight.dtype is not FP8 or block is None:
+def read_torchao(weight: Any) -> PackedWeight:
+    """torchao's int8 and float8 weights, with a scale a row, a group of a row, or one.
+
+    Raises ValueError for any other of its tensors, and for one whose product rounds the activations.
+    """
+    name = type(weight).__qualname__
+    if name not in ("Int8Tensor", "Float8Tensor") or weight.qdata.dtype not in (torch.int8, FP8):
+        raise ValueError(f"the base weight is torchao's {name}; expected its Int8Tensor, or Float8Tensor of {FP8}")
+    if any(getattr(weight, f"act_{what}", None) is not None for what in ("quant_kwargs", "quant_scale", "pre_scale")):
         raise ValueError(
-            f"the base weight is {list(weight.shape)} {weight.dtype} with scales {list(scale.shape)}; expected {FP8} "
-            "and a scale for each block of 128 × 128"
+            f"the base weight is torchao's {name} that rounds the activations, and gives them no gradient; quantise "
+            "the model with Int8WeightOnlyConfig or Float8WeightOnlyConfig"
         )
-    return PackedWeight(str(Form("fp8", N, K, block, block, dtype)), weight, scale)
+    (N, K), (rows, cols) = weight.qdata.shape, weight.block_size
+    kind = "int8" if name == "Int8Tensor" else "fp8"
+    zero = getattr(weight, "zero_point", None)
+    return PackedWeight(str(Form(kind, N, K, rows, cols, weight.dtype)), weight.qdata, weight.scale, zero)
+
+
+def read_transformers(layer: Any) -> PackedWeight:
+    """The weight of transformers' `FP8Linear`: float8 [N, K] and a scale for each block, 128 × 128 as DeepSeek has it.
+
+    Raises ValueError where scales and blocks do not fit.
+    """
+    weight, scale = layer.weight, layer.weight_scale_inv
+    N, K = weight.shape
+    rows, cols = layer.block_size or (N, K)
+    expected = (-(-N // rows), -(-K // cols))
+    if weight.dtype is not FP8 or scale is None or scale.numel() != expected[0] * expected[1]:
+        given = None if scale is None else list(scale.shape)
+        raise ValueError(
+            f"the base weight is {[N, K]} {weight.dtype} with scales {given}; expected {FP8} and scales "
+            f"{list(expected)}, one for each block of {rows} × {cols}"
+        )
+    return PackedWeight(str(Form("fp8", N, K, rows, cols, torch.bfloat16)), weight, scale.view(expected))

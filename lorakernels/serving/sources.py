@@ -110,7 +110,7 @@ def read(
         config, tensors = source
         given = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
         contents = bind(model, parse(fields_of(config), given, "the adapter"), BASES)
-    parts = _find_parts(contents, model, sites, max_rank)
+    parts = _find_parts(contents, {"": model, **contents.modules}, sites, max_rank)
     return contents, parts, _pack(contents, parts, sites)
 
 
@@ -132,7 +132,9 @@ def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
     return tuple(stamps)
 
 
-def _find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site], max_rank: int) -> Parts:
+def _find_parts(
+    contents: Contents, modules: Mapping[str, nn.Module], sites: Mapping[str, Site], max_rank: int
+) -> Parts:
     """What is to be stored; allocates nothing.
 
     Raises AdapterFileError, naming it, for what a mixed batch cannot compute, and CapacityError for a rank over
@@ -147,7 +149,7 @@ def _find_parts(contents: Contents, model: nn.Module, sites: Mapping[str, Site],
     largest: dict[Pool, tuple[int, float]] = {}
     taken: dict[Site, str] = {}
     for path, update in contents.layers.items():
-        reason = _why_not_served(path, model, sites.get(path))
+        reason = _why_not_served(path, modules, sites.get(path))
         if reason:
             raise AdapterFileError(f"module {path!r} {reason}")
         site = sites[path]
@@ -174,10 +176,10 @@ def _of_plan(scaling: float, dtype: torch.dtype) -> float:
     return torch.tensor(scaling, dtype=torch.float32, device="cpu").item() or 1.0
 
 
-def _why_not_served(path: str, model: nn.Module, site: Site | None) -> str:
+def _why_not_served(path: str, modules: Mapping[str, nn.Module], site: Site | None) -> str:
     """What speaks against serving a module that an adapter reaches; nothing where it can be served."""
-    module: Any = model.get_submodule(path)
-    parent, weight, other = model.get_submodule(path.rpartition(".")[0]), module.weight, served_by(module)
+    module: Any = modules[path]
+    parent, weight, other = modules[path.rpartition(".")[0]], module.weight, served_by(module)
     if site is None or site.module is not module:
         return (
             f"is a {type(module).__qualname__}; a store serves what was torch.nn.Linear or Embedding when it was made"

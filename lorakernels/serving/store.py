@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from lorakernels.config import check_rank
+from lorakernels.nn.modules import unwrapped
 from lorakernels.serving import sources
 from lorakernels.serving.books import Books, Lease, Version
 from lorakernels.serving.pools import Site, Writer, find_sites
@@ -72,7 +73,7 @@ class AdapterStore:
             raise ValueError(f"num_pages is {num_pages}; expected at least max_rank={max_rank}")
         if isinstance(host_bytes, bool) or not isinstance(host_bytes, int) or host_bytes < 0:
             raise ValueError(f"host_bytes is {host_bytes!r}; expected a number of bytes, 0 for none")
-        self.model: nn.Module = getattr(model, "_orig_mod", model)  # of a compiled model
+        self.model: nn.Module = unwrapped(model)
         self.max_rank = max_rank
         self.root = None if root is None else Path(root).resolve(strict=True)
         self._owner = object()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,31 @@ def test_the_updates_are_pefts(
     assert_close(ours(IDS), theirs(IDS))
 
 
+@pytest.mark.parametrize("of_updates", [False, True], ids=["factors", "svd"])
+@pytest.mark.parametrize("signs", ["total", "frequency"])
+@pytest.mark.parametrize("density", [0.3, 0.7, 1])
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+@pytest.mark.filterwarnings("ignore:The density 1 is greater")
+def test_what_leaves_numbers_out_is_pefts(
+    method: str, density: float, signs: Any, of_updates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = pair(tmp_path)
+    names, weights = (["one", "two", "three"], [0.5, -1.0, 2.0]) if of_updates else (["one", "two"], [4.0, -0.25])
+    arguments: dict[str, Any] = {"combination_type": f"{method}_svd" if of_updates else method, "density": density}
+    for model in (ours, theirs):
+        calls = itertools.count()  # PEFT draws for the new adapter's start in between
+
+        def drawn(shares: torch.Tensor, calls: Iterator[int] = calls) -> torch.Tensor:
+            numbers = torch.rand(shares.shape, generator=torch.Generator().manual_seed(next(calls)))
+            return (numbers < shares).to(shares.dtype)
+
+        monkeypatch.setattr(torch, "bernoulli", drawn)
+        add = theirs.add_weighted_adapter if model is theirs else partial(lk.add_weighted_adapter, ours)
+        add(names, weights, "sum", **arguments, majority_sign_method=signs)
+    for path, delta in deltas(ours, "sum").items():
+        assert_close(delta, theirs.base_model.model.get_submodule(path).get_delta_weight("sum"))
+
+
 @pytest.mark.parametrize(("combination_type", "svd_rank"), [("cat", None), ("svd", 12)])
 @pytest.mark.parametrize("fields", [{}, {"use_rslora": True}])
 def test_the_sum_is_exact_for_any_weights(
@@ -151,12 +179,16 @@ CASES: list[tuple[Arguments, type[Exception], str]] = [
     (
         dict(adapters=["one", "three"], combination_type="linear"),
         ValueError,
-        r"conv: the ranks are .* expects one rank",
+        r"conv: the ranks are .* expect one rank",
     ),
     (dict(adapters=["one", "nine"]), KeyError, "no adapter 'nine'; its adapters"),
     (dict(adapter_name="one"), ValueError, "'one' is taken"),
     (dict(adapter_name="a.b"), ValueError, "adapter name 'a.b'"),
-    (dict(combination_type="ties"), ValueError, r"'ties'; expected one of \['svd', 'linear', 'cat'\]"),
+    (dict(combination_type="tie"), ValueError, r"'tie'; expected one of \['svd', 'cat', 'linear', 'ties'"),
+    (dict(combination_type="ties"), ValueError, r"density is None; combination_type='ties' expects a number in"),
+    (dict(combination_type="dare_ties_svd", density=1.5), ValueError, "density is 1.5"),
+    (dict(combination_type="cat", density=0.5), ValueError, "density=0.5 goes with"),
+    (dict(combination_type="ties", density=0.5, majority_sign_method="most"), ValueError, "is 'most'; expected"),
     (dict(weights=[1.0]), ValueError, "expected a weight for each"),
     (dict(adapters=[], weights=[]), ValueError, "expected a weight for each"),
     (dict(weights=[1.0, float("nan")]), ValueError, "a weight is nan"),

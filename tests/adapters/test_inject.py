@@ -353,12 +353,15 @@ def test_a_broken_pattern_leaves_the_model_alone() -> None:
     assert not adapted_names(model)
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "quantized"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_fast_path_of_a_transformer_does_not_leave_adapters_out(padded: bool) -> None:
+def test_the_fast_path_of_a_transformer_does_not_leave_adapters_out(padded: bool, quantized: bool) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
-    lk.inject(model, lk.LoRAConfig(r=4, target_modules=["linear1", "linear2"]))
+    if quantized:  # linear2 stays packed, without an adapter
+        lk.quantize(model, "int8")
+    lk.inject(model, lk.LoRAConfig(r=4, target_modules=["linear1"] if quantized else ["linear1", "linear2"]))
     for parameter in lk.trainable_parameters(model):
         nn.init.normal_(parameter)
     x = torch.randn(2, 5, 16)

@@ -26,7 +26,11 @@ FAULTS: list[tuple[str, Edit, str]] = [
     ("embedding", put("embed.lora_embedding_A", 4, 10, value=NAN), "embed.lora_embedding_A holds NaN or Inf"),
     ("embedding", put("embed.lora_embedding_A", 4, 10, dtype=torch.int8), "is torch.int8; expected a float"),
     ("embedding", put("embed.weight", 10, 8), r"embed.weight is another base weight"),
-    ("embedding", put("embed.weight", 11, 8), r"another base weight \(\[11, 8\]\) than the model's \(\[10, 8\]\)"),
+    (
+        "embedding",
+        put("embed.weight", 11, 8),
+        r"a base weight \[11, 8\], the model's \[10, 8\]; give the model",
+    ),
     ("embedding", fields(lora_bias=True), "module 'embed': lora_bias=True is not for an embedding"),
     ("conv", drop("picture.lora_B.weight"), "'picture' has no lora_B.weight"),
     ("conv", put("conv.lora_A.weight", 4, 8), r"conv.lora_A.weight is \[4, 8\]; expected \[4, 8, 3\]"),

@@ -186,12 +186,46 @@ FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "alpha Inf": (edit_config(lora_alpha=float("inf")), "lora_alpha is inf"),
     "alpha null": (edit_config(lora_alpha=None), "lora_alpha is null"),
     "unknown field": (edit_config(use_magic=True), "use_magic=True changes what the adapter computes"),
+    "a field of PEFT's": (edit_config(alora_invocation_tokens="1 2"), "alora_invocation_tokens='1 2' changes"),
     "fan_in_fan_out": (edit_config(fan_in_fan_out=True), "fan_in_fan_out=True"),
     "replication": (edit_config(layer_replication=[[0, 2]]), "layer_replication"),
     "PiSSA": (edit_config(init_lora_weights="pissa"), "'pissa' changes the base weight"),
     "rank_pattern disagrees": (edit_config(rank_pattern={"head": 9}), "says r=9"),
     "broken rank_pattern": (edit_config(rank_pattern={"(": 9}), "not a regular expression"),
 }
+
+
+HARMLESS = {
+    "ensure_weight_tying": True,
+    "swift_type": "LORA",
+    "lorap_lr_ratio": 16.0,
+    "merge_weights": True,
+    "lora_ga_config": {"iters": 2},
+    "velora_config": {"rank": 1},
+    "trained_by": None,
+    "tags": [],
+}
+
+
+def test_fields_that_change_nothing(tmp_path: Path) -> None:
+    _, folder = saved(tmp_path)
+    edit_config(**HARMLESS)(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lk.load_adapter(net(), folder)
+    edit_config(note="a run of May", author="anna")(folder)
+    with pytest.warns(UserWarning, match="PEFT has no field 'note', 'author'; taken for a note"):
+        lk.load_adapter(net(), folder)
+
+
+def test_tying_that_ties_something_is_refused(tmp_path: Path) -> None:
+    """PEFT would have one adapter for both."""
+    model = net()
+    model.layers[1].q_proj.weight = model.layers[0].q_proj.weight
+    _, folder = saved(tmp_path, target_modules=["layers.0.q_proj"])
+    edit_config(ensure_weight_tying=True)(folder)
+    with pytest.raises(lk.AdapterFileError, match="share one weight, so ensure_weight_tying=True"):
+        lk.load_adapter(model, folder)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=str)

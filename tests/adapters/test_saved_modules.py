@@ -155,3 +155,36 @@ def test_tied_parameters_go_by_any_of_their_names(targets: list[str], bias: str,
         change(lambda t: t[f"{PREFIX}bias"].add_(1))(tmp_path)
         with pytest.raises(lk.AdapterFileError, match="are one bias of the model, of which the file has two values"):
             lk.load_adapter(Tied().double(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_embeddings_that_were_resized(dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT saves them whole beside the adapter; asked for, they come into the model."""
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+
+    def llama(tokens: int, seed: int = 0) -> Any:
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=2, **sizes)).eval()
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(tokens)
+        return model
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(llama(35).to(dtype), config, autocast_adapter_dtype=False)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert len([key for key in load_file(tmp_path / WEIGHTS) if "embed_tokens" in key or "lm_head" in key]) == 2
+    other = llama(35, seed=1)
+    with pytest.raises(lk.AdapterFileError, match="give the model the size that it was trained with"):
+        lk.load_adapter(llama(32), tmp_path, base_weights="file")
+    with pytest.raises(lk.AdapterFileError, match=r'load_adapter\(..., base_weights="file"\)'):
+        lk.load_adapter(other, tmp_path)
+    lk.load_adapter(llama(35), tmp_path)  # the same numbers, in the file's dtype
+    ours = lk.load_adapter(other, tmp_path, base_weights="file").to(dtype)
+    tokens = torch.arange(35)[None]
+    with torch.no_grad():
+        # In bfloat16 q is one fused sum, rounded once, where PEFT rounds twice.
+        size = theirs(tokens).logits.abs().max()
+        assert (ours(tokens).logits - theirs(tokens).logits).abs().max() <= 4 * torch.finfo(dtype).eps * size
+    with pytest.raises(ValueError, match="base_weights is 'both'"):
+        lk.load_adapter(other, tmp_path, "two", base_weights="both")

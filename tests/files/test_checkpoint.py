@@ -36,6 +36,7 @@ import lorakernels as lk
 from lorakernels.files.merge import merge_files, merged_weight
 from lorakernels.files.peft import PREFIX
 from lorakernels.files.update import LINEAR, MAGNITUDE, Update
+from lorakernels.quant.packed import CODES
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -281,15 +282,27 @@ print(after - before)
 """
 
 
-def write_ones(folder: Path, shards: int, side: int) -> list[str]:
+def ones(name: str, side: int, packed: bool) -> dict[str, torch.Tensor]:
+    """A weight of ones [side, side] as it is saved, plain or as bitsandbytes packs it."""
+    if not packed:
+        return {name: torch.ones(side, side)}
+    fields = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [side, side]}
+    parts = {"absmax": torch.ones(side * side // 64), "quant_map": torch.tensor(CODES["nf4"])}
+    parts["quant_state.bitsandbytes__nf4"] = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+    numbers = torch.full((side * side // 2, 1), 0xFF, dtype=torch.uint8)
+    return {name: numbers} | {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+def write_ones(folder: Path, shards: int, side: int, packed: bool) -> list[str]:
     """A model of ones, an adapter of ones, and where to merge them."""
     model, adapter = folder / "model", folder / "adapter"
     model.mkdir(parents=True)
     adapter.mkdir()
-    names = {f"layers.{n}.q.weight": f"model-{n}.safetensors" for n in range(shards)}
-    factors = {}
-    for n, (name, file) in enumerate(names.items()):
-        save_file({name: torch.ones(side, side)}, model / file)
+    names, factors = {}, {}
+    for n in range(shards):
+        tensors, file = ones(f"layers.{n}.q.weight", side, packed), f"model-{n}.safetensors"
+        save_file(tensors, model / file)
+        names |= dict.fromkeys(tensors, file)
         factors[f"{PREFIX}layers.{n}.q.lora_A.weight"] = torch.ones(2, side)
         factors[f"{PREFIX}layers.{n}.q.lora_B.weight"] = torch.ones(side, 2)
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
@@ -299,12 +312,13 @@ def write_ones(folder: Path, shards: int, side: int) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_memory_is_that_of_a_shard(tmp_path: Path) -> None:
-    """A changed tensor of T bytes is read (T, the mapped shard) and copied and summed into (T).
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_memory_is_that_of_a_shard(packed: bool, tmp_path: Path) -> None:
+    """A changed tensor of T bytes is read (T, the mapped shard; or unpacked) and copied and summed into (T).
 
     The limit is twice that; a merge that held the model would need 12 T.
     """
-    small, large = write_ones(tmp_path / "small", 1, 8), write_ones(tmp_path / "large", SHARDS, SIDE)
+    small, large = write_ones(tmp_path / "small", 1, 8, packed), write_ones(tmp_path / "large", SHARDS, SIDE, packed)
     # glibc else takes tensors from its heap once one was freed, and what the heap keeps is by chance: 2 to 4 tensors.
     fixed = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     done = subprocess.run([sys.executable, "-c", MEASURE, *small, *large], capture_output=True, text=True, env=fixed)

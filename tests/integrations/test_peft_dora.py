@@ -61,7 +61,7 @@ def test_dora_sees_an_edit_of_the_base_weight(x: torch.Tensor, fused: list[dict[
     plain = peft_model(config(use_dora=True))
     model = accelerated_copy(plain)
     assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x))
-    edits = (lambda w: w.mul_(1.5), lambda w: setattr(w, "data", w.data * 2))
+    edits = (lambda w: w.mul_(1.5), lambda w: setattr(w, "data", w.data * 2), lambda w: w.data.mul_(0.7))
     for edit in edits:
         for m in (plain, model):
             with torch.no_grad():
@@ -71,7 +71,7 @@ def test_dora_sees_an_edit_of_the_base_weight(x: torch.Tensor, fused: list[dict[
         m.merge_adapter()
         m.unmerge_adapter()
     assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x))
-    assert len(fused) == 8
+    assert len(fused) == 10
 
 
 def test_dora_sees_what_a_new_adapters_start_did_to_the_base_weight(x: torch.Tensor) -> None:

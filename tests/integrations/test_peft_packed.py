@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import lorakernels as lk
+from lorakernels.quant.layers import read
 
 peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")
@@ -78,6 +79,21 @@ def test_training_after_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(x.grad, expected)
 
 
+def test_training_through_layers_without_an_adapter() -> None:
+    """They run bitsandbytes' forward, in evaluation too, and keep their weights as they were packed."""
+    model = peft.get_peft_model(Attention(True, torch.float32), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    lk.accelerate(model)
+    x, found = torch.randn(3, WIDTH, requires_grad=True), []
+    for _ in range(2):
+        model.train()(x).sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+        x.grad = None
+        model.zero_grad()
+        with torch.no_grad():
+            model.eval()(x.detach())
+    assert len(found[0]) == 3 and all(map(torch.equal, *found))
+
+
 def test_a_weight_that_was_packed_again_is_left_alone() -> None:
     theirs, _ = models()
     theirs.base_model.model.q_proj.base_layer.weight.quant_state.packing_format_for_cpu = True
@@ -90,3 +106,31 @@ def test_restore_gives_pefts_own_class() -> None:
     theirs, ours = models()
     lk.restore(ours)
     assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+@pytest.mark.parametrize(
+    "names", [["default", "b", "__base__", "b"], ["__base__"] * 4, ["b"] * 4], ids=["mixed", "base", "one"]
+)
+def test_mixed_batches(names: list[str], grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's own fail over bitsandbytes, in place on a view, where a gradient is kept: beside PEFT on plain weights."""
+    made = models()
+    for model in made:
+        torch.manual_seed(1)
+        model.add_adapter("b", peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        model.base_model.model.q_proj.base_layer.bias = nn.Parameter(torch.randn(WIDTH), requires_grad=False)
+    plain, ours = made
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            dense = nn.Linear(WIDTH, WIDTH, bias=module.bias is not None)
+            dense.weight = nn.Parameter(read(module).dense(), requires_grad=False)
+            dense.bias = module.bias
+            plain.set_submodule(name, dense)
+    monkeypatch.setattr(bnb.nn.Linear4bit, "forward", lambda *args: pytest.fail("bitsandbytes' forward was called"))
+    x = torch.randn(4, 5, WIDTH)
+    for model in made:
+        model.eval()
+    for _ in range(2):
+        with torch.set_grad_enabled(grad):
+            expected, found = plain(x, adapter_names=names), ours(x, adapter_names=names)
+        assert (found - expected).norm() <= 2e-6 * expected.norm()

@@ -451,6 +451,7 @@ CHANGES: dict[str, Callable[[LoRALayer], Any]] = {
     "magnitude edited": lambda layer: layer.adapter_tensors()["lora_magnitude_vector"].add_(0.5),
     "scaling": lambda layer: setattr(layer, "scaling", 0.3),
     "trained through .data": _trained_through_data,
+    "weight edited through .data": lambda layer: layer.weight.data.mul_(1.5),
 }
 
 

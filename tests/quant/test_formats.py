@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import lorakernels as lk
 from lorakernels.nn.quantized import FORMATS, QuantizedLinear, pack
 from lorakernels.quant import int4, layers, nf4, wide
 from lorakernels.quant.packed import CODES, Form, PackedWeight
@@ -97,8 +98,10 @@ def test_bitsandbytes_own_fault() -> None:
         ({"packing_format_for_cpu": True}, "packed again by bitsandbytes"),
         ({"quant_type": "int3"}, "int3 in blocks of 64"),
         ({"blocksize": 48}, "in blocks of 48"),
-        ({"absmax": torch.ones(3)}, "3 scales"),
+        ({"absmax": torch.ones(3)}, r"scales \[3\]"),
+        ({"absmax": torch.ones(2, 64)}, r"scales \[2, 64\].*packed again in evaluation"),
         ({"shape": torch.Size([64, 64])}, "expected 2048"),
+        ({"shape": torch.Size([2, 64, 64])}, r"of torch.float32 \[2, 64, 64\]; expected"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -149,17 +152,74 @@ def test_hqq_is_read(dtype: torch.dtype, N: int) -> None:
         layers.read(layer)
 
 
-def test_float8_in_blocks_as_deepseek_has_it() -> None:
-    weight, scale = torch.randn(200, 300).to(wide.FP8), torch.rand(2, 3)
-    packed = wide.read_blocks(weight, scale)
-    of_each = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300]
+class Int8Tensor(torch.Tensor):
+    """torchao's, whose package the tests do not install: its layout."""
+
+    @staticmethod
+    def __new__(cls, qdata: torch.Tensor, *rest: Any) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, qdata.shape, dtype=torch.bfloat16)  # type: ignore[attr-defined]
+
+    def __init__(self, qdata: torch.Tensor, scale: torch.Tensor, act_quant_kwargs: Any = None) -> None:
+        self.qdata, self.scale, self.act_quant_kwargs = qdata, scale, act_quant_kwargs
+        self.zero_point, self.block_size = torch.zeros_like(scale, dtype=torch.int8), [1, qdata.shape[1]]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is torch.ops.aten.detach.default, f"{func} would unpack the whole weight"
+        return args[0]
+
+
+Int8Tensor.__module__ = "torchao.quantization"
+
+
+def test_torchao_is_read() -> None:
+    qdata, scale = torch.randint(-127, 128, (48, 64), dtype=torch.int8), torch.rand(48, 1)
+    layer = torch.nn.Linear(64, 48, dtype=torch.bfloat16)
+    layer.weight = torch.nn.Parameter(Int8Tensor(qdata, scale), requires_grad=False)
+    assert layers.kind_of(layer) == "torchao"
+    adapted = lk.LoRALinear.from_linear(layer, r=4)
+    assert torch.equal(adapted.weight.dense(torch.float32), qdata.float() * scale)
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    expected = torch.nn.functional.linear(x, adapted.weight.dense(), layer.bias)
+    assert torch.equal(adapted(x), expected)
+    layer.weight = torch.nn.Parameter(Int8Tensor(qdata, scale, "dynamic"), requires_grad=False)
+    with pytest.raises(ValueError, match="rounds the activations, and gives them no gradient"):
+        lk.LoRALinear.from_linear(layer, r=4)
+
+
+def test_int8_of_bitsandbytes_on_request() -> None:
+    layer = bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(torch.randn(48, 64).half(), requires_grad=False, has_fp16_weights=False)
+    layer.weight = layer.weight._quantize("cpu")
+    model = torch.nn.Sequential(layer)
+    with pytest.raises(TypeError, match=r'lorakernels\.quantize\(model, "int8"\)'):
+        lk.inject(model, lk.LoRAConfig(target_modules=["0"]))
+    bias, data, scale = layer.bias, layer.weight.data, layer.weight.SCB
+    lk.quantize(model, "int8")
+    packed = model[0].packed
+    assert packed.data.data_ptr() == data.data_ptr() and model[0].bias.data_ptr() == bias.data_ptr()
+    assert torch.equal(packed.dense(torch.float32), data.float() * (scale / 127)[:, None])
+
+
+@pytest.mark.parametrize("block", [(128, 128), None], ids=["blocks", "whole"])
+def test_float8_of_transformers_on_request(block: Any) -> None:
+    """DeepSeek's blocks."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    layer = fp8.FP8Linear(300, 200, block_size=block)
+    weight, scale = torch.randn(200, 300).to(wide.FP8), torch.rand(layer.weight_scale_inv.shape)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale_inv = torch.nn.Parameter(scale, requires_grad=False)
+    model = lk.quantize(torch.nn.Sequential(layer), "fp8")
+    of_each = scale.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :300] if block else scale
     expected = weight.float() * of_each
+    packed = model[0].packed
     assert torch.equal(packed.dense(torch.float32), expected)
     out = torch.empty(50, 101)
     packed.unpack(120, 170, 99, 200, out)
     assert torch.equal(out, expected[120:170, 99:200])
-    with pytest.raises(ValueError, match=r"expected torch\.float8_e4m3fn and a scale for each block"):
-        wide.read_blocks(weight, torch.rand(7, 7))
+    layer.weight_scale_inv = torch.nn.Parameter(torch.rand(7, 7), requires_grad=False)
+    with pytest.raises(ValueError, match=r"expected torch\.float8_e4m3fn and scales"):
+        wide.read_transformers(layer)
 
 
 # A step over √12: of int4 a 15th of some 5 deviations, of int8 a 127th of 3; fp8 has 3 bits of mantissa.

@@ -217,6 +217,24 @@ def test_the_kernels_as_peers(case: Case, monkeypatch: pytest.MonkeyPatch) -> No
         assert row["kept_bytes"] == 4 * (9 * 40 + 9 * case.r) + 9 * 5
 
 
+@pytest.mark.parametrize("base", ["nf4", "int4", "int8", "fp8"])
+def test_over_a_packed_weight(base: str) -> None:
+    """The frozen layer has the same weight, and every result is held against its numbers."""
+    case, many = (Case(9, 24, 64, 4, dtype="float32", base=base, adapters=adapters) for adapters in (None, 3))
+    found = run.run([case, many], impl="torch,eager,peft,loop", device=CPU, rounds=1)
+    status = {
+        (row["operation"], row["peer"]): row["status"] for row in found if not row["operation"].startswith("host")
+    }
+    both = [
+        (operation, peer) for operation in ("lora_linear", "multi_lora_linear") for peer in ("frozen", "ours-torch")
+    ]
+    peft = [("lora_linear", "peft")] if base == "nf4" else []
+    assert [name for name, each in status.items() if each == "ok"] == sorted(both + peft)
+    assert set(status.values()) == {"ok", "skipped"}
+    bits = {"nf4": 4.5, "int4": 5, "int8": 8.5, "fp8": 8.5}[base]
+    assert many.frozen_bytes == 9 * (24 + 64) * 4 + 24 * 64 * bits / 8
+
+
 def test_time_limit() -> None:
     found = run.run((TINY[0], TINY_MULTI[0]), device=CPU, rounds=1, limit_s=0)
     assert {row["status"] for row in found if not row["operation"].startswith("host")} == {"skipped"}

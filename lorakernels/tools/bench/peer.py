@@ -14,7 +14,9 @@ from torch.nn import Parameter
 from lorakernels import formula
 from lorakernels.configs.table import choose_with_source, forced_configs
 from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.nn.quantized import pack
 from lorakernels.plan import BatchPlan
+from lorakernels.quant.packed import PackedWeight
 from lorakernels.testing.budget import budget, error
 from lorakernels.tools.bench.registry import Case
 
@@ -35,10 +37,11 @@ class Tensors:
     adapters: list[tuple[Parameter, Parameter]]
     dy: torch.Tensor
     slots: torch.Tensor  # [M] int64: the adapter of each token
+    base: torch.Tensor | PackedWeight  # the weight as layers hold it
 
     @property
     def numbytes(self) -> int:
-        return sum(t.nbytes for pair in ((self.x, self.weight, self.dy), *self.adapters) for t in pair)
+        return sum(t.nbytes for pair in ((self.x, self.base, self.dy), *self.adapters) for t in pair)
 
     @cached_property
     def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,13 +91,16 @@ def make_tensors(case: Case, device: torch.device | str, seed: int) -> Tensors:
     def factor(*shape: int, scale: float) -> Parameter:
         return Parameter(randn(*shape, scale=scale), requires_grad=trained)
 
+    x, weight = randn(case.M, case.K).requires_grad_(trained), randn(case.N, case.K, scale=case.K**-0.5)
+    base = weight if case.base == "dense" else pack(weight, case.base)
     return Tensors(
         case,
-        x=randn(case.M, case.K).requires_grad_(trained),
-        weight=randn(case.N, case.K, scale=case.K**-0.5),
+        x=x,
+        weight=base.dense() if isinstance(base, PackedWeight) else weight,
         adapters=[(factor(r, case.K, scale=case.K**-0.5), factor(case.N, r, scale=r**-0.5)) for r in case.ranks],
         dy=randn(case.M, case.N) if trained else randn(0),
         slots=case.slots(seed).to(device),
+        base=base,
     )
 
 
@@ -112,6 +118,7 @@ class Peer:
     cublas: bool | None = None  # of the kernels' base product: True, False, or as the table says
     counted: bool = True  # a compiler or a package starts its own kernels, which nobody here counts
     on_cpu: bool = True  # whether it is measured there without being named
+    packed: bool = False  # whether it takes a packed weight
 
     def make(self, tensors: Tensors) -> Step:
         """A training step, forward and backward, on these tensors; a forward where x needs no gradient."""
@@ -161,7 +168,8 @@ def checker(tensors: Tensors) -> Callable[[Peer], tuple[float, str | None]]:
     def check(peer: Peer) -> tuple[float, str | None]:
         if p and peer.adapted:
             torch.manual_seed(0)
-            blank = dataclasses.replace(tensors, weight=torch.zeros_like(tensors.weight))
+            zeros = torch.zeros_like(tensors.weight)
+            blank = dataclasses.replace(tensors, weight=zeros, base=zeros)
             kept = peer.make(blank)()["x"] != 0
             share = float(kept.double().mean())
             if abs(share - (1 - p)) > _SIGMAS * (p * (1 - p) / kept.numel()) ** 0.5 + 2 / (1 << 16):

@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 from lorakernels.backend import BackendError, interpreter_on, resolve_impl
 from lorakernels.configs.table import takes_few_tokens_form
 from lorakernels.functional import lora_linear, multi_lora_linear
+from lorakernels.ops import frozen_linear
 from lorakernels.tools.bench.peer import SCALING, Layer, Peer, Tensors
 from lorakernels.tools.bench.registry import Case
 
@@ -28,9 +29,9 @@ from lorakernels.tools.bench.registry import Case
 def _ours(impl: str, t: Tensors, paged: bool = True) -> Layer:
     if t.case.adapters is None:
         p = t.case.dropout
-        return partial(lora_linear, t.x, t.weight, *t.adapters[0], scaling=SCALING, dropout_p=p, impl=impl)
+        return partial(lora_linear, t.x, t.base, *t.adapters[0], scaling=SCALING, dropout_p=p, impl=impl)
     factors = t.pages if paged else t.stacks
-    return partial(multi_lora_linear, t.x, t.weight, *factors, t.plan(paged), impl=impl)
+    return partial(multi_lora_linear, t.x, t.base, *factors, t.plan(paged), impl=impl)
 
 
 def _ours_why_not(impl: str, case: Case, device: torch.device, general: bool = False) -> str | None:
@@ -114,8 +115,13 @@ def _peft(t: Tensors) -> Layer:
     import peft
 
     case, names = t.case, [f"adapter{slot}" for slot in range(len(t.adapters))]
-    base = torch.nn.Linear(case.K, case.N, bias=False, device="meta")
+    base: Any = torch.nn.Linear(case.K, case.N, bias=False, device="meta")
     base.weight = torch.nn.Parameter(t.weight, requires_grad=False)
+    if not isinstance(t.base, Tensor):
+        nn = importlib.import_module("bitsandbytes").nn
+        base = nn.Linear4bit(case.K, case.N, bias=False, quant_type=case.base, compute_dtype=t.x.dtype, device="meta")
+        weight = nn.Params4bit(t.weight, requires_grad=False, quant_type=case.base, compress_statistics=False)
+        base.weight = weight._quantize(t.x.device)
     settings: dict[str, Any] = {"lora_dropout": case.dropout, "target_modules": ["0"]}
     configs = [peft.LoraConfig(r=r, lora_alpha=SCALING * r, **settings) for r in case.ranks]
     options: dict[str, Any] = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": False}
@@ -133,6 +139,14 @@ def _peft(t: Tensors) -> Layer:
         return lambda: layer(x, adapter_names=names).view(case.M, case.N)
     of_tokens = [names[slot] for slot in t.slots.tolist()]
     return lambda: layer(t.x, adapter_names=of_tokens)
+
+
+def _peft_why_not(case: Case, device: torch.device) -> str | None:
+    if case.base == "dense":
+        return _needs("peft", case, device)
+    if case.base != "nf4" or case.adapters is not None:
+        return "PEFT is measured over bitsandbytes' NF4 alone, and with one adapter"
+    return _needs("peft", case, device) or _needs("bitsandbytes", case, device)
 
 
 def _unsloth(t: Tensors) -> Layer:
@@ -186,17 +200,32 @@ def _vllm_triton(ops: ModuleType, t: Tensors) -> Layer:
 _auto, _triton = (partial(_ours_why_not, impl) for impl in ("auto", "triton"))
 _general = partial(_ours_why_not, "triton", general=True)
 _ROWS = (
-    Peer("frozen", "frozen layer", lambda t: partial(linear, t.x, t.weight), adapted=False, adapter_bytes=lambda _: 0),
-    Peer("ours-auto", "ours", partial(_ours, "auto"), _auto, adapter_bytes=Case.paged_bytes),
-    Peer("ours-torch", "ours, plain torch", partial(_ours, "torch"), adapter_bytes=Case.paged_bytes),
-    Peer("ours-triton", "ours, Triton", partial(_ours, "triton"), _triton, adapter_bytes=Case.paged_bytes),
-    Peer("ours-fused", "ours, fused", partial(_ours, "triton"), _general, many=False, cublas=False),
-    Peer("ours-split", "ours, split", partial(_ours, "triton"), _general, many=False, cublas=True),
-    Peer("ours-stacks", "ours, padded stacks", partial(_ours, "auto", paged=False), _auto, True, Case.padded_bytes),
+    Peer(
+        "frozen",
+        "frozen layer",
+        lambda t: partial(frozen_linear, t.x, t.base, None),
+        adapter_bytes=lambda _: 0,
+        adapted=False,
+        packed=True,
+    ),
+    Peer("ours-auto", "ours", partial(_ours, "auto"), _auto, adapter_bytes=Case.paged_bytes, packed=True),
+    Peer("ours-torch", "ours, plain torch", partial(_ours, "torch"), adapter_bytes=Case.paged_bytes, packed=True),
+    Peer("ours-triton", "ours, Triton", partial(_ours, "triton"), _triton, adapter_bytes=Case.paged_bytes, packed=True),
+    Peer("ours-fused", "ours, fused", partial(_ours, "triton"), _general, many=False, cublas=False, packed=True),
+    Peer("ours-split", "ours, split", partial(_ours, "triton"), _general, many=False, cublas=True, packed=True),
+    Peer(
+        "ours-stacks",
+        "ours, padded stacks",
+        partial(_ours, "auto", paged=False),
+        _auto,
+        True,
+        Case.padded_bytes,
+        packed=True,
+    ),
     Peer("eager", "the formula in eager torch", _formula, many=False),
     # Building takes longer than measuring on a CPU.
     Peer("compile", "the formula, compiled", partial(_formula, compiled=True), many=False, counted=False, on_cpu=False),
-    Peer("peft", "PEFT", _peft, partial(_needs, "peft")),
+    Peer("peft", "PEFT", _peft, _peft_why_not, packed=True),
     Peer("unsloth", "Unsloth", _unsloth, partial(_needs, "unsloth", cuda=True, dropout=False), False, counted=False),
     Peer("lorafusion", "LoRAFusion", _lorafusion, partial(_needs, "lorafusion", cuda=True), False, counted=False),
     Peer("loop", "a loop over adapters", _loop, many=True),

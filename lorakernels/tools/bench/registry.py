@@ -20,7 +20,7 @@ class Case:
     """x [M, K] through weight [N, K]: a training step with one adapter of rank r, or the forward of a batch.
 
     Of a batch the tokens share `adapters` adapters, as many tokens each as can be; each has rank r, or, `mixed`, 8, 16,
-    32 … r in turn. `dtype` names torch's.
+    32 … r in turn. `dtype` names torch's. Over a packed weight the frozen layer has the same one.
     """
 
     M: int
@@ -31,6 +31,7 @@ class Case:
     dtype: str = "bfloat16"
     adapters: int | None = None
     mixed: bool = False
+    base: str = "dense"  # or the format of a packed weight
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -67,14 +68,22 @@ class Case:
     def __str__(self) -> str:
         rank = f"8…{self.r}" if self.mixed else str(self.r)
         more = f"p={self.dropout:g}" if self.adapters is None else f"adapters={self.adapters}"
-        return f"{self.M}x{self.N}x{self.K} r={rank} {more} {self.dtype}"
+        base = "" if self.base == "dense" else f" {self.base}"
+        return f"{self.M}x{self.N}x{self.K} r={rank} {more} {self.dtype}{base}"
 
     # A training step has two products with W for the forward's one, and three times the forward's of the adapter's.
 
     @property
     def frozen_bytes(self) -> int:
         """A product reads x and W and writes y; or reads dy and W and writes dx."""
-        return (2 if self.adapters is None else 1) * (self.M * (self.K + self.N) + self.N * self.K) * self.itemsize
+        products = 2 if self.adapters is None else 1
+        return round(products * (self.M * (self.K + self.N) * self.itemsize + self.N * self.K * self.weight_itemsize))
+
+    @property
+    def weight_itemsize(self) -> float:
+        """Bytes a number of W with its scales, a float32 for each 64 numbers or each row; int4 has as many zeros."""
+        packed = {"nf4": 0.5 + 4 / 64, "int4": 0.5 + 8 / 64, "int8": 1 + 4 / self.K, "fp8": 1 + 4 / self.K}
+        return packed.get(self.base, self.itemsize)
 
     @property
     def frozen_flops(self) -> int:
@@ -135,6 +144,10 @@ def _sets() -> dict[str, tuple[Case, ...]]:
         "tokens": [Case(tokens, N, K) for tokens in TOKENS],
         "ranks": [Case(M, N, K, r) for r in (4, 8, 16, 32, 64, 128, 256)],
         "dtypes": [Case(M, N, K, dtype=dtype) for dtype in ("bfloat16", "float16", "float32")],
+        "quantised": [
+            *(Case(tokens, N, K, base="nf4") for tokens in (1, 16, 64, 256, 1024, M)),
+            *(Case(tokens, N, K, base=base) for tokens in (16, M) for base in ("int4", "int8", "fp8")),
+        ],
         # The layer sizes, tokens, rank and dropout that LoRAFusion (arXiv 2510.00206) reports its kernels on.
         "lorafusion": [Case(tokens, n, n, dropout=0.1) for n in (4096, 5120, 8192) for tokens in (2048, 4096, 8192)],
     }
@@ -159,6 +172,11 @@ def _sets() -> dict[str, tuple[Case, ...]]:
             *(Case(tokens, 256, 256, 8, p, "float32") for tokens in (1, 64, 320) for p in (0.0, 0.1)),
             Case(320, 704, 256, dtype="float32"),
             Case(320, 256, 256),
+        ],
+        "small-quantised": [
+            *(Case(320, 256, 256, 8, p, dtype, base="nf4") for dtype, p in (("float32", 0.1), ("bfloat16", 0.0))),
+            *(Case(64, 256, 256, 8, dtype="float32", base=base) for base in ("int4", "int8", "fp8")),
+            Case(64, 256, 256, 8, dtype="float32", adapters=8, base="nf4"),
         ],
         "small-multi": [
             *(Case(64, 256, 256, 8, dtype="float32", adapters=adapters) for adapters in (1, 8, 64)),

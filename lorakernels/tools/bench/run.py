@@ -14,6 +14,7 @@ import torch
 from lorakernels.configs.data_sheet import data_sheet
 from lorakernels.configs.device import device_of
 from lorakernels.configs.table import record_choices
+from lorakernels.quant.packed import PackedWeight
 from lorakernels.tools.bench import timing
 from lorakernels.tools.bench.counting import count
 from lorakernels.tools.bench.environment import describe
@@ -79,7 +80,8 @@ def run(
 def _case_rows(case: Case, peers: Sequence[Peer], device: torch.device, rounds: int, skip: str | None) -> list[Row]:
     heads = {peer.name: _head(case, peer, device) for peer in peers}
     for peer in peers:
-        heads[peer.name]["reason"] = skip or peer.why_not(case, device)
+        packed = None if case.base == "dense" or peer.packed else "it takes no packed weight"
+        heads[peer.name]["reason"] = skip or packed or peer.why_not(case, device)
     runnable = [peer for peer in peers if heads[peer.name]["reason"] is None]
     try:
         timers = _checked(case, runnable, device, heads) if runnable else {}
@@ -134,7 +136,8 @@ def _tensor_sets(case: Case, device: torch.device) -> list[Tensors]:
 
 def _figures(peer: Peer, step: Step, t: Tensors) -> Row:
     """What a step keeps for the backward without weights and adapters, its peak on a GPU, and what it asks for."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (t.weight, *t.adapters[0])}
+    base = t.base[1:] if isinstance(t.base, PackedWeight) else (t.base,)
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*base, *t.adapters[0]) if tensor is not None}
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,9 @@
-"""A model's adapters to and from PEFT's files: adapter_config.json and adapter_model.safetensors."""
+"""PEFT's files of an adapter into a model."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,53 +11,15 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
 from lorakernels.adapters.inject import adding, freeze_all_but_adapters
-from lorakernels.adapters.rank_slices import smaller
+from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.adapters.switch import set_adapter
-from lorakernels.config import LoRAConfig, of_one_layer
-from lorakernels.files.peft import local_folder, read_peft, with_ranks, write_peft
-from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error
+from lorakernels.adapters.uncalled import watch
+from lorakernels.config import of_one_layer
+from lorakernels.files.peft import local_folder, read_peft
+from lorakernels.files.reading import AdapterFileError, as_file_error
 from lorakernels.nn.base import DEFAULT, check_adapter_name
-from lorakernels.nn.layer import LoRALayer
-
-
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = DEFAULT) -> Path:
-    """Write an adapter of `model` into `folder`, which PEFT's `from_pretrained` reads.
-
-    One that PiSSA or OLoRA has started is written as a plain adapter of twice the rank for the original base weights.
-    Of sharded parameters every process calls this and the first one writes.
-    Raises KeyError, naming the adapters there are, when the model has none of that name or was not given it as a whole,
-    and RuntimeError when another adapter has changed the base weights, or ranks past those of a hot swap have trained.
-    """
-    model = held.uncompiled(model)
-    config = held.config_of(model, adapter_name)
-    held.refuse_changed_base(model, but_by=adapter_name)
-    others = _saved_biases(model, config, adapter_name)
-    for path, copy in copies_of(model, adapter_name).items():
-        others |= {f"{path}.{name}": tensor for name, tensor in state_of(copy).items()}
-    updates: dict[str, Tensors] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    for path, layer in held.layers_of(model, adapter_name).items():
-        updates[path], ranks[path], alphas[path] = _plain(layer, adapter_name)
-    sharded = any(hasattr(tensor, "full_tensor") for own in (others, *updates.values()) for tensor in own.values())
-    others, updates = _whole(others), {path: _whole(own) for path, own in updates.items()}
-    if not sharded or torch.distributed.get_rank() == 0:
-        write_peft(Path(folder), with_ranks(config, ranks, alphas), updates, others)
-    if sharded:
-        torch.distributed.barrier()  # every process may read the files when the call returns
-    return Path(folder)
-
-
-def _whole(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    """Contiguous copies in main memory: parameters may share theirs. Shards are gathered, on every process."""
-    whole = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach()
-        if hasattr(own, "full_tensor"):  # a DTensor, whose module is not imported for this
-            own = own.full_tensor()
-        whole[name] = own.cpu().clone(memory_format=torch.contiguous_format)
-    return whole
+from lorakernels.nn.modules import unwrapped
 
 
 def load_adapter(
@@ -70,6 +30,7 @@ def load_adapter(
     trainable: bool = False,
     hub: bool = False,
     revision: str | None = None,
+    base_weights: str = "model",
 ) -> nn.Module:
     """Put the adapter in `folder` into `model`, in place, and make it the active one.
 
@@ -86,6 +47,8 @@ def load_adapter(
         trainable: whether its parameters need gradients.
         hub: whether the hub may be asked.
         revision: a branch, tag or commit on the hub; implies `hub`.
+        base_weights: of base weights in the file, which PEFT saves where the vocabulary was resized or embeddings are
+            targets: "model", they must be the model's; "file", they replace the model's, which then stay changed.
 
     Returns:
         `model` itself.
@@ -93,10 +56,13 @@ def load_adapter(
     Raises:
         AdapterFileError: the files are missing, broken, or do not fit the model.
         ImportError: the hub is asked, and huggingface_hub is not installed.
+        ValueError: `base_weights` is none of the two.
     """
     check_adapter_name(adapter_name)
-    compiled, model = model, held.uncompiled(model)
-    contents = bind(model, read_peft(local_folder(folder, hub, revision)))
+    compiled, model = model, unwrapped(model)
+    if base_weights not in ("model", "file"):
+        raise ValueError(f"base_weights is {base_weights!r}; expected 'model' or 'file'")
+    contents = bind(model, read_peft(local_folder(folder, hub, revision)), base_weights=base_weights)
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
     earlier = held.names(model)
@@ -119,37 +85,13 @@ def load_adapter(
                 parameter.requires_grad_(False)
         copy_whole(model, adapter_name, contents)
         with torch.no_grad():
-            for bias, value in contents.biases:
-                bias.copy_(value)
+            for own, value in contents.biases + contents.base:
+                own.copy_(value)
         held.remember(model, adapter_name, config)
+        save_through_transformers(model)
+        if trainable:
+            watch(model)
     return compiled
-
-
-def _plain(layer: LoRALayer, name: str) -> tuple[dict[str, torch.Tensor], int, float]:
-    """An adapter's tensors as its file has them, its rank and its alpha."""
-    adapter = layer.adapters[name]
-    r, alpha = adapter.r, adapter.lora_alpha
-    tensors: dict[str, torch.Tensor] = dict(layer.adapter_tensors(name))
-    if name in layer.base_changed_by:
-        tensors |= dict(zip(tensors, layer.as_plain_lora(name), strict=False))
-        # Of twice the rank, and with the same scaling.
-        return tensors, 2 * r, alpha * (math.sqrt(2) if adapter.use_rslora else 2)
-    return {suffix: smaller(suffix, tensor, r, layer.base_layer) for suffix, tensor in tensors.items()}, r, alpha
-
-
-def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Tensors:
-    """The biases that trained with an adapter, by PEFT's names: `<module>.base_layer.bias` in an adapted layer."""
-    if config.bias == "none":
-        return {}
-    of_adapters = set(map(id, held.parameters(model)))
-    adapted = tuple(f"{path}.base_layer." for path in held.owners(model, adapter_name))
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)  # PEFT has each of a tied one's names
-        if name.rpartition(".")[2] == "bias"
-        and id(parameter) not in of_adapters
-        and (config.bias == "all" or name.startswith(adapted))
-    }
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents) -> None:

@@ -1,0 +1,125 @@
+"""A model's adapters into PEFT's files, adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import math
+import os
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakernels.adapters import held
+from lorakernels.adapters.rank_slices import smaller
+from lorakernels.adapters.saved_modules import copies_of, state_of
+from lorakernels.config import LoRAConfig
+from lorakernels.files.peft import with_ranks, write_peft
+from lorakernels.files.reading import Tensors
+from lorakernels.nn.base import DEFAULT
+from lorakernels.nn.layer import LoRALayer
+from lorakernels.nn.modules import named_parameters, unwrapped
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = DEFAULT) -> Path:
+    """Write an adapter of `model` into `folder`, which PEFT's `from_pretrained` reads.
+
+    One that PiSSA or OLoRA has started is written as a plain adapter of twice the rank for the original base weights.
+    Of sharded parameters every process calls this and the first one writes.
+    Raises KeyError, naming the adapters there are, when the model has none of that name or was not given it as a whole,
+    and RuntimeError when another adapter has changed the base weights, or ranks past those of a hot swap have trained.
+    """
+    model = unwrapped(model)
+    config = held.config_of(model, adapter_name)
+    held.refuse_changed_base(model, but_by=adapter_name)
+    others = _saved_biases(model, config, adapter_name)
+    for path, copy in copies_of(model, adapter_name).items():
+        others |= {f"{path}.{name}": tensor for name, tensor in state_of(copy).items()}
+    updates: dict[str, Tensors] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path, layer in held.layers_of(model, adapter_name).items():
+        updates[path], ranks[path], alphas[path] = _plain(layer, adapter_name)
+    sharded = any(hasattr(tensor, "full_tensor") for own in (others, *updates.values()) for tensor in own.values())
+    others, updates = _whole(others), {path: _whole(own) for path, own in updates.items()}
+    if not sharded or torch.distributed.get_rank() == 0:
+        base = getattr(model, "name_or_path", None) or None  # of a transformers model
+        write_peft(Path(folder), with_ranks(config, ranks, alphas), updates, others, base)
+    if sharded:
+        torch.distributed.barrier()  # every process may read the files when the call returns
+    return Path(folder)
+
+
+def _whole(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Contiguous copies in main memory: parameters may share theirs. Shards are gathered, on every process."""
+    whole = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach()
+        if hasattr(own, "full_tensor"):  # a DTensor, whose module is not imported for this
+            own = own.full_tensor()
+        whole[name] = own.cpu().clone(memory_format=torch.contiguous_format)
+    return whole
+
+
+def _plain(layer: LoRALayer, name: str) -> tuple[dict[str, torch.Tensor], int, float]:
+    """An adapter's tensors as its file has them, its rank and its alpha."""
+    adapter = layer.adapters[name]
+    r, alpha = adapter.r, adapter.lora_alpha
+    tensors: dict[str, torch.Tensor] = dict(layer.adapter_tensors(name))
+    if name in layer.base_changed_by:
+        tensors |= dict(zip(tensors, layer.as_plain_lora(name), strict=False))
+        # Of twice the rank, and with the same scaling.
+        return tensors, 2 * r, alpha * (math.sqrt(2) if adapter.use_rslora else 2)
+    return {suffix: smaller(suffix, tensor, r, layer.base_layer) for suffix, tensor in tensors.items()}, r, alpha
+
+
+def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Tensors:
+    """The biases that trained with an adapter, by PEFT's names: `<module>.base_layer.bias` in an adapted layer."""
+    if config.bias == "none":
+        return {}
+    of_adapters = set(map(id, held.parameters(model)))
+    adapted = tuple(f"{path}.base_layer." for path in held.owners(model, adapter_name))
+    return {
+        name: parameter
+        for name, parameter in named_parameters(model)  # PEFT has each of a tied one's names
+        if name.rpartition(".")[2] == "bias"
+        and id(parameter) not in of_adapters
+        and (config.bias == "all" or name.startswith(adapted))
+    }
+
+
+class _SavePretrained:
+    """`save_pretrained` of a transformers model that has adapters, as PEFT's: their files and not the model's.
+
+    transformers' own would write the weights of adapted layers under names that its `from_pretrained` does not know,
+    and which it then leaves random. While adapters are merged the state dict is the plain model's, and its own runs.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)  # which has this
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        model: Any = self._model()
+        there, layers = held.names(model), held.layers(model).values()
+        if not there or all(layer.merged for layer in layers):
+            return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub=True: adapters are written to a folder alone; upload that")
+        held.refuse_merged(model)  # some are, and others not
+        for name in there if kwargs.get("is_main_process", True) else ():
+            save_adapter(model, Path(save_directory) / ("" if name == DEFAULT or len(there) == 1 else name), name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        model = self._model()
+        return _SavePretrained(memo.get(id(model), model))
+
+    def __reduce__(self) -> Any:
+        return _SavePretrained, (self._model(),)
+
+
+def save_through_transformers(model: nn.Module) -> None:
+    """Let `save_pretrained`, and so a Trainer's checkpoints, of a model that has it write the adapters' files."""
+    if hasattr(type(model), "save_pretrained"):
+        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]

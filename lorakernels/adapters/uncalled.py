@@ -1,0 +1,64 @@
+"""Adapted layers that a model does not call, so that they have no effect: noticed in the first pass that trains."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakernels.adapters import held
+from lorakernels.nn.base import LoRABase
+from lorakernels.nn.modules import names_of
+
+
+def watch(model: nn.Module) -> None:
+    """Warn once, after the next pass of `model` that trains, of adapted layers whose parent ran and called them not."""
+    if _first_pass not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_first_pass)
+
+
+def unwatch(model: nn.Module) -> None:
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _first_pass]:
+        del model._forward_pre_hooks[key]
+
+
+def _first_pass(model: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+        return
+    unwatch(model)
+    modules = {path: module for module, path in names_of(model).items()}
+    layers = {path: layer for path, layer in held.layers(model).items() if layer.active_adapters}
+    if LoRABase.ran is not None or any(map(_is_compiled, model.modules())):
+        return  # of a graph nothing is seen, and a hook would have it compiled again
+    parents = {path: modules[path.rpartition(".")[0]] for path in layers}
+    ran: set[nn.Module] = {model}
+    LoRABase.ran = ran
+
+    def called(module: nn.Module, args: Any) -> None:
+        ran.add(module)
+
+    def ended(module: nn.Module, args: Any, result: Any) -> None:
+        LoRABase.ran = None
+        for hook in hooks:
+            hook.remove()
+        if result is None:  # it raised
+            return watch(model)
+        left_out = [path for path, layer in layers.items() if layer not in ran and parents[path] in ran]
+        if left_out:
+            shown = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
+            warnings.warn(
+                f"{len(left_out)} adapted layers were not called while {type(model).__name__} ran: {shown}. A module "
+                "that reads a layer's weight and does not call it (fused projections, a kernel of its own) leaves the "
+                "adapter without effect and without gradients: leave these out (exclude_modules), or have them called",
+                stacklevel=2,
+            )
+
+    # On the layers themselves a hook would keep them out of their groups.
+    hooks = [module.register_forward_pre_hook(called) for module in set(parents.values())]
+    hooks.append(model.register_forward_hook(ended, always_call=True))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

@@ -1,0 +1,170 @@
+"""The way back to a plain model: `unload`, and what a state dict and transformers' `save_pretrained` write."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lorakernels as lk
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=2, **sizes)).eval()
+
+
+def adapted(model: Any, **fields: Any) -> Any:
+    fields = {"r": 2, "target_modules": ["q_proj", "k_proj", "down_proj"], "init_lora_weights": False} | fields
+    return lk.inject(model, lk.LoRAConfig(**fields)).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def again(folder: Path) -> Any:
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    return model.eval()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "embedding": {"target_modules": ["embed_tokens", "o_proj"]},
+    "head": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["without", "merged"])
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+def test_unload(fields: dict[str, Any], merge: bool) -> None:
+    """Types, names and answers of the plain model; merged, its answers are those with the adapter."""
+    plain = llama()
+    model = adapted(copy.deepcopy(plain), **fields)
+    if "modules_to_save" in fields:
+        nn.init.normal_(model.lm_head.modules_to_save["default"].weight)
+    expected = logits(model if merge else plain)
+    assert lk.unload(model, merge=merge) is model
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    torch.testing.assert_close(logits(model), expected)
+    assert vars(model).keys() == vars(plain).keys()
+
+
+def test_unload_of_a_merged_and_of_a_quantised_model() -> None:
+    model = adapted(lk.quantize(llama(), "nf4"))
+    before = {name: tensor.clone() for name, tensor in lk.unload(copy.deepcopy(model)).state_dict().items()}
+    expected = logits(model)
+    lk.merge(model)
+    for merge in (True, False):
+        twin = lk.unload(copy.deepcopy(model), merge=merge)
+        assert not any(isinstance(module, lk.LoRALinear) for module in twin.modules())
+        if merge:
+            torch.testing.assert_close(logits(twin), expected)
+        else:
+            assert all(torch.equal(tensor, before[name]) for name, tensor in twin.state_dict().items())
+
+
+def test_unload_of_one_layer_and_of_a_model_without_adapters() -> None:
+    base = nn.Linear(4, 3)
+    assert lk.unload(lk.LoRALinear.from_linear(base, r=2)) is base
+    assert lk.unload(base) is base and lk.unload(base, merge=True) is base
+
+
+def test_a_merge_that_cannot_be_changes_nothing() -> None:
+    model = adapted(llama())
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.lora_A["default"].weight.fill_(torch.inf)
+    before = model.state_dict()
+    with pytest.raises(ValueError, match="not finite"):
+        lk.unload(model, merge=True)
+    assert list(model.state_dict()) == list(before)
+
+
+@pytest.mark.parametrize(
+    "fields", [KINDS["plain"], KINDS["head"], KINDS["embedding"]], ids=["plain", "head", "embedding"]
+)
+def test_a_merged_state_dict_is_the_plain_models(fields: dict[str, Any], tmp_path: Path) -> None:
+    """Strictly loaded, and through transformers: the adapter counts once."""
+    model = adapted(llama(), **fields)
+    if "modules_to_save" in fields:
+        nn.init.normal_(model.lm_head.modules_to_save["default"].weight)
+    expected, unmerged = logits(model), model.state_dict()
+    lk.merge(model)
+    plain = llama()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(plain), expected)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again(tmp_path)), expected)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        adapted(llama(), **fields).load_state_dict(model.state_dict())
+    lk.unmerge(model)
+    assert model.state_dict().keys() == unmerged.keys()
+
+
+def test_a_tied_head() -> None:
+    """transformers leaves out one of two names of a tensor; both are the merged one's."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    config = transformers.LlamaConfig(num_attention_heads=2, tie_word_embeddings=True, **sizes)
+    model = adapted(transformers.LlamaForCausalLM(config).eval())
+    expected = logits(model)
+    lk.merge(model)
+    plain = transformers.LlamaForCausalLM(config).eval()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(logits(plain), expected)
+
+
+def test_what_an_adapted_model_saves_through_transformers(tmp_path: Path) -> None:
+    """As PEFT's: the adapters' files, which transformers puts on the base model that they name."""
+    llama().save_pretrained(tmp_path / "base")
+    model = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    expected = logits(model)
+    twins = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for number, twin in enumerate(twins):
+        folder = tmp_path / str(number)
+        twin.save_pretrained(folder)
+        assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        torch.testing.assert_close(logits(loaded), expected)
+        twin.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data.zero_()  # the others keep their own
+    lk.inject(model, lk.LoRAConfig(r=2, target_modules=["v_proj"]), "other")
+    model.save_pretrained(tmp_path / "two")
+    assert (tmp_path / "two" / "other" / "adapter_config.json").exists()
+    assert (tmp_path / "two" / "adapter_config.json").exists()
+    with pytest.raises(ValueError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "half", push_to_hub=True)
+    model.model.layers[0].self_attn.q_proj.merge()
+    with pytest.raises(RuntimeError, match="call unmerge first"):
+        model.save_pretrained(tmp_path / "half")
+
+
+def test_a_trainers_checkpoint(tmp_path: Path) -> None:
+    model = adapted(llama())
+    model.config._name_or_path = ""
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS]
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=1, save_steps=1, report_to="none", disable_tqdm=True, use_cpu=True
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(tmp_path / "last")
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "last"):
+        loaded = lk.load_adapter(llama(), folder).eval()
+        assert torch.equal(logits(loaded), logits(model.eval()))

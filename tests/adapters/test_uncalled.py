@@ -1,0 +1,111 @@
+"""Layers whose weight is read and which are not called: an adapter there has no effect, and that is said."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lorakernels as lk
+
+
+class Fused(nn.Module):
+    """q, k and v in one product of their weights, as diffusers' fuse_qkv_projections; the output by a call."""
+
+    def __init__(self, fuse: bool = True) -> None:
+        super().__init__()
+        self.fuse = fuse
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        self.unused = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        if self.fuse:
+            q, k, v = F.linear(x, torch.cat([layer.weight for layer in layers])).chunk(3, -1)
+        else:
+            q, k, v = (layer(x) for layer in layers)
+        return self.o_proj(torch.tanh(q) * k + v)
+
+
+class Model(nn.Module):
+    def __init__(self, fuse: bool = True) -> None:
+        super().__init__()
+        self.attention, self.head = Fused(fuse), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.attention(x))
+
+
+TARGETS = ["q_proj", "v_proj", "o_proj", "head", "unused.0"]
+
+
+def test_the_first_pass_that_trains_tells_once() -> None:
+    model = lk.inject(Model(), lk.LoRAConfig(target_modules=TARGETS), group=False)
+    x = torch.randn(3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            model(x)
+        model.eval()(x)
+    model.train()
+    with pytest.raises(RuntimeError):  # a pass that fails tells nothing
+        model(torch.randn(3, 7))
+    with pytest.warns(UserWarning, match="2 adapted layers were not called") as told:
+        model(x)
+    message = str(told[0].message)
+    assert "attention.q_proj, attention.v_proj" in message and "o_proj" not in message
+    assert "unused" not in message  # a list is called by nobody: of what is in it nothing is known
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.attention.children())
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(x).sum().backward()
+
+
+def test_a_model_that_calls_its_layers_tells_nothing() -> None:
+    model = lk.inject(Model(fuse=False), lk.LoRAConfig(target_modules=TARGETS[:4]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(3, 8)).sum().backward()
+
+
+KINDS = ("Mamba", "Mamba2", "FalconMamba", "Bamba")
+
+
+def state_space_model(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 16, "state_size": 4}
+    if kind == "Mamba2":
+        sizes |= {"num_heads": 4, "head_dim": 16, "n_groups": 1}
+    if kind == "Bamba":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 16, "intermediate_size": 32}
+        sizes |= {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 4}
+        sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    return getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_space_models(kind: str, tmp_path: Path) -> None:
+    for name in ("conv1d", "out_proj"):
+        with pytest.raises(ValueError, match="reads its weight in a kernel and does not call it"):
+            lk.inject(state_space_model(kind), lk.LoRAConfig(target_modules=[name]))
+    model = lk.inject(state_space_model(kind), lk.LoRAConfig(target_modules="all-linear"))
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, lk.LoRALinear)}
+    assert "in_proj" in adapted and not adapted & {"conv1d", "out_proj"}
+
+
+def test_a_file_for_what_is_read() -> None:
+    model = state_space_model("Mamba")
+    path = "backbone.layers.0.mixer.out_proj"
+    tensors = {
+        f"base_model.model.{path}.lora_A.weight": torch.zeros(2, 64),
+        f"base_model.model.{path}.lora_B.weight": torch.zeros(32, 2),
+    }
+    store = lk.AdapterStore(model, max_rank=8)
+    with pytest.raises(lk.AdapterFileError, match="reads its weight in a kernel"):
+        store.load("a", (lk.LoRAConfig(r=2, target_modules=["out_proj"]), tensors))
