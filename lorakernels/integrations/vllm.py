@@ -98,8 +98,11 @@ def register() -> None:
     if reason is None:
         from vllm.platforms import current_platform
 
-        given = current_platform.get_punica_wrapper()
-        parent = str(given).rpartition(".")[2]
+        try:
+            given = str(current_platform.get_punica_wrapper())
+        except NotImplementedError:  # a platform without LoRA
+            return
+        parent = given.rpartition(".")[2]
         if given.startswith(__name__):
             return
         if given == f"{_FOLDER}.{PARENTS.get(parent)}.{parent}":

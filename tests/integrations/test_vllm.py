@@ -234,6 +234,13 @@ def test_it_registers_for_the_platforms_class_and_once(stand_in: Path) -> None:
         vllm.LoRAKernelsPunicaWrapperXPU  # noqa: B018
 
 
+def test_a_platform_without_lora_is_left_alone(stand_in: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = _SOURCES["platforms.py"].replace("return", "raise NotImplementedError  #")
+    (stand_in / "platforms.py").write_text(source)
+    vllm.register()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("file", "old", "new", "reason"),
     [
