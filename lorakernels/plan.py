@@ -82,8 +82,6 @@ class BatchPlan:
             # In one piece, for `update_host` to copy at once.
             self._whole = torch.zeros(self.layout.size + num_slots + 1, dtype=torch.int32, device=device)
             self.device = self._whole.device
-            self._buffer = self._whole[: self.layout.size]
-            self._scales = self._whole[self.layout.size :].view(torch.float32)
             if num_pages is not None:
                 self._page_table = torch.zeros(num_slots + 1, max_rank, dtype=torch.int32, device=self.device)
             self._iota = torch.arange(most, device=self.device)
@@ -95,10 +93,24 @@ class BatchPlan:
         self.version = 0
         self._is_in_graph = False  # a replay of which updates the plan, and its version stays
         self._snapshots: dict[Any, PlanTensors] = {}  # of this version, by the CUDA stream that makes and reads them
-        self.tensors = PlanTensors(self._buffer, self._scales, self._page_table, num_slots, max_tokens)
-        """The plan as it is now and will be after every update: the same memory."""
+        self._set_views()
         self.on_host: Any = None
         """What an operator has read of this version on the host; None after an update."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy stages in memory of its own."""
+        return {**self.__dict__, "_staging": None, "on_host": None, "_snapshots": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._set_views()  # pickle makes a memory of each
+
+    def _set_views(self) -> None:
+        with torch.inference_mode(False):
+            self._buffer = self._whole[: self.layout.size]
+            self._scales = self._whole[self.layout.size :].view(torch.float32)
+        self.tensors = PlanTensors(self._buffer, self._scales, self._page_table, self.num_slots, self.max_tokens)
+        """The plan as it is now and will be after every update: the same memory."""
 
     def __repr__(self) -> str:
         pages = "" if self.num_pages is None else f", num_pages={self.num_pages}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import timeit
 from types import SimpleNamespace
 from typing import Any
@@ -390,3 +392,16 @@ def test_sizes_must_be_positive(sizes: tuple[Any, Any]) -> None:
 
 def test_a_plan_says_what_it_is() -> None:
     assert repr(BatchPlan(3, 8, device="cpu")) == "BatchPlan(3, 8, max_rank=64, device='cpu'): 0 tokens, version 0"
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))], ids=["copy", "pickle"]
+)
+def test_a_copied_plan_stages_for_itself(copied: Any) -> None:
+    plan = BatchPlan(2, 4)
+    plan.update_host([0, 1, 1], 4)
+    twin, expected = copied(plan), BatchPlan(2, 4)
+    for one in (twin, expected):
+        one.update_host([1, 0, 0, 0], 4)
+    assert torch.equal(twin.tensors.buffer, expected.tensors.buffer)
+    assert twin.tensors.buffer.data_ptr() != plan.tensors.buffer.data_ptr()

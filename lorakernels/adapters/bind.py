@@ -131,25 +131,28 @@ def _take_biases(tensors: Tensors, model: nn.Module) -> Values:
 def _take_base(tensors: Tensors, model: nn.Module, source: str, base_weights: str) -> Values:
     """What is left may only be the base's own weights, which PEFT saves beside adapted or resized embeddings."""
     own = _parameters(model) if tensors else {}
-    taken: Values = []
+    taken: dict[torch.Tensor, torch.Tensor] = {}
     for key, value in tensors.items():
         weight = own.get(plain_name(key.removeprefix(PREFIX)))
         if weight is None or not key.startswith(PREFIX):
             raise unknown_key(source, key, f"{PREFIX}<module>.lora_A.weight and the like, or what was trained whole")
         check_finite(key, value)
+        if weight.is_meta:
+            raise AdapterFileError(f"{key} is a base weight, and the model's is on the meta device; load it first")
         if weight.shape != value.shape:
             raise AdapterFileError(
                 f"{key} is a base weight {list(value.shape)}, the model's {list(weight.shape)}; give the model the "
                 "size that it was trained with first (model.resize_token_embeddings)"
             )
         if base_weights == "file":
-            taken.append((weight, value))
+            if not torch.equal(taken.setdefault(weight, value), value):
+                raise AdapterFileError(f"{key} is one base weight under two names, of which the file has two values")
         elif not _is_same(weight.detach().cpu(), value):
             raise AdapterFileError(
                 f"{key} is another base weight than the model's, such as embeddings with new tokens; "
                 'load_adapter(..., base_weights="file") puts it into the model, for all its adapters'
             )
-    return taken
+    return list(taken.items())
 
 
 def _is_same(weight: torch.Tensor, value: torch.Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -138,11 +138,11 @@ def _combined(layer: LoRALayer, own: Weighted, how: _How) -> Pair:
     return _merged(As, list(map(math.copysign, roots, scaled)), how), _merged(Bs, roots, how)
 
 
-def _merged(tensors: Sequence[torch.Tensor], weights: Sequence[float], how: _How) -> torch.Tensor:
+def _merged(tensors: Iterable[torch.Tensor], weights: Sequence[float], how: _How) -> torch.Tensor:
+    if not how.method.endswith("ties"):  # one by one: of updates all together are n of [N, K]
+        return sum((_left_of(tensor, how) * w for tensor, w in zip(tensors, weights, strict=True)), torch.tensor(0))
     left = torch.stack([_left_of(tensor, how) for tensor in tensors])
     weighted = left * left.new_tensor(weights).view(-1, *[1] * (left.dim() - 1))
-    if not how.method.endswith("ties"):
-        return weighted.sum(0)
     votes = left if how.signs == "total" else left.sign()
     chosen = left.sign() == torch.where(votes.sum(0) >= 0, 1, -1)
     return (weighted * chosen).sum(0) / chosen.sum(0).clamp(min=1)
@@ -168,7 +168,8 @@ def _cat(layer: LoRALayer, own: Weighted) -> Pair:
 
 def _svd(layer: LoRALayer, own: Weighted, how: _How) -> Pair:
     A, B = _factors(layer, own[0][0])
-    delta = _merged([layer.delta_weight(name) for name, _ in own], [weight for _, weight in own], how)
+    deltas = (layer.delta_weight(name) for name, _ in own)
+    delta = _merged(deltas, [weight for _, weight in own], how)
     U, S, Vh = torch.linalg.svd(layer._matrix(delta), full_matrices=False)
     r = min(how.svd_rank or max(layer.adapters[name].r for name, _ in own), len(S))
     shapes = list(type(layer).adapter_shapes(layer.base_layer, r).values())
@@ -190,6 +191,8 @@ def _how(kind: str, svd_rank: int | None, density: float | None, signs: str) -> 
             raise ValueError(f"density={density} goes with a combination_type that leaves numbers out; got {kind!r}")
     elif isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ValueError(f"density is {density!r}; combination_type={kind!r} expects a number in (0, 1]")
+    if signs != _SIGNS[0] and not method.endswith("ties"):
+        raise ValueError(f"majority_sign_method={signs!r} goes with a combination_type of ties; got {kind!r}")
     if signs not in _SIGNS:
         raise ValueError(f"majority_sign_method is {signs!r}; expected one of {list(_SIGNS)}")
     return _How(method, of_updates, svd_rank, density, signs)

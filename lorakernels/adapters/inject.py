@@ -231,12 +231,15 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     siblings.declare({p: names for p, names in found.items() if p in touched and not siblings.has_groups(p)})
     encoders = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
     for encoder in (module for module in model.modules() if isinstance(module, encoders)):
-        if not any(isinstance(module, (LoRALayer, QuantizedLinear)) for module in encoder.modules()):
-            continue
+        off = any(isinstance(module, (LoRALayer, QuantizedLinear)) for module in encoder.modules())
         if isinstance(encoder, nn.TransformerEncoder):
-            encoder.use_nested_tensor = False  # whose attention needs the fast path, which is off
-        elif not encoder._forward_pre_hooks:
+            # Its attention needs the fast path.
+            encoder.use_nested_tensor = encoder.use_nested_tensor and not off
+        elif off and not encoder._forward_pre_hooks:
             encoder.register_forward_pre_hook(no_fast_path)
+        elif not off:
+            for key in [key for key, hook in encoder._forward_pre_hooks.items() if hook is no_fast_path]:
+                del encoder._forward_pre_hooks[key]
 
 
 def freeze_all_but_adapters(model: nn.Module, bias: str) -> None:

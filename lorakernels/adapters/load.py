@@ -85,7 +85,8 @@ def load_adapter(
                 parameter.requires_grad_(False)
         copy_whole(model, adapter_name, contents)
         with torch.no_grad():
-            for own, value in contents.biases + contents.base:
+            values = [(own, value.to(own.device, own.dtype)) for own, value in contents.biases + contents.base]
+            for own, value in values:  # nothing can fail from here on
                 own.copy_(value)
         held.remember(model, adapter_name, config)
         save_through_transformers(model)

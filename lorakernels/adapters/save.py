@@ -23,13 +23,21 @@ from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import named_parameters, unwrapped
 
 
-def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = DEFAULT) -> Path:
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    adapter_name: str = DEFAULT,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write an adapter of `model` into `folder`, which PEFT's `from_pretrained` reads.
 
     One that PiSSA or OLoRA has started is written as a plain adapter of twice the rank for the original base weights.
-    Of sharded parameters every process calls this and the first one writes.
+    Of sharded parameters every process calls this and the first one writes; or one process gives their whole values as
+    `state_dict`, by the model's names, and writes alone.
     Raises KeyError, naming the adapters there are, when the model has none of that name or was not given it as a whole,
-    and RuntimeError when another adapter has changed the base weights, or ranks past those of a hot swap have trained.
+    RuntimeError when another adapter has changed the base weights, or ranks past those of a hot swap have trained, and
+    ValueError when `state_dict` lacks a parameter that is sharded.
     """
     model = unwrapped(model)
     config = held.config_of(model, adapter_name)
@@ -37,12 +45,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     others = _saved_biases(model, config, adapter_name)
     for path, copy in copies_of(model, adapter_name).items():
         others |= {f"{path}.{name}": tensor for name, tensor in state_of(copy).items()}
+    named = {} if state_dict is None else dict(named_parameters(model))
+    values = {id(named[name]): value for name, value in (state_dict or {}).items() if name in named}
+    others = {name: values.get(id(tensor), tensor) for name, tensor in others.items()}
     updates: dict[str, Tensors] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path, layer in held.layers_of(model, adapter_name).items():
-        updates[path], ranks[path], alphas[path] = _plain(layer, adapter_name)
+        updates[path], ranks[path], alphas[path] = _plain(layer, adapter_name, values)
     sharded = any(hasattr(tensor, "full_tensor") for own in (others, *updates.values()) for tensor in own.values())
+    if sharded and state_dict is not None:
+        raise ValueError("state_dict lacks parameters that are sharded; expected all of the adapter's, whole")
     others, updates = _whole(others), {path: _whole(own) for path, own in updates.items()}
     if not sharded or torch.distributed.get_rank() == 0:
         base = getattr(model, "name_or_path", None) or None  # of a transformers model
@@ -63,11 +76,13 @@ def _whole(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return whole
 
 
-def _plain(layer: LoRALayer, name: str) -> tuple[dict[str, torch.Tensor], int, float]:
-    """An adapter's tensors as its file has them, its rank and its alpha."""
+def _plain(
+    layer: LoRALayer, name: str, values: Mapping[int, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], int, float]:
+    """An adapter's tensors as its file has them, its rank and its alpha; `values` are those of parameters, by id."""
     adapter = layer.adapters[name]
     r, alpha = adapter.r, adapter.lora_alpha
-    tensors: dict[str, torch.Tensor] = dict(layer.adapter_tensors(name))
+    tensors = {suffix: values.get(id(tensor), tensor) for suffix, tensor in layer.adapter_tensors(name).items()}
     if name in layer.base_changed_by:
         tensors |= dict(zip(tensors, layer.as_plain_lora(name), strict=False))
         # Of twice the rank, and with the same scaling.
@@ -100,16 +115,27 @@ class _SavePretrained:
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)  # which has this
 
-    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         model: Any = self._model()
         there, layers = held.names(model), held.layers(model).values()
-        if not there or all(layer.merged for layer in layers):
-            return type(model).save_pretrained(model, save_directory, *args, **kwargs)
-        if kwargs.get("push_to_hub"):
+        if not there or all(layer.is_plain for layer in layers):
+            options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
+            return type(model).save_pretrained(model, save_directory, **options, **kwargs)
+        if push_to_hub:
             raise ValueError("push_to_hub=True: adapters are written to a folder alone; upload that")
         held.refuse_merged(model)  # some are, and others not
-        for name in there if kwargs.get("is_main_process", True) else ():
-            save_adapter(model, Path(save_directory) / ("" if name == DEFAULT or len(there) == 1 else name), name)
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in held.parameters(model))
+        if is_main_process or (sharded and state_dict is None):  # whose shards all processes gather
+            for name in there:
+                folder = Path(save_directory, "" if name == DEFAULT or len(there) == 1 else name)
+                save_adapter(model, folder, name, state_dict=state_dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         model = self._model()
@@ -119,7 +145,12 @@ class _SavePretrained:
         return _SavePretrained, (self._model(),)
 
 
-def save_through_transformers(model: nn.Module) -> None:
+def save_through_transformers(model: Any) -> None:
     """Let `save_pretrained`, and so a Trainer's checkpoints, of a model that has it write the adapters' files."""
-    if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = _SavePretrained(model)  # type: ignore[assignment]
+    if hasattr(type(model), "save_pretrained") and "save_pretrained" not in model.__dict__:
+        model.save_pretrained = _SavePretrained(model)
+
+
+def save_as_before(model: nn.Module) -> None:
+    if isinstance(model.__dict__.get("save_pretrained"), _SavePretrained):
+        del model.__dict__["save_pretrained"]

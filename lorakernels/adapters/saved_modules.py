@@ -25,7 +25,7 @@ class SavedModule(nn.Module):
         self.train(original_module.training)
         self.modules_to_save = nn.ModuleDict()
         self.active_adapters: list[str] = []  # one or none: whole modules do not add up
-        self.merged = False  # whether the model is, and its state dict a plain model's
+        self.in_merged_model = False  # whose state dict is the plain model's
 
     @property
     def adapters(self) -> nn.ModuleDict:
@@ -68,7 +68,7 @@ class SavedModule(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """While the model's adapters are merged that of the module that runs."""
-        return self.running.state_dict(*args, **kwargs) if self.merged else super().state_dict(*args, **kwargs)
+        return self.running.state_dict(*args, **kwargs) if self.in_merged_model else super().state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"active={self.active_adapters}"

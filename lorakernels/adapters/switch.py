@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.adapters.inject import activate, activity, replace_modules
+from lorakernels.adapters.save import save_as_before
 from lorakernels.adapters.saved_modules import SavedModule, saved_modules
 from lorakernels.adapters.uncalled import unwatch
 from lorakernels.config import check_alpha
@@ -76,8 +77,8 @@ def merge(
         raise
     for layer in layers.values():
         layer.merge(keep_base, requantize)
-    for wrapper in saved_modules(model).values():
-        wrapper.merged = True
+    for holder in held.holders(model).values() if layers else ():
+        holder.in_merged_model = True
     if any(lost.values()):
         worst = max(lost, key=lost.__getitem__)
         warnings.warn(
@@ -93,8 +94,8 @@ def unmerge(model: nn.Module) -> None:
     for layer in held.layers(model).values():
         if layer.merged:
             layer.unmerge()
-    for wrapper in saved_modules(model).values():
-        wrapper.merged = False
+    for holder in held.holders(model).values():
+        holder.in_merged_model = False
 
 
 def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
@@ -123,14 +124,16 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         held.refuse_merged(model)
         _merge(model)
     plain: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers.values()}
-    plain |= {wrapper: wrapper.running for wrapper in saved_modules(model).values()}
+    plain |= {wrapper: wrapper.running.requires_grad_(False) for wrapper in saved_modules(model).values()}
     for parent in model.modules():
         if not plain.keys().isdisjoint(parent._modules.values()):
             siblings.forget(parent)
     replace_modules(model, plain)
-    unwatch(model)
-    for known in ("_lora_configs", "_lora_unused", "save_pretrained"):
-        model.__dict__.pop(known, None)
+    for module in model.modules():  # it may have been put into a part of the model
+        unwatch(module)
+        save_as_before(module)
+        for known in ("_lora_configs", "_lora_unused"):
+            module.__dict__.pop(known, None)
     return plain.get(model, compiled)
 
 

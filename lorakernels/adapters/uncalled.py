@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -14,7 +16,7 @@ from lorakernels.nn.modules import names_of
 
 
 def watch(model: nn.Module) -> None:
-    """Warn once, after the next pass of `model` that trains, of adapted layers whose parent ran and called them not."""
+    """Warn once, after the next pass of `model` that trains, of adapted layers that their parent ran without."""
     if _first_pass not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_first_pass)
 
@@ -27,29 +29,33 @@ def unwatch(model: nn.Module) -> None:
 def _first_pass(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
         return
+    if getattr(model, "_is_replica", False):  # of DataParallel, with whose other ones it shares its hooks
+        return
     unwatch(model)
     modules = {path: module for module, path in names_of(model).items()}
     layers = {path: layer for path, layer in held.layers(model).items() if layer.active_adapters}
-    if LoRABase.ran is not None or any(map(_is_compiled, model.modules())):
+    if any(map(_is_compiled, model.modules())):
         return  # of a graph nothing is seen, and a hook would have it compiled again
     parents = {path: modules[path.rpartition(".")[0]] for path in layers}
-    ran: set[nn.Module] = {model}
-    LoRABase.ran = ran
+    ran = WeakSet([model])
+    LoRABase.ran = ran  # in the place of one that an interrupt, which runs no hook, has left
 
     def called(module: nn.Module, args: Any) -> None:
         ran.add(module)
 
     def ended(module: nn.Module, args: Any, result: Any) -> None:
-        LoRABase.ran = None
         for hook in hooks:
             hook.remove()
-        if result is None:  # it raised
-            return watch(model)
+        if LoRABase.ran is not ran:  # another model's
+            return
+        LoRABase.ran = None
+        if sys.exc_info()[0] is not None:  # it raised
+            return watch(module)
         left_out = [path for path, layer in layers.items() if layer not in ran and parents[path] in ran]
         if left_out:
             shown = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
             warnings.warn(
-                f"{len(left_out)} adapted layers were not called while {type(model).__name__} ran: {shown}. A module "
+                f"{len(left_out)} adapted layers were not called while {type(module).__name__} ran: {shown}. A module "
                 "that reads a layer's weight and does not call it (fused projections, a kernel of its own) leaves the "
                 "adapter without effect and without gradients: leave these out (exclude_modules), or have them called",
                 stacklevel=2,

@@ -44,7 +44,9 @@ class TensorInfo:
 
 
 class Checkpoint:
-    """The tensors of a folder with one .safetensors file, or several and their index. Reads headers only.
+    """The tensors of a folder with one .safetensors file, or several and their index.
+
+    Reads headers only, and of weights in 4 bits, which are checked, one at a time.
 
     `tensors` is by name, `shards` the files of these, `config` what config.json holds (empty without one). A weight
     that bitsandbytes has packed into 4 bits is one tensor, of the shape and dtype that it had; `packed` has its form.

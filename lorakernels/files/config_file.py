@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ WITHOUT_EFFECT = (
     # Of ms-swift and of PEFT's beginnings.
     *("swift_type", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "merge_weights"),
 )
+_PEFT_VERSION = (0, 21)  # whose fields are known
 # PEFT's other fields, each of which changes the maths.
 _OF_PEFT = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
@@ -43,7 +45,7 @@ def config_from_fields(fields: Mapping[str, Any], source: str) -> LoRAConfig:
         # Off is what a field that we do not know says when it is None, False or empty.
         if name in known or value in (None, False, "", [], {}):
             continue
-        if name in _OF_PEFT or not isinstance(value, str):
+        if name in _OF_PEFT or not isinstance(value, str) or _is_newer(fields.get("peft_version")):
             raise not_supported(name, value, source)
         notes.append(name)
     if notes:
@@ -63,6 +65,12 @@ def config_from_fields(fields: Mapping[str, Any], source: str) -> LoRAConfig:
             del arguments[name]
     with as_file_error(source):
         return LoRAConfig(**arguments)
+
+
+def _is_newer(version: Any) -> bool:
+    """Whether a file is of a PEFT that may have other fields than are known here."""
+    numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
+    return numbers is not None and tuple(map(int, numbers.groups())) > _PEFT_VERSION
 
 
 def not_supported(name: str, value: Any, source: str) -> AdapterFileError:

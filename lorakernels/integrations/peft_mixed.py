@@ -143,9 +143,11 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
     if type(names) not in (list, tuple) or x.dim() < 2 or x.shape[0] != len(names) or not x.numel():
         return None
     base = layer._modules["base_layer"]
-    if type(base) is not torch.nn.Linear and isinstance(adapter_terms(layer, ()), str):
-        return None  # no packed weight that can be read
-    weight = base_weight(base)
+    weight: Any = parameter_of(base, "weight") if type(base) is torch.nn.Linear else None
+    if not is_plain(weight):
+        if isinstance(adapter_terms(layer, ()), str):
+            return None  # no packed weight that can be read
+        weight = base_weight(base)
     hook = _registration(layer, names)
     pack = None if hook is None else _packs.get(hook)
     if pack is None or runs_more_than_forward(base) or not pack.is_for(layer, x, names, weight):

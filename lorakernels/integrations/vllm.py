@@ -306,7 +306,7 @@ class _BoundWrapper(_Wrapper):
         **kwargs: Any,
     ) -> None:
         bound = self._bound.get(id(lora_a_stacked))
-        if not (ops.runs_directly(y, x) and scale == 1.0 and add_inputs and y.is_contiguous() and x.is_contiguous()):
+        if not (ops.runs_directly(y, x) and self._is_routed(y, x) and scale == 1.0 and add_inputs):
             bound = None
         elif bound is None or not bound.is_of(lora_a_stacked, lora_b_stacked):
             bound = self._bind(x, lora_a_stacked, lora_b_stacked, output_slices)
@@ -316,6 +316,11 @@ class _BoundWrapper(_Wrapper):
         super().add_lora_linear(
             y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, add_inputs=add_inputs, **kwargs
         )
+
+    def _is_routed(self, *matrices: torch.Tensor) -> bool:
+        """Whether they lie flat, and have the rows of the batch that what is bound is for."""
+        tokens = self._tokens.num_tokens
+        return all(one.is_contiguous() and one.shape[:-1].numel() == tokens for one in matrices)
 
     def add_lora_logits(
         self,

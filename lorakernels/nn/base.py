@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ class LoRABase(nn.Module):
     """
 
     BASE: ClassVar[type[nn.Module]]
-    ran: ClassVar[set[nn.Module] | None] = None  # the layers that were called, while somebody asks
+    ran: ClassVar[WeakSet[nn.Module] | None] = None  # the layers that were called, while somebody asks
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -94,6 +95,7 @@ class LoRABase(nn.Module):
         self.active_adapters: list[str] = []
         self._merged: dict[str, Any] = {}  # what went into the base weight, by adapter
         self._kept_base: Any = None
+        self.in_merged_model = False
 
     def _make_containers(self) -> None:
         """What holds a subclass's own parameters, by adapter."""
@@ -173,6 +175,11 @@ class LoRABase(nn.Module):
         return bool(self._merged)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether its state dict is the plain layer's: merged, or not active in a model that is."""
+        return self.merged or self.in_merged_model
+
+    @property
     def merged_adapters(self) -> list[str]:
         return list(self._merged)
 
@@ -225,7 +232,7 @@ class LoRABase(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """While adapters are merged that of the plain layer, which the weight is then: no adapter counts twice."""
-        return self.base_layer.state_dict(*args, **kwargs) if self._merged else super().state_dict(*args, **kwargs)
+        return self.base_layer.state_dict(*args, **kwargs) if self.is_plain else super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.merged:

@@ -111,8 +111,8 @@ class _LoRAConv(LoRALayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """As the base layer: [B, in_channels, ...] to [B, out_channels, ...], with or without the batch."""
         x = input  # torch's name
-        if self.ran is not None:
-            self.ran.add(self)
+        if (ran := self.ran) is not None:  # read once: another thread may end it
+            ran.add(self)
         if self.merged:
             self._refuse_training_while_merged()
             return self.base_layer(x)

@@ -112,8 +112,8 @@ class LoRAEmbedding(LoRALayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Indices [...] to [..., embedding_dim]."""
         ids = input  # torch's name
-        if self.ran is not None:
-            self.ran.add(self)
+        if (ran := self.ran) is not None:  # read once: another thread may end it
+            ran.add(self)
         if self.merged:
             self._refuse_training_while_merged()
             return self.base_layer(ids)

@@ -116,8 +116,8 @@ class LoRALinear(LoRALayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
         x = input  # torch's name
-        if self.ran is not None:
-            self.ran.add(self)
+        if (ran := self.ran) is not None:  # read once: another thread may end it
+            ran.add(self)
         call = self.linear_call(x)
         if call is None:
             if self._merged:

@@ -60,6 +60,8 @@ def read(layer: Any) -> PackedWeight:
         return layer.packed
     if kind == "hqq":
         return int4.read_hqq(layer)
+    if kind not in ("bitsandbytes", "torchao"):
+        raise ValueError(f"a {type(layer).__qualname__} has no packed weight that is known")
     return (nf4.read_bitsandbytes if kind == "bitsandbytes" else wide.read_torchao)(layer._parameters["weight"])
 
 

@@ -92,7 +92,8 @@ def _rank(folder: str) -> int:
     config = json.loads(file.read_text(encoding="utf-8"))
     ranks: list[Any] = []
     if isinstance(config, dict):
-        ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+        pattern = config.get("rank_pattern") or {}
+        ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, dict) else [pattern])]
     if not ranks or not all(isinstance(rank, int) for rank in ranks):
         raise ValueError(f"{file} has no rank; expected PEFT's adapter_config.json, with a whole number as r")
     return max(ranks)

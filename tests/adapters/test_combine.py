@@ -100,9 +100,18 @@ def test_the_updates_are_pefts(
 
 
 @pytest.mark.parametrize("of_updates", [False, True], ids=["factors", "svd"])
-@pytest.mark.parametrize("signs", ["total", "frequency"])
 @pytest.mark.parametrize("density", [0.3, 0.7, 1])
-@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+@pytest.mark.parametrize(
+    ("method", "signs"),
+    [
+        ("ties", "total"),
+        ("ties", "frequency"),
+        ("dare_ties", "total"),
+        ("dare_ties", "frequency"),
+        ("dare_linear", "total"),
+        ("magnitude_prune", "total"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:The density 1 is greater")
 def test_what_leaves_numbers_out_is_pefts(
     method: str, density: float, signs: Any, of_updates: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,6 +197,11 @@ CASES: list[tuple[Arguments, type[Exception], str]] = [
     (dict(combination_type="ties"), ValueError, r"density is None; combination_type='ties' expects a number in"),
     (dict(combination_type="dare_ties_svd", density=1.5), ValueError, "density is 1.5"),
     (dict(combination_type="cat", density=0.5), ValueError, "density=0.5 goes with"),
+    (
+        dict(combination_type="linear", majority_sign_method="frequency"),
+        ValueError,
+        "goes with a combination_type of ties",
+    ),
     (dict(combination_type="ties", density=0.5, majority_sign_method="most"), ValueError, "is 'most'; expected"),
     (dict(weights=[1.0]), ValueError, "expected a weight for each"),
     (dict(adapters=[], weights=[]), ValueError, "expected a weight for each"),

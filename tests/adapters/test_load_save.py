@@ -216,6 +216,9 @@ def test_fields_that_change_nothing(tmp_path: Path) -> None:
     edit_config(note="a run of May", author="anna")(folder)
     with pytest.warns(UserWarning, match="PEFT has no field 'note', 'author'; taken for a note"):
         lk.load_adapter(net(), folder)
+    edit_config(peft_version="0.99.0")(folder)
+    with pytest.raises(lk.AdapterFileError, match=r"='(anna|a run of May)' changes"):
+        lk.load_adapter(net(), folder)
 
 
 def test_tying_that_ties_something_is_refused(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lorakernels as lk
@@ -168,3 +169,51 @@ def test_a_trainers_checkpoint(tmp_path: Path) -> None:
     for folder in (tmp_path / "checkpoint-1", tmp_path / "last"):
         loaded = lk.load_adapter(llama(), folder).eval()
         assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_an_adapter_that_is_not_merged_is_no_part_of_a_merged_model(tmp_path: Path) -> None:
+    model = adapted(llama())
+    lk.inject(model, lk.LoRAConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"]), "other")
+    unmerged, expected = set(model.state_dict()), logits(model)
+    lk.merge(model)
+    assert model.state_dict().keys() == llama().state_dict().keys()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again(tmp_path)), expected)
+    lk.unmerge(model)
+    assert set(model.state_dict()) == unmerged
+    lk.set_adapter(model, [])
+    lk.merge(model)  # of nothing
+    assert set(model.state_dict()) == unmerged
+
+
+def test_other_processes_and_whole_values(tmp_path: Path) -> None:
+    """As accelerate's `save_pretrained(folder, is_main_process=…, state_dict=…)` has it."""
+    model = adapted(llama())
+    model.save_pretrained(tmp_path / "second", False)
+    assert not (tmp_path / "second").exists()
+    whole = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=whole)
+    name = "model.layers.0.self_attn.q_proj.lora_A"
+    found = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{name}.weight"]
+    assert torch.equal(found, whole[f"{name}.default.weight"])
+
+
+def test_a_save_pretrained_of_its_own_stays(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained = own = lambda *args: None
+    adapted(model)
+    assert model.save_pretrained is own
+    assert lk.unload(model).save_pretrained is own
+
+
+def test_unload_gives_an_encoder_its_fast_path_back() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 1)
+    lk.unload(lk.inject(encoder, lk.LoRAConfig(target_modules=["linear1"])))
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
+
+
+def test_unload_of_what_was_put_into_a_part() -> None:
+    model = llama()
+    lk.inject(model.model, lk.LoRAConfig(target_modules=["q_proj"]))
+    lk.unload(model)
+    assert not any("_lora_configs" in vars(module) or module._forward_pre_hooks for module in model.modules())

@@ -188,3 +188,12 @@ def test_embeddings_that_were_resized(dtype: torch.dtype, tmp_path: Path) -> Non
         assert (ours(tokens).logits - theirs(tokens).logits).abs().max() <= 4 * torch.finfo(dtype).eps * size
     with pytest.raises(ValueError, match="base_weights is 'both'"):
         lk.load_adapter(other, tmp_path, "two", base_weights="both")
+    head = f"{PREFIX}lm_head.weight"
+    change(lambda t: t.__setitem__(head, t[head] + 1))(tmp_path)
+    tied = llama(35)
+    tied.lm_head.weight = tied.get_input_embeddings().weight
+    with pytest.raises(lk.AdapterFileError, match="one base weight under two names, of which the file has two values"):
+        lk.load_adapter(tied, tmp_path, base_weights="file")
+    for way in ("file", "model"):
+        with pytest.raises(lk.AdapterFileError, match="on the meta device"):
+            lk.load_adapter(llama(35).to("meta"), tmp_path, base_weights=way)

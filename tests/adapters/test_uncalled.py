@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,25 @@ def test_a_model_that_calls_its_layers_tells_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(torch.randn(3, 8)).sum().backward()
+
+
+def test_an_interrupt_and_other_models() -> None:
+    """An interrupt runs no hook: the next watch takes its place, and nothing keeps the model."""
+    model = lk.inject(Model(), lk.LoRAConfig(target_modules=TARGETS), group=False)
+    model.head.register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(3, 8))
+    other = lk.inject(Model(), lk.LoRAConfig(target_modules=TARGETS), group=False)
+    with pytest.warns(UserWarning, match="2 adapted layers were not called"):
+        other(torch.randn(3, 8))
+    kept = weakref.ref(model)
+    del model
+    gc.collect()
+    assert kept() is None
+
+
+def _interrupt(module: nn.Module, args: Any) -> None:
+    raise KeyboardInterrupt
 
 
 KINDS = ("Mamba", "Mamba2", "FalconMamba", "Bamba")
