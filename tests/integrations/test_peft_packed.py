@@ -134,3 +134,18 @@ def test_mixed_batches(names: list[str], grad: bool, monkeypatch: pytest.MonkeyP
         with torch.set_grad_enabled(grad):
             expected, found = plain(x, adapter_names=names), ours(x, adapter_names=names)
         assert (found - expected).norm() <= 2e-6 * expected.norm()
+
+
+def test_a_mixed_batch_over_a_weight_of_another_kind_is_pefts() -> None:
+    """A tensor subclass in a plain linear layer, as DTensor is."""
+
+    class Other(nn.Parameter):
+        pass
+
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(target_modules=["0"], r=2)).eval()
+    layer = model.base_model.model[0]
+    layer.base_layer.weight = Other(layer.base_layer.weight.detach(), requires_grad=False)
+    x, names = torch.randn(2, 8), ["default", "__base__"]
+    expected = model(x, adapter_names=names)
+    lk.accelerate(model)
+    assert torch.equal(model(x, adapter_names=names), expected)
