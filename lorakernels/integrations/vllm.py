@@ -300,11 +300,9 @@ class _BoundWrapper(_Wrapper):
         lora_b_stacked: Any,
         scale: float,
         output_slices: Sequence[int],
-        *,
-        buffer: Any = None,
-        add_inputs: bool = True,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
+        add_inputs = options.get("add_inputs", True)
         bound = self._bound.get(id(lora_a_stacked))
         if not (ops.runs_directly(y, x) and self._is_routed(y, x) and scale == 1.0 and add_inputs):
             bound = None
@@ -313,9 +311,7 @@ class _BoundWrapper(_Wrapper):
         if bound is not None:
             bound.add(y, x)
             return
-        super().add_lora_linear(
-            y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, add_inputs=add_inputs, **kwargs
-        )
+        super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **options)
 
     def _is_routed(self, *matrices: torch.Tensor) -> bool:
         """Whether they lie flat, and have the rows of the batch that what is bound is for."""

@@ -23,7 +23,7 @@ TOKENS = torch.arange(12).view(2, 6)
 def llama() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=2, **sizes)).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=2, **sizes)).double().eval()
 
 
 def adapted(model: Any, **fields: Any) -> Any:
@@ -37,7 +37,9 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def again(folder: Path) -> Any:
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float64
+    )
     assert not told["missing_keys"] and not told["unexpected_keys"]
     return model.eval()
 
@@ -124,10 +126,10 @@ def test_a_tied_head() -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
     config = transformers.LlamaConfig(num_attention_heads=2, tie_word_embeddings=True, **sizes)
-    model = adapted(transformers.LlamaForCausalLM(config).eval())
+    model = adapted(transformers.LlamaForCausalLM(config).double().eval())
     expected = logits(model)
     lk.merge(model)
-    plain = transformers.LlamaForCausalLM(config).eval()
+    plain = transformers.LlamaForCausalLM(config).double().eval()
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(logits(plain), expected)
 
@@ -135,14 +137,14 @@ def test_a_tied_head() -> None:
 def test_what_an_adapted_model_saves_through_transformers(tmp_path: Path) -> None:
     """As PEFT's: the adapters' files, which transformers puts on the base model that they name."""
     llama().save_pretrained(tmp_path / "base")
-    model = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64))
     expected = logits(model)
     twins = [model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for number, twin in enumerate(twins):
         folder = tmp_path / str(number)
         twin.save_pretrained(folder)
         assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
         torch.testing.assert_close(logits(loaded), expected)
         twin.model.layers[0].self_attn.q_proj.lora_A["default"].weight.data.zero_()  # the others keep their own
     lk.inject(model, lk.LoRAConfig(r=2, target_modules=["v_proj"]), "other")

@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 def plain() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(Block(), Block(), nn.Linear(WIDTH, 3))
+    return nn.Sequential(Block(), Block(), nn.Linear(WIDTH, 3)).double()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_files_have_the_plain_models_names(way: str, tmp_path: Path, one_process
     wrapped = WAYS[way](plain())
     assert {path for path, _ in named_modules(wrapped)} == expected_names
     assert [name for name, _ in named_parameters(wrapped)] == [name for name, _ in plain().named_parameters()]
-    x = torch.randn(4, WIDTH)
+    x = torch.randn(4, WIDTH, dtype=torch.float64)
     saved = {}
     for order in ("before", "after"):
         model = lk.inject(WAYS[way](plain()) if order == "before" else plain(), CONFIG)
@@ -105,7 +105,7 @@ def test_files_have_the_plain_models_names(way: str, tmp_path: Path, one_process
 def test_a_store_over_a_wrapped_model(way: str, tmp_path: Path, one_process: None) -> None:
     model = lk.inject(plain(), lk.LoRAConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     lk.save_adapter(model, tmp_path)
-    x = torch.randn(2, 3, WIDTH)
+    x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
     base = plain().requires_grad_(False)
     expected = torch.stack([model(x)[0], base(x)[1]])
     served = WAYS[way](copy.deepcopy(base))

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -98,6 +99,9 @@ def update(wrapper: Any, ids: tuple[int, ...], prompts: tuple[int, ...] = (), sl
     assert wrapper.updated is mapping
 
 
+BFLOAT16 = torch.finfo(torch.bfloat16).eps  # S and y are rounded once each, half an eps
+
+
 class Layer:
     """Stacks as vLLM has them, in which slot 1 is empty."""
 
@@ -176,7 +180,7 @@ def test_logits_take_the_prompts_map(wrapper: Any) -> None:
         y = torch.zeros(3, columns)
         wrapper.add_lora_logits(y, x, layer.A[0], layer.B[0], 1.0)
         n = min(columns, 40)
-        assert error(y[:, :n], layer.update(x, prompts)[:, :n]) < 0.02 and not y[:, n:].any() and not y[1].any()
+        assert error(y[:, :n], layer.update(x, prompts)[:, :n]) < BFLOAT16 and not y[:, n:].any() and not y[1].any()
     for stack in (*layer.A, *layer.B):
         stack.zero_()
     y = torch.zeros(3, 40)
@@ -184,7 +188,7 @@ def test_logits_take_the_prompts_map(wrapper: Any) -> None:
     assert not y.any()
     layer.A[0][:], layer.B[0][:] = torch.ones(R, K), torch.ones(40, R)
     wrapper.add_lora_logits(y, x, layer.A[0], layer.B[0], 1.0)
-    assert error(y, layer.update(x, prompts)) < 0.02
+    assert error(y, layer.update(x, prompts)) < BFLOAT16
 
 
 def test_the_embedding(wrapper: Any) -> None:
@@ -330,10 +334,12 @@ def test_vllm_gives_its_own_tokens(answers: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_vllms_logprobs_in_bfloat16(answers: dict[str, Any]) -> None:
     ours, vllms, base = (answers[f"{who} bfloat16"]["mixed"] for who in ("lorakernels", "vllm", "base"))
+    # The last rounding of either, of a number as large as the logarithm of the vocabulary: half an eps each.
+    allowed = torch.finfo(torch.bfloat16).eps * math.log(512)
     for i, (mine, theirs, plain) in enumerate(zip(ours, vllms, base, strict=True)):
         expected = theirs if i % 5 else plain
         same = [a == b for a, b in zip(mine[0], expected[0], strict=True)]
         until = same.index(False) if False in same else len(same)  # from then on the texts are others
         assert until > 0
         for a, b in zip(mine[1][:until], expected[1][:until], strict=True):
-            assert abs(a - b) < 0.05, i
+            assert abs(a - b) < allowed, i
