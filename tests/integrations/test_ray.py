@@ -1,4 +1,4 @@
-"""Ray Serve over AdapterStore: two replicas, one killed under load. In an environment with Ray: `pip install .[ray]`."""
+"""Ray Serve over AdapterStore: two replicas, one killed under load. It needs Ray: `pip install .[ray]`."""
 
 from __future__ import annotations
 
