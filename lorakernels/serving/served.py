@@ -32,19 +32,22 @@ Routing = Mapping[Pool, tuple[tuple[int, ...], float]]
 class _Route:
     """The adapters of a batch in pools where they have the same pages and scalings, and the plans made for them."""
 
-    def __init__(self, device: torch.device, adapters: Sequence[tuple[Sequence[int], float]]) -> None:
-        self.device, self.adapters = device, adapters
+    def __init__(
+        self, device: torch.device, adapters: Sequence[tuple[Sequence[int], float]], least_rank: int = _LEAST_RANK
+    ) -> None:
+        self.device, self.adapters, self.least_rank = device, adapters, least_rank
         self.plans: dict[torch.Size, BatchPlan] = {}
 
-    def plan(self, token_slots: torch.Tensor) -> BatchPlan:
+    def plan(self, token_slots: torch.Tensor, unit: int) -> BatchPlan:
         ranks = [len(pages) for pages, _ in self.adapters]
-        width = max(_LEAST_RANK, 1 << (max(ranks) - 1).bit_length())
+        width = max(self.least_rank, 1 << (max(ranks) - 1).bit_length())
         on_gpu = self.device.type == "cuda"
         table = torch.zeros(len(ranks), width, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         for slot, (pages, _) in enumerate(self.adapters):
             table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         num_pages = int(table.max()) + 1
-        plan = BatchPlan(len(ranks), len(token_slots), max_rank=width, num_pages=num_pages, device=self.device)
+        sizes: dict[str, Any] = {"max_rank": width, "num_pages": num_pages, "invariant": unit}
+        plan = BatchPlan(len(ranks), len(token_slots), **sizes, device=self.device)
         token_slots = token_slots.pin_memory() if on_gpu else token_slots
         on_device = [tensor.to(self.device, non_blocking=on_gpu) for tensor in (token_slots, table)]
         plan.update(on_device[0], ranks, [scaling for _, scaling in self.adapters], on_device[1])
@@ -54,12 +57,25 @@ class _Route:
 class Batch:
     """Which row has which adapter, and until its end the plans for every shape of x that has come by."""
 
-    def __init__(self, slots: Sequence[int], adapters: Sequence[Routing], lengths: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        slots: Sequence[int],
+        adapters: Sequence[Routing],
+        lengths: Sequence[int] | None,
+        max_rank: int | None = None,
+    ) -> None:
+        """With the store's `max_rank` no row's bits depend on which adapters the others have."""
         self.closed = False
         self.called: set[Site] | None = None  # where somebody asks
         self.outer: Batch | None = None  # the one that counts when this has ended
         self.slots = torch.tensor(slots, dtype=torch.int32, device="cpu")
         self.lengths = None if lengths is None else list(lengths)
+        self.is_invariant = max_rank is not None
+        if max_rank is not None:  # kernels choose their blocks by the number of adapters and by the largest rank
+            adapters = [*adapters, *[{}] * (len(slots) - len(adapters))]
+            least_rank = max(_LEAST_RANK, 1 << (max_rank - 1).bit_length())
+        else:
+            least_rank = _LEAST_RANK
         self._whole: torch.Size | None = None  # the last leading shape that was not flat
         self._flat: dict[int, str] = {}  # numbers of tokens of flat x before that, and who got them
         self._routes: dict[Pool, _Route] = {}
@@ -67,7 +83,7 @@ class Batch:
         for pool in dict.fromkeys(pool for adapter in adapters for pool in adapter):
             found = [adapter.get(pool, ((), 0.0)) for adapter in adapters]
             key = (pool.writer.device, *found)
-            self._routes[pool] = shared.setdefault(key, _Route(pool.writer.device, found))
+            self._routes[pool] = shared.setdefault(key, _Route(pool.writer.device, found, least_rank))
 
     def check_open(self, site: Site) -> None:
         if self.closed:
@@ -93,7 +109,10 @@ class Batch:
         if plan is None and lead.numel():
             token_slots = self._token_slots(site, lead)
             same = (plan for plan in route.plans.values() if plan.num_tokens == len(token_slots))
-            plan = next(same, None) or route.plan(token_slots)
+            unit = 0
+            if self.is_invariant:  # rows of one length are multiplied whole
+                unit = len(token_slots) // len(self.slots) if self.lengths is None else 1
+            plan = next(same, None) or route.plan(token_slots, unit)
             if len(route.plans) >= _KEPT_PLANS:
                 del route.plans[next(iter(route.plans))]
             route.plans[lead] = plan
