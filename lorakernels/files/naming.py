@@ -1,0 +1,270 @@
+"""Which module of a model, or of a model's files, each name in an adapter's file means: one, or it is refused."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakernels.files.checkpoint import Checkpoint
+from lorakernels.files.formats import AdapterFile
+from lorakernels.files.one_file import part_of
+from lorakernels.files.reading import AdapterFileError
+
+HEADS = ("lm_head", "embed_out", "output_projection")
+_BLOCK = re.compile(
+    r"(?P<block>(?:down|up)_blocks\.\d+)\.(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<at>\d+)"
+)
+# What Stability's UNet calls what diffusers calls otherwise: whole modules first, then inside a block with a residual.
+_ORIGINAL = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_OF_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What has the modules that are meant: a model, or its files.
+
+    `weights` has its tensors' names, `where` is what to call it in an error, and `renamings` gives what renames the
+    tensors of older models of its kind, in order.
+    """
+
+    weights: Container[str] | Iterable[str]
+    where: str
+    renamings: Callable[[], Sequence[Any]]
+
+
+def of_files(checkpoint: Checkpoint) -> Model:
+    return Model(checkpoint.tensors, str(checkpoint.folder), list)
+
+
+def renamings_of(model: Any) -> list[Any]:
+    """What transformers renames in files of models of this kind that are older than its names of today.
+
+    Nothing where nobody has imported it: who makes a model of it has.
+    """
+    mapping: Any = sys.modules.get("transformers.conversion_mapping")
+    if not hasattr(mapping, "get_model_conversion_mapping"):  # before transformers 5
+        return []
+    every = mapping.get_model_conversion_mapping(model)
+    return [one for one in every if not getattr(one, "operations", ())]  # others change tensors too
+
+
+def _renamed(name: str, renamings: Iterable[Any]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
+
+
+def own_names(names: Iterable[str], known: Any, renamings: Callable[[], Sequence[Any]]) -> dict[str, str]:
+    """What a model calls each of a file's tensors, where one of the two is older than a renaming by transformers.
+
+    Raises AdapterFileError where two of them are one, or one is two.
+    """
+    own = {name: name for name in names}
+    missing = [name for name in own if name not in known]
+    steps = renamings() if missing else ()
+    if steps:
+        today = defaultdict(list)
+        for name in known:
+            today[_renamed(name, steps)].append(name)
+        for name in missing:
+            new = _renamed(name, steps)
+            found = [new] if new in known else today.get(new, [])
+            if len(found) > 1:
+                raise AdapterFileError(f"{name!r} can mean {' or '.join(found[:4])} of the model; expected one of them")
+            own[name] = found[0] if found else name
+    first: dict[str, str] = {}
+    for name, one in own.items():
+        if first.setdefault(one, name) != name:
+            raise AdapterFileError(f"{first[one]!r} and {name!r} are both {one!r} of the model; expected one of them")
+    return own
+
+
+def original_names(paths: Iterable[str]) -> dict[str, str]:
+    """Of a UNet's modules as diffusers has them, what Stability's code (sgm, ldm) calls them, and so do SDXL's files.
+
+    There a level's blocks follow each other in one list, each with its attention in it: `input_blocks.4.1` is the first
+    attention of the second level, since the first has `conv_in` before it, two residuals and a downsampler.
+    """
+    paths = list(paths)
+    sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for match in filter(None, map(_BLOCK.match, paths)):
+        counts = sizes[match["block"]]
+        counts[match["kind"]] = max(counts[match["kind"]], int(match["at"]) + 1)
+    starts = dict(_ORIGINAL)
+    for side, first, sampler, conv in (("down", 1, "downsamplers", "op"), ("up", 0, "upsamplers", "conv")):
+        place, list_of = first, "input_blocks" if side == "down" else "output_blocks"
+        for level in range(sum(block.startswith(side) for block in sizes)):
+            block = f"{side}_blocks.{level}"
+            for at in range(sizes[block]["resnets"]):
+                starts[f"{block}.resnets.{at}"] = f"{list_of}.{place}.0"
+                starts[f"{block}.attentions.{at}"] = f"{list_of}.{place}.1"
+                place += 1
+            if sizes[block][sampler]:
+                # Down it is a block of its own, up it comes last in the one before.
+                last = f"{place}.0" if side == "down" else f"{place - 1}.{2 if sizes[block]['attentions'] else 1}"
+                starts[f"{block}.{sampler}.0.conv"] = f"{list_of}.{last}.{conv}"
+                place += side == "down"
+    names = {}
+    for path in paths if any(path.startswith("down_blocks.") for path in paths) else ():
+        start = next((path[:end] for end in _ends(path) if path[:end] in starts), None)
+        if start is not None:
+            rest = path[len(start) :].lstrip(".")
+            inside = _OF_RESNET.get(rest, rest) if ".resnets." in start else rest
+            names[path] = ".".join(filter(None, (starts[start], inside)))
+    return names
+
+
+def _ends(path: str) -> list[int]:
+    """Where a name may end: at its dots, and whole."""
+    return [match.start() for match in re.finditer(r"\.|$", path)]
+
+
+def place(
+    adapter: AdapterFile, model: Model | None, prefix: str | None = None, *, choose: bool = False
+) -> tuple[str, dict[str, str]]:
+    """The part of an adapter that is meant, and by the file's names the model's modules, and its tensors of `others`.
+
+    Args:
+        prefix: the part, where a file has several; with `choose` it may be left out where one alone fits the model.
+
+    Raises AdapterFileError, where names are not the model's, or mean several of its modules.
+    """
+    parts: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in adapter.updates:
+        part, inner = part_of(adapter.format, name, prefix)
+        parts[part][name] = inner
+    listing = ", ".join(f"{part or 'none'} ({len(names)} modules)" for part, names in sorted(parts.items()))
+    if prefix is not None and prefix not in parts:
+        raise AdapterFileError(f"{adapter.source} has no modules of the prefix {prefix!r}; it has: {listing}")
+    several = (
+        f"{adapter.source} holds adapters of several models: {listing}; a PEFT folder is for one: "
+        "choose with prefix (--prefix), and give that model (its folder as --model)"
+    )
+    wanted = [prefix] if prefix is not None else list(parts)
+    if len(wanted) > 1 and (model is None or not choose):
+        raise AdapterFileError(several)
+    found: dict[str, dict[str, str]] = {}
+    errors = []
+    for part in wanted:
+        try:
+            found[part] = _names_of(adapter, parts[part], model)
+        except AdapterFileError as error:
+            errors.append(error)
+    if len(wanted) == 1 and errors:
+        raise errors[0]
+    if len(found) != 1:
+        fit = f"{' and '.join(found)} fit" if found else f"none fits: {errors[0]}"
+        raise AdapterFileError(f"{several}; {fit}")
+    return next(iter(found.items()))
+
+
+def _names_of(adapter: AdapterFile, names: dict[str, str], model: Model | None) -> dict[str, str]:
+    """`names` has by the file's the names without the part's."""
+    if adapter.format == "kohya":
+        return _of_underscores(adapter, names, model)
+    if model is None:
+        return names
+    weights = {f"{inner}.weight": name for name, inner in names.items()}
+    own = own_names([*weights, *adapter.others], model.weights, model.renamings)
+    if not all(own[weight] in model.weights for weight in weights):
+        own = _with_other_start(list(names.values()), own, model)
+    meant = {name: own[weight].removesuffix(".weight") for weight, name in weights.items()}
+    return meant | {name: own[name] for name in adapter.others}
+
+
+def _with_other_start(paths: list[str], own: dict[str, str], model: Model) -> dict[str, str]:
+    """The one other way in which the paths mean the model's names.
+
+    An inner model lacks the first part of a path ("model."), an outer one has one more; or a UNet's names are
+    Stability's. Exactly one way must place every module.
+    """
+    weights: Any = model.weights
+    original = {f"{name}.weight": f"{path}.weight" for path, name in original_names(_modules(weights)).items()}
+    if all(f"{path}.weight" in original for path in paths):
+        return own | {f"{path}.weight": original[f"{path}.weight"] for path in paths}
+    ways: list[tuple[str, str]] = []  # the start that goes, the start that comes
+    parts = paths[0].split(".")
+    for count in range(1, len(parts)):
+        gone = ".".join(parts[:count]) + "."
+        if all(path.startswith(gone) for path in paths):
+            ways.append((gone, ""))
+    suffix = f".{paths[0]}.weight"
+    ways += [("", name[: len(name) - len(suffix) + 1]) for name in weights if name.endswith(suffix)]
+
+    def apply(way: tuple[str, str], name: str) -> str:
+        return way[1] + name.removeprefix(way[0])
+
+    placed = [way for way in ways if all(apply(way, f"{path}.weight") in weights for path in paths)]
+    if len(placed) > 1:
+        meanings = " or ".join(apply(way, paths[0]) for way in placed[:4])
+        raise AdapterFileError(f"{paths[0]} can mean {meanings} of {model.where}; expected one meaning")
+    if not placed:
+        missing = [path for path in paths if own[f"{path}.weight"] not in weights]
+        tied = missing[0].rpartition(".")[2] in HEADS
+        raise AdapterFileError(
+            f"{model.where} has no weight for {len(missing)} of the adapter's {len(paths)} modules, such as "
+            f"{missing[0]}.weight{' (a head tied to the embedding has no tensor of its own)' if tied else ''}; "
+            "expected the model that it was trained on"
+        )
+    return {name: apply(placed[0], name) for name in own}
+
+
+def _modules(weights: Iterable[str]) -> list[str]:
+    return [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
+
+
+def _of_underscores(adapter: AdapterFile, names: dict[str, str], model: Model | None) -> dict[str, str]:
+    if model is None:
+        raise AdapterFileError(
+            f"{adapter.source} is a kohya file, whose module names have underscores for dots; "
+            "give the model's folder as --model, whose tensor names tell which were dots"
+        )
+    modules = _modules(model.weights)  # type: ignore[arg-type]
+    spellings: dict[str, dict[str, None]] = defaultdict(dict)
+    for path in modules:
+        spellings[path.replace(".", "_")][path] = None
+    if not all(inner in spellings for inner in names.values()):
+        for path, other in original_names(modules).items():
+            spellings[other.replace(".", "_")][path] = None
+        steps = model.renamings()
+        back = [step.reverse_transform() for step in reversed(steps)]
+        for path in modules:
+            for way in (steps, back):
+                spellings[_renamed(f"{path}.weight", way).removesuffix(".weight").replace(".", "_")][path] = None
+    meant = {name: list(spellings.get(inner, ())) for name, inner in names.items()}
+    for name, found in meant.items():
+        if len(found) > 1:
+            raise AdapterFileError(f"{name} can mean {' or '.join(found)} of {model.where}; expected one module")
+    unknown = [name for name in names if not meant[name]]
+    if unknown:
+        raise AdapterFileError(
+            f"{model.where} has no module for {len(unknown)} of {len(names)} names, such as {unknown[0]}; expected the "
+            "model that the adapter was trained on, and of it a single part (unet, text_encoder, ...)"
+        )
+    twice = next((path for path, count in Counter(found[0] for found in meant.values()).items() if count > 1), None)
+    if twice is not None:
+        both = " and ".join(name for name, found in meant.items() if found == [twice])
+        raise AdapterFileError(f"{both} are both {twice} of {model.where}; expected one of them")
+    return {name: found[0] for name, found in meant.items()}
