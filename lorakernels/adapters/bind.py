@@ -23,6 +23,7 @@ from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, 
 from lorakernels.files.update import Shapes, Update
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import named_parameters
+from lorakernels.quant.layers import is_transposed
 
 Values = list[tuple[torch.Tensor, torch.Tensor]]  # of the model, and beside it what is to be in it
 
@@ -54,8 +55,6 @@ def bind(
     """
     config = file.config
     check_start(file.fields, file.source)
-    if file.fields.get("fan_in_fan_out"):
-        raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
     with as_file_error(file.source):
         to_save = find_modules_to_save(model, config.modules_to_save)
     modules, others = dict(plain_modules(model)), _with_own_names(file.others, model)
@@ -70,6 +69,9 @@ def bind(
     )
     own = {path: weights[f"{path}.weight"].removesuffix(".weight") for path in file.layers}
     found = {path: _layer(modules, own[path], bases) for path in file.layers}
+
+    if file.fields.get("fan_in_fan_out") and not any(is_transposed(base) for base, _ in found.values()):
+        raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
 
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
         (base, kind), variant = found[path], (config.use_dora, config.lora_bias, config.pooled)

@@ -297,10 +297,12 @@ def write_peft(
     updates: Mapping[str, Tensors],
     others: Tensors | None = None,
     base: str | None = None,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Write both files, whole or not at all: a reader never meets half a file.
 
-    `updates` is by module path and PEFT's suffix, `others` by the model's names; `base` says where the model came from.
+    `updates` is by module path and PEFT's suffix, `others` by the model's names; `base` says where the model came from,
+    and `fan_in_fan_out` that its linear layers are GPT-2's.
     """
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in (others or {}).items()}
     tensors |= {f"{PREFIX}{path}.{suffix}": t for path, own in updates.items() for suffix, t in own.items()}
@@ -308,7 +310,9 @@ def write_peft(
     weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
-        reading.write_json(fields, fields_of(config) | {"base_model_name_or_path": base})
+        reading.write_json(
+            fields, fields_of(config) | {"base_model_name_or_path": base, "fan_in_fan_out": fan_in_fan_out}
+        )
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(fields, folder / CONFIG_FILE)
     except BaseException:  # a full disk, an interrupt
