@@ -134,7 +134,10 @@ def inspect(arguments: argparse.Namespace) -> int:
 def convert(arguments: argparse.Namespace) -> int:
     """write a kohya, diffusers or mlx-lm adapter as PEFT's folder, number for number"""
     from lorakernels.files.convert import convert as convert_files
+    from lorakernels.integrations.transformers_names import import_transformers
 
+    if arguments.model is not None:
+        import_transformers()
     print(convert_files(arguments.source, arguments.to, model=arguments.model, prefix=arguments.prefix))
     return 0
 
@@ -151,7 +154,9 @@ def merge(arguments: argparse.Namespace) -> int:
     import torch
 
     from lorakernels.files.merge import merge_files
+    from lorakernels.integrations.transformers_names import import_transformers
 
+    import_transformers()
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     prefix = arguments.prefix
     print(merge_files(arguments.model, arguments.adapter, arguments.out, dtype=dtype, prefix=prefix, progress=True))

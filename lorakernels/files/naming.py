@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import torch
 
 from lorakernels.files.checkpoint import Checkpoint
 from lorakernels.files.formats import AdapterFile
@@ -31,6 +34,7 @@ _ORIGINAL = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+_MOST_LAYERS = 1000  # of a model that is made for its names
 _OF_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -49,13 +53,40 @@ class Model:
     tensors of older models of its kind, in order.
     """
 
-    weights: Container[str] | Iterable[str]
+    weights: Any  # a mapping from them
     where: str
     renamings: Callable[[], Sequence[Any]]
+    hint: str = ""  # what to say where a name is not found
 
 
 def of_files(checkpoint: Checkpoint) -> Model:
-    return Model(checkpoint.tensors, str(checkpoint.folder), list)
+    """A model's folder. What transformers has renamed is known where it is imported, and `lorakernels` does not."""
+    unknown = "architectures" in checkpoint.config and "transformers" not in sys.modules
+    hint = "; names that transformers has changed since are known after `import transformers`" if unknown else ""
+    return Model(checkpoint.tensors, str(checkpoint.folder), partial(_renamings_of_files, checkpoint), hint)
+
+
+def _renamings_of_files(checkpoint: Checkpoint) -> list[Any]:
+    """As `renamings_of`, of the model that config.json means, which is made without memory."""
+    config = checkpoint.config
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    kind: Any = getattr(sys.modules.get("transformers"), name, None) if name.isidentifier() else None
+    if not hasattr(kind, "config_class") or _most_layers(config) > _MOST_LAYERS:
+        return []
+    try:
+        with torch.device("meta"):
+            model = kind(kind.config_class.from_dict(dict(config)))
+    except Exception:  # of another version, or not whole: the names are then as they are
+        return []
+    return renamings_of(model)
+
+
+def _most_layers(config: Mapping[str, Any]) -> int:
+    """The most layers that a configuration asks for, in any part: one that lies would make a model without end."""
+    inner = [_most_layers(value) for value in config.values() if isinstance(value, dict)]
+    own = [value for name, value in config.items() if isinstance(value, int) and ("layer" in name or "depth" in name)]
+    return max([0, *inner, *own])
 
 
 def renamings_of(model: Any) -> list[Any]:
@@ -74,6 +105,17 @@ def _renamed(name: str, renamings: Iterable[Any]) -> str:
     for renaming in renamings:
         name, _ = renaming.rename_source_key(name)
     return name
+
+
+def _spellings(modules: Iterable[str], renamings: Sequence[Any]) -> dict[str, set[str]]:
+    """Of modules those names, older and newer than their own, that the renamings make one with it."""
+    ways = [renamings, *([one.reverse_transform()] for one in renamings)] if renamings else []
+    found = {}
+    for path in modules:
+        today = _renamed(f"{path}.weight", renamings)
+        names = {_renamed(f"{path}.weight", way) for way in ways}
+        found[path] = {name.removesuffix(".weight") for name in names if _renamed(name, renamings) == today}
+    return found
 
 
 def own_names(names: Iterable[str], known: Any, renamings: Callable[[], Sequence[Any]]) -> dict[str, str]:
@@ -200,7 +242,7 @@ def _with_other_start(paths: list[str], own: dict[str, str], model: Model) -> di
     An inner model lacks the first part of a path ("model."), an outer one has one more; or a UNet's names are
     Stability's. Exactly one way must place every module.
     """
-    weights: Any = model.weights
+    weights = model.weights
     original = {f"{name}.weight": f"{path}.weight" for path, name in original_names(_modules(weights)).items()}
     if all(f"{path}.weight" in original for path in paths):
         return own | {f"{path}.weight": original[f"{path}.weight"] for path in paths}
@@ -226,7 +268,7 @@ def _with_other_start(paths: list[str], own: dict[str, str], model: Model) -> di
         raise AdapterFileError(
             f"{model.where} has no weight for {len(missing)} of the adapter's {len(paths)} modules, such as "
             f"{missing[0]}.weight{' (a head tied to the embedding has no tensor of its own)' if tied else ''}; "
-            "expected the model that it was trained on"
+            f"expected the model that it was trained on{model.hint}"
         )
     return {name: apply(placed[0], name) for name in own}
 
@@ -241,18 +283,16 @@ def _of_underscores(adapter: AdapterFile, names: dict[str, str], model: Model | 
             f"{adapter.source} is a kohya file, whose module names have underscores for dots; "
             "give the model's folder as --model, whose tensor names tell which were dots"
         )
-    modules = _modules(model.weights)  # type: ignore[arg-type]
+    modules = _modules(model.weights)
     spellings: dict[str, dict[str, None]] = defaultdict(dict)
     for path in modules:
         spellings[path.replace(".", "_")][path] = None
     if not all(inner in spellings for inner in names.values()):
         for path, other in original_names(modules).items():
             spellings[other.replace(".", "_")][path] = None
-        steps = model.renamings()
-        back = [step.reverse_transform() for step in reversed(steps)]
-        for path in modules:
-            for way in (steps, back):
-                spellings[_renamed(f"{path}.weight", way).removesuffix(".weight").replace(".", "_")][path] = None
+        for path, others in _spellings(modules, model.renamings()).items():
+            for other in others:
+                spellings[other.replace(".", "_")][path] = None
     meant = {name: list(spellings.get(inner, ())) for name, inner in names.items()}
     for name, found in meant.items():
         if len(found) > 1:
@@ -261,7 +301,7 @@ def _of_underscores(adapter: AdapterFile, names: dict[str, str], model: Model | 
     if unknown:
         raise AdapterFileError(
             f"{model.where} has no module for {len(unknown)} of {len(names)} names, such as {unknown[0]}; expected the "
-            "model that the adapter was trained on, and of it a single part (unet, text_encoder, ...)"
+            f"model that the adapter was trained on, and of it a single part (unet, text_encoder, ...){model.hint}"
         )
     twice = next((path for path, count in Counter(found[0] for found in meant.values()).items() if count > 1), None)
     if twice is not None:
