@@ -56,10 +56,10 @@ def find(source: str | os.PathLike[str]) -> tuple[str, Path]:
     path = Path(source)
     if not path.exists():
         raise AdapterFileError(f"{path} does not exist; expected an adapter's folder or .safetensors file")
+    if path.name in (WEIGHTS_FILE, WEIGHTS_INDEX, MLX_FILE) and (path.parent / CONFIG_FILE).is_file():
+        path = path.parent
     if not path.is_dir() and path.suffix != ".safetensors":
         raise AdapterFileError(f"{path} is no .safetensors file; {reading.MEND_A_PICKLE}")
-    if path.name in (WEIGHTS_FILE, MLX_FILE) and (path.parent / CONFIG_FILE).is_file():
-        path = path.parent
     if not path.is_dir():
         return "file", path
     here = sorted(os.listdir(path))

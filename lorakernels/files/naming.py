@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,33 +15,10 @@ from lorakernels.files.checkpoint import Checkpoint
 from lorakernels.files.formats import AdapterFile
 from lorakernels.files.one_file import part_of
 from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.unet_names import original_names
 
 HEADS = ("lm_head", "embed_out", "output_projection")
-_BLOCK = re.compile(
-    r"(?P<block>(?:down|up)_blocks\.\d+)\.(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<at>\d+)"
-)
-# What Stability's UNet calls what diffusers calls otherwise: whole modules first, then inside a block with a residual.
-_ORIGINAL = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "mid_block.resnets.0": "middle_block.0",
-    "mid_block.attentions.0": "middle_block.1",
-    "mid_block.resnets.1": "middle_block.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
 _MOST_LAYERS = 1000  # of a model that is made for its names
-_OF_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 
 
 @dataclass(frozen=True)
@@ -72,9 +48,11 @@ def _renamings_of_files(checkpoint: Checkpoint) -> list[Any]:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     kind: Any = getattr(sys.modules.get("transformers"), name, None) if name.isidentifier() else None
-    if not hasattr(kind, "config_class") or _most_layers(config) > _MOST_LAYERS:
+    if not hasattr(kind, "config_class"):
         return []
     try:
+        if _most_layers(config) > _MOST_LAYERS:
+            return []
         with torch.device("meta"):
             model = kind(kind.config_class.from_dict(dict(config)))
     except Exception:  # of another version, or not whole: the names are then as they are
@@ -141,46 +119,6 @@ def own_names(names: Iterable[str], known: Any, renamings: Callable[[], Sequence
         if first.setdefault(one, name) != name:
             raise AdapterFileError(f"{first[one]!r} and {name!r} are both {one!r} of the model; expected one of them")
     return own
-
-
-def original_names(paths: Iterable[str]) -> dict[str, str]:
-    """Of a UNet's modules as diffusers has them, what Stability's code (sgm, ldm) calls them, and so do SDXL's files.
-
-    There a level's blocks follow each other in one list, each with its attention in it: `input_blocks.4.1` is the first
-    attention of the second level, since the first has `conv_in` before it, two residuals and a downsampler.
-    """
-    paths = list(paths)
-    sizes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for match in filter(None, map(_BLOCK.match, paths)):
-        counts = sizes[match["block"]]
-        counts[match["kind"]] = max(counts[match["kind"]], int(match["at"]) + 1)
-    starts = dict(_ORIGINAL)
-    for side, first, sampler, conv in (("down", 1, "downsamplers", "op"), ("up", 0, "upsamplers", "conv")):
-        place, list_of = first, "input_blocks" if side == "down" else "output_blocks"
-        for level in range(sum(block.startswith(side) for block in sizes)):
-            block = f"{side}_blocks.{level}"
-            for at in range(sizes[block]["resnets"]):
-                starts[f"{block}.resnets.{at}"] = f"{list_of}.{place}.0"
-                starts[f"{block}.attentions.{at}"] = f"{list_of}.{place}.1"
-                place += 1
-            if sizes[block][sampler]:
-                # Down it is a block of its own, up it comes last in the one before.
-                last = f"{place}.0" if side == "down" else f"{place - 1}.{2 if sizes[block]['attentions'] else 1}"
-                starts[f"{block}.{sampler}.0.conv"] = f"{list_of}.{last}.{conv}"
-                place += side == "down"
-    names = {}
-    for path in paths if any(path.startswith("down_blocks.") for path in paths) else ():
-        start = next((path[:end] for end in _ends(path) if path[:end] in starts), None)
-        if start is not None:
-            rest = path[len(start) :].lstrip(".")
-            inside = _OF_RESNET.get(rest, rest) if ".resnets." in start else rest
-            names[path] = ".".join(filter(None, (starts[start], inside)))
-    return names
-
-
-def _ends(path: str) -> list[int]:
-    """Where a name may end: at its dots, and whole."""
-    return [match.start() for match in re.finditer(r"\.|$", path)]
 
 
 def place(
@@ -284,16 +222,12 @@ def _of_underscores(adapter: AdapterFile, names: dict[str, str], model: Model | 
             "give the model's folder as --model, whose tensor names tell which were dots"
         )
     modules = _modules(model.weights)
-    spellings: dict[str, dict[str, None]] = defaultdict(dict)
-    for path in modules:
-        spellings[path.replace(".", "_")][path] = None
-    if not all(inner in spellings for inner in names.values()):
-        for path, other in original_names(modules).items():
-            spellings[other.replace(".", "_")][path] = None
-        for path, others in _spellings(modules, model.renamings()).items():
-            for other in others:
-                spellings[other.replace(".", "_")][path] = None
-    meant = {name: list(spellings.get(inner, ())) for name, inner in names.items()}
+    own = _by_underscores((path, path) for path in modules)
+    others: dict[str, dict[str, None]] = {}
+    if not all(inner in own for inner in names.values()):
+        older = [(other, path) for path, found in _spellings(modules, model.renamings()).items() for other in found]
+        others = _by_underscores([*older, *((other, path) for path, other in original_names(modules).items())])
+    meant = {name: list(own.get(inner) or others.get(inner) or ()) for name, inner in names.items()}
     for name, found in meant.items():
         if len(found) > 1:
             raise AdapterFileError(f"{name} can mean {' or '.join(found)} of {model.where}; expected one module")
@@ -308,3 +242,11 @@ def _of_underscores(adapter: AdapterFile, names: dict[str, str], model: Model | 
         both = " and ".join(name for name, found in meant.items() if found == [twice])
         raise AdapterFileError(f"{both} are both {twice} of {model.where}; expected one of them")
     return {name: found[0] for name, found in meant.items()}
+
+
+def _by_underscores(pairs: Iterable[tuple[str, str]]) -> dict[str, dict[str, None]]:
+    """The modules that a name with underscores can mean, of pairs of a name with dots and a module."""
+    meant: dict[str, dict[str, None]] = defaultdict(dict)
+    for name, path in pairs:
+        meant[name.replace(".", "_")][path] = None
+    return meant

@@ -115,8 +115,8 @@ def local_path(folder: str | os.PathLike[str], hub: bool, revision: str | None) 
         return path
     if not hub and revision is None:
         raise AdapterFileError(
-            f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}, or hub=True for a name on "
-            "the Hugging Face hub"
+            f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}, a .safetensors file that "
+            "is there, or hub=True for a name on the Hugging Face hub"
         )
     try:
         from huggingface_hub import snapshot_download

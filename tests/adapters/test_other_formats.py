@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakernels as lk
-from lorakernels.files.naming import original_names
+from lorakernels.files.unet_names import original_names
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
