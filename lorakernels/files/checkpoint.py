@@ -27,6 +27,8 @@ INDEX_SUFFIX = ".safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES = {"C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+# Their linear layers are transformers' Conv1D, whose weight is [in, out].
+_CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 # What a quantised weight has beside it, in the formats of bitsandbytes, GPTQ, AWQ, fp8 and MLX.
 _QUANT_STATE = ("qweight", "qzeros", "scales", "SCB", "weight_scale", "weight_scale_inv", "weight_packed")
 _QUANTISED = ("quantization_config", "quantization")  # in config.json
@@ -146,6 +148,11 @@ class Checkpoint:
                 "was trained on, saved with its new layers"
             )
         return info
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights of its linear layers are [in, out], but for a head's."""
+        return self.config.get("model_type") in _CONV1D_MODELS
 
     def fitted(self, module: str, update: Update, fan_in_fan_out: bool = False) -> Update:
         """An update with as many dimensions as its weight; raises as `check_holds` does unless that has its shape."""

@@ -48,12 +48,13 @@ def convert(
     part, names = place(adapter, None if checkpoint is None else of_files(checkpoint), prefix)
     updates = {path: adapter.updates[name] for name, path in names.items()}
     if checkpoint is not None:
-        updates = {path: checkpoint.fitted(path, update) for path, update in updates.items()}
+        updates = {path: checkpoint.fitted(path, update, checkpoint.transposed) for path, update in updates.items()}
     config = _config(adapter, part, updates)
     if part in adapter.assumed:
         warnings.warn(f"{source}: {adapter.assumed[part]}, as files without it mean", stacklevel=2)
     with new_folder(to, sources=[Path(source)]) as folder:
-        write_peft(folder, config, {path: update.tensors for path, update in updates.items()})
+        tensors = {path: update.tensors for path, update in updates.items()}
+        write_peft(folder, config, tensors, fan_in_fan_out=checkpoint is not None and checkpoint.transposed)
     return Path(to)
 
 

@@ -21,8 +21,6 @@ from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.files.update import BIAS, Update, merged_bias, merged_weight
 from lorakernels.quant.packed import Form
 
-# Their linear layers are transformers' Conv1D, whose weight is [in, out].
-CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 _WORD_EMBEDDINGS = (
     *("embed_tokens", "embed_in", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding"),
     *("tokens_embed", "w", "word_embedding", "word_embeddings", "wte"),
@@ -94,7 +92,8 @@ def _changes(adapter: AdapterFile, checkpoint: Checkpoint, prefix: str | None) -
         warnings.warn(f"{adapter.source}: {adapter.assumed[part]}, as files without it mean", stacklevel=3)
     fields = adapter.fields if adapter.format in ("peft", "mlx") else fields_of_part(adapter.fields, part)
     check_start(fields, str(adapter.source))
-    transposed = bool(fields.get("fan_in_fan_out"))
+    # Other formats than PEFT's do not say how a weight lies.
+    transposed = bool(fields.get("fan_in_fan_out")) if adapter.format == "peft" else checkpoint.transposed
     changes: dict[str, Change] = {}
     updates = {names[name]: update for name, update in adapter.updates.items() if name in names}
     for module, found in updates.items():
@@ -133,7 +132,7 @@ def _fitted(module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out:
     """An update with as many dimensions as the weight that it is checked to fit."""
     _refuse_quantised(module, checkpoint)
     model_type = checkpoint.config.get("model_type")
-    conv1d, head = model_type in CONV1D_MODELS, _leaf(module) in HEADS
+    conv1d, head = checkpoint.transposed, _leaf(module) in HEADS
     if not update.embedding and not head and fan_in_fan_out != conv1d:
         raise AdapterFileError(
             f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type={model_type!r}, whose "
