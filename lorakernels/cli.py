@@ -107,7 +107,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 @command(
-    argument("adapter", metavar="ADAPTER", help="folder (PEFT, mlx-lm) or .safetensors file (kohya)"),
+    argument("adapter", metavar="ADAPTER", help="folder (PEFT, mlx-lm) or .safetensors file (kohya, diffusers)"),
     argument("--plot", metavar="FILE.png", help="draw the singular values of every update"),
     argument("--json", action="store_true", help="print JSON, with every module and singular value"),
 )
@@ -126,23 +126,27 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 @command(
-    argument("source", metavar="SOURCE", help="a kohya .safetensors file, or an mlx-lm folder"),
+    argument("source", metavar="SOURCE", help="a .safetensors file (kohya, diffusers), or an mlx-lm folder"),
     argument("--to", required=True, metavar="OUT", help="new folder for PEFT's files"),
     argument("--model", metavar="DIR", help="the model's folder, which tells a kohya file's module names"),
-    argument("--prefix", metavar="NAME", help="part of a kohya file to take, such as lora_unet"),
+    argument("--prefix", metavar="NAME", help="part of a file to take, such as lora_unet or transformer"),
 )
 def convert(arguments: argparse.Namespace) -> int:
-    """write a kohya or mlx-lm adapter as PEFT's folder, number for number"""
+    """write a kohya, diffusers or mlx-lm adapter as PEFT's folder, number for number"""
     from lorakernels.files.convert import convert as convert_files
+    from lorakernels.integrations.transformers_names import import_transformers
 
+    if arguments.model is not None:
+        import_transformers()
     print(convert_files(arguments.source, arguments.to, model=arguments.model, prefix=arguments.prefix))
     return 0
 
 
 @command(
     argument("--model", required=True, metavar="DIR", help="folder with config.json and safetensors"),
-    argument("--adapter", required=True, metavar="DIR", help="the adapter's folder"),
+    argument("--adapter", required=True, metavar="ADAPTER", help="the adapter's folder or .safetensors file"),
     argument("--out", required=True, metavar="DIR", help="new folder for the merged model"),
+    argument("--prefix", metavar="NAME", help="part of a file that the model is, such as lora_unet or transformer"),
     argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of every weight (as they are)"),
 )
 def merge(arguments: argparse.Namespace) -> int:
@@ -150,9 +154,12 @@ def merge(arguments: argparse.Namespace) -> int:
     import torch
 
     from lorakernels.files.merge import merge_files
+    from lorakernels.integrations.transformers_names import import_transformers
 
+    import_transformers()
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    print(merge_files(arguments.model, arguments.adapter, arguments.out, dtype=dtype, progress=True))
+    prefix = arguments.prefix
+    print(merge_files(arguments.model, arguments.adapter, arguments.out, dtype=dtype, prefix=prefix, progress=True))
     return 0
 
 

@@ -93,8 +93,8 @@ class _Pack:
     def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: Weight) -> bool:
         if self.names != names or weight.dtype is not self.weight_dtype:
             return False
-        # A packed one is read anew at each call; of neither is anything kept.
-        if weight is not self.weight and (isinstance(weight, torch.Tensor) or weight.device != self.weight.device):
+        # A packed one is read anew at each call, and so is a view; of none is anything kept.
+        if weight.device != self.weight.device or weight.shape != self.weight.shape:
             return False
         if torch.is_grad_enabled() or self.autocast != autocast_is_on(x):
             return False

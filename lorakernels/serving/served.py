@@ -17,7 +17,7 @@ from lorakernels import ops
 from lorakernels.functional import multi_lora_embedding, multi_lora_linear
 from lorakernels.nn.modules import parameter_of
 from lorakernels.plan import BatchPlan
-from lorakernels.quant.layers import kind_of, read
+from lorakernels.quant.layers import is_linear, weight_of
 from lorakernels.serving.errors import StaleBatchError
 from lorakernels.serving.pools import Pool, Site
 
@@ -234,12 +234,14 @@ class ServedEmbedding(_Served, nn.Embedding):
         return _within(multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan), site)
 
 
-class _ServedPacked(_Served):
-    """A linear with a packed weight that a store has switched; its class is made by `know`."""
+class _ServedOther(_Served):
+    """A linear of another class, packed or GPT-2's, that a store has switched; its own class is made by `know`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
-        plan, weight, bias = _plan(site, x.shape[:-1]), read(self), parameter_of(self, "bias")
+        plan, weight, bias = _plan(site, x.shape[:-1]), weight_of(self), parameter_of(self, "bias")
+        if plan is None and isinstance(weight, torch.Tensor):
+            return BASES[type(self)].forward(self, x)  # as ServedLinear, to the bit
         bias = None if bias is None else bias.to(x.dtype)
         if plan is None:
             return ops.frozen_linear(x, weight, bias)
@@ -261,9 +263,9 @@ BASES = {base: base for base in _SERVED} | {served: base for base, served in _SE
 
 
 def know(model: nn.Module) -> None:
-    """Make the classes for the layers of a model whose weights are packed."""
-    for base in {type(module) for module in model.modules() if kind_of(module)} - set(BASES):
-        served = type(f"Served{base.__name__}", (_ServedPacked, base), {})
+    """Make the classes for the linear layers of a model that are not torch's."""
+    for base in {type(module) for module in model.modules() if is_linear(module)} - set(BASES):
+        served = type(f"Served{base.__name__}", (_ServedOther, base), {})
         if "torch._dynamo" in sys.modules:
             served.forward = torch.compiler.disable(served.forward)  # type: ignore[attr-defined]
         _SERVED[base] = served

@@ -16,7 +16,7 @@ from torch import nn
 from lorakernels.adapters.bind import Contents, bind
 from lorakernels.config import LoRAConfig
 from lorakernels.files.config_file import fields_of
-from lorakernels.files.peft import WEIGHTS_FILE, parse, read_peft
+from lorakernels.files.peft import WEIGHTS_FILE, WEIGHTS_INDEX, files_of, parse, read_peft
 from lorakernels.files.reading import AdapterFileError
 from lorakernels.files.update import CONFIG_FILE
 from lorakernels.quant.layers import kind_of
@@ -115,16 +115,21 @@ def read(
 
 
 def _check_inside(folder: Path, root: Path | None) -> None:
-    for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
+    def check(path: Path) -> None:
         if root is not None and not path.resolve().is_relative_to(root):
             raise AdapterFileError(f"{path} leads out of the store's root {root}; expected a folder and files in it")
+
+    for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / WEIGHTS_INDEX):
+        check(path)
+    for path in files_of(folder):  # the index is read now that it lies inside
+        check(path)
 
 
 def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
     stamps: list[tuple[int, ...] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for file in files_of(folder):
         try:
-            found = (folder / name).stat()
+            found = file.stat()
             # Copies that keep the time (cp -p, rsync -t) have another inode, or change ctime.
             stamps.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
         except OSError:  # the reader says it better
