@@ -159,6 +159,7 @@ def merge(arguments: argparse.Namespace) -> int:
 @command(
     argument("--model", required=True, metavar="DIR", help="the model's folder"),
     argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="an adapter's folder; repeatable"),
+    argument("--adapter-root", metavar="DIR", help="load and reload adapters at run time, from under this folder only"),
     argument("--max-adapters", type=int, metavar="N", help="adapters in one batch (as there are, up to 8)"),
     argument("--max-rank", type=int, metavar="R", help="the largest rank (the adapters' largest)"),
     argument("--host", help="the address to listen at (vLLM's)"),
@@ -170,15 +171,16 @@ def serve(arguments: argparse.Namespace) -> int:
     """start vLLM's OpenAI server, its LoRA by these kernels"""
     from lorakernels.tools import serve as launcher
 
-    command = launcher.vllm_command(
+    server = launcher.server(
         arguments.model,
         arguments.adapter,
+        root=arguments.adapter_root,
         max_adapters=arguments.max_adapters,
         max_rank=arguments.max_rank,
         options={name: getattr(arguments, name) for name in ("host", "port", "dtype")},
         own=arguments.own[arguments.own[:1] == ["--"] :],
     )
-    launcher.serve(command)
+    launcher.serve(server)
     return 0
 
 
