@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakernels import ops
-from lorakernels.integrations import vllm_versions
+from lorakernels.integrations import vllm_metrics, vllm_versions
 from lorakernels.integrations.vllm_sources import unlike
 from lorakernels.plan import BASE, BatchPlan
 
@@ -51,6 +51,7 @@ def register() -> None:
 
     Raises BackendError where adapters are to be kept by version and this vLLM cannot.
     """
+    vllm_metrics.clear_at_exit()
     if os.environ.get(vllm_versions.ROOT):
         vllm_versions.install()
     reason = why_left_off()
@@ -114,6 +115,7 @@ class _Wrapper:
         self._prompts = BatchPlan(*sizes, max_rank=config.max_lora_rank, device=device)
         # Read on the host where an operator runs: a graph without adapters then holds no kernel of theirs.
         self._no_adapter = torch.tensor([False], device="cpu")
+        self._rows = vllm_metrics.rows()
         self._updates_parent = torch.device(device).type != "cpu" and _runs_vllms_own_kernels()
 
     def update_metadata(
@@ -125,7 +127,11 @@ class _Wrapper:
         slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
         for plan, ids in ((self._tokens, mapping.index_mapping), (self._prompts, mapping.prompt_mapping)):
             plan.update_host([slot_of[i] if i > 0 else BASE for i in ids], self._capacity(plan, ids))
-        self._no_adapter[0] = not any(mapping.index_mapping)
+        bases, tokens = mapping.index_mapping.count(0), len(mapping.index_mapping)
+        self._no_adapter[0] = bases == tokens
+        if self._rows is not None:
+            for counter, count in zip(self._rows, (bases, tokens - bases), strict=True):
+                counter.inc(count)
 
     def _capacity(self, plan: BatchPlan, ids: Sequence[int]) -> int:
         return plan.max_tokens

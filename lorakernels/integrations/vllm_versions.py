@@ -25,6 +25,7 @@ from typing import Any
 
 from lorakernels.adapters.folder import FILES, find_source, stamps_of
 from lorakernels.backend import BackendError
+from lorakernels.integrations import vllm_metrics
 from lorakernels.integrations.vllm_sources import (
     FIELDS,
     TESTED,
@@ -135,10 +136,22 @@ def _replace_loading(root: Path) -> None:
     plain = Models.load_lora_adapter
     if plain.__module__ == __name__:
         return
-    versions = Versions(root)
+    versions, loads = Versions(root), vllm_metrics.loads()
     locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def load_lora_adapter(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        known = self.lora_requests.get(request.lora_name)
+        answer = await load(self, request, base_model_name)
+        now = self.lora_requests.get(request.lora_name)
+        if not isinstance(answer, str):
+            result = "refused"
+        else:
+            result = "unchanged" if now is known else "reloaded" if known else "loaded"
+        if loads is not None:
+            loads.labels(result).inc()
+        return answer
+
+    async def load(self: Any, request: Any, base_model_name: str | None) -> Any:
         name, held = request.lora_name, self.lora_requests
         if not name or not request.lora_path:
             return await plain(self, request, base_model_name)  # which says what is missing

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lorakernels.adapters.folder import find_source
 from lorakernels.backend import BackendError
-from lorakernels.integrations import vllm, vllm_versions
+from lorakernels.integrations import vllm, vllm_metrics, vllm_versions
 from lorakernels.integrations.vllm_sources import MISSING, installed_version
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -104,6 +104,8 @@ def server(
 def serve(server: Server) -> None:
     """Say what starts, and become it."""
     print(f"vLLM {installed_version()} with LoRA by lorakernels:\n  {shlex.join(server.command)}", flush=True)
+    if vllm_metrics.FOLDER not in server.environment:
+        server.environment[vllm_metrics.FOLDER] = vllm_metrics.make_folder()
     os.execve(server.command[0], *server)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from lorakernels.backend import ENVIRONMENT
-from lorakernels.integrations import vllm
+from lorakernels.integrations import vllm, vllm_metrics
 from lorakernels.testing.budget import error
 
 IDS = [11, None, 33, 22]  # of the adapters in vLLM's slots
@@ -144,6 +144,15 @@ def test_the_embedding(wrapper: Any) -> None:
         row = layer.B[0][IDS.index(lora_id), 0] @ s[t] if lora_id else torch.zeros(16)
         assert error(y[t], 1 + row.double()) < 1e-6
     assert wrapper.add_lora_fused_moe(y) == "vLLM's own"
+
+
+def test_tokens_are_counted(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[list[int]] = [[], []]
+    monkeypatch.setattr(vllm_metrics, "rows", lambda: [SimpleNamespace(inc=each.append) for each in counts])
+    made = vllm.LoRAKernelsPunicaWrapperCPU(32, 8, "cpu", lora_config=SimpleNamespace(max_loras=S, max_lora_rank=R))
+    for ids in (MIXED, (0, 0), (11,)):
+        update(made, ids)
+    assert counts == [[2, 2, 0], [7, 0, 1]]
 
 
 def test_one_graph_without_guards_serves_every_batch(wrapper: Any) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from lorakernels import cli
-from lorakernels.integrations import vllm, vllm_versions
+from lorakernels.integrations import vllm, vllm_metrics, vllm_versions
 from lorakernels.integrations.vllm_sources import MISSING
 from lorakernels.tools import serve
 
@@ -26,6 +29,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Started:
         monkeypatch.setattr(module, "why_left_off", lambda: None)
     monkeypatch.setattr(serve, "installed_version", lambda: "0.32.0")
     monkeypatch.setattr(os, "execve", lambda path, command, environment: commands.append((command, environment)))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv(vllm_metrics.FOLDER, raising=False)
     monkeypatch.chdir(tmp_path)
     for name, rank in (("alice", {"r": 4}), ("bob", {"r": 8, "rank_pattern": {"q_proj": 20}})):
         Path(name).mkdir()
@@ -53,6 +58,23 @@ def test_vllms_server_takes_the_place_of_the_command(
     assert started[1][0][4:] == [
         "hub/name", "--enable-lora", "--max-loras", "3", "--max-lora-rank", "64", "--dtype", "float32"
     ]  # fmt: skip
+
+
+def test_all_of_its_processes_count_in_one_folder_that_goes_with_them(
+    started: Started, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **options: at_exit.append(call))
+    for own in (None, "mine"):
+        if own:
+            monkeypatch.setenv(vllm_metrics.FOLDER, own)
+        assert cli.main(["serve", "--model", "model"]) == 0
+    folder, other = (environment[vllm_metrics.FOLDER] for _, environment in started)
+    assert Path(folder).is_dir() and Path(folder).parent == tmp_path and other == "mine"
+    for each in (folder, other):
+        monkeypatch.setenv(vllm_metrics.FOLDER, each)
+        vllm_metrics.clear_at_exit()
+    assert [call[1] for call in at_exit] == [folder]
 
 
 @pytest.mark.parametrize(
