@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Server(NamedTuple):
 
     command: list[str]
     environment: dict[str, str]
+    without_lora: list[str]  # the same model's server
 
 
 def server(
@@ -91,14 +93,13 @@ def server(
         slots = MOST_SLOTS if root else max(1, min(len(folders), MOST_SLOTS))
     if slots < 1:
         raise ValueError(f"--max-adapters is {slots}; expected at least 1")
-    command = [sys.executable, "-m", SERVER, "--model", model, "--enable-lora"]
-    command += ["--max-loras", str(slots), "--max-lora-rank", str(room)]
+    start = [sys.executable, "-m", SERVER, "--model", model]
+    lora = ["--enable-lora", "--max-loras", str(slots), "--max-lora-rank", str(room)]
     if folders:
-        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in folders.items())]
-    for name, value in options.items():
-        if value is not None:
-            command += [f"--{name}", str(value)]
-    return Server([*command, *own], environment)
+        lora += ["--lora-modules", *(f"{name}={folder}" for name, folder in folders.items())]
+    named = [[f"--{name}", str(value)] for name, value in options.items() if value is not None]
+    rest = [*chain(*named), *own]
+    return Server([*start, *lora, *rest], environment, [*start, *rest])
 
 
 def serve(server: Server) -> None:
@@ -106,7 +107,7 @@ def serve(server: Server) -> None:
     print(f"vLLM {installed_version()} with LoRA by lorakernels:\n  {shlex.join(server.command)}", flush=True)
     if vllm_metrics.FOLDER not in server.environment:
         server.environment[vllm_metrics.FOLDER] = vllm_metrics.make_folder()
-    os.execve(server.command[0], *server)
+    os.execve(server.command[0], server.command, server.environment)
 
 
 def _rank(folder: str) -> int:
