@@ -18,7 +18,7 @@ import lorakernels as lk
 from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume
-from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.dropout import drop_threshold
 from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches, side_stream
@@ -30,6 +30,7 @@ from lorakernels.testing.cases import (
     LINEAR_CASES,
     LinearCase,
     LinearInputs,
+    keep_of,
     leaves_of,
     make_inputs,
     run_formula,
@@ -120,17 +121,6 @@ def run(case: LinearCase, inputs: LinearInputs, impl: str) -> dict[str, torch.Te
     return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
 
 
-def keep_of(case: LinearCase, inputs: LinearInputs, impl: str) -> torch.Tensor | None:
-    """Dropout's mask over 1 - p, as the operator drew it from the seed that `run` gives it."""
-    if not case.dropout_p or not case.scaling:
-        return None
-    torch.manual_seed(SEED)
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=inputs.x.device)
-    x, weight, A, B, *_ = inputs.tensors().values()
-    _, _, mask = torch.ops.lorakernels.lora_linear(x, weight, A, B, None, None, seed, 1.0, case.dropout_p, impl)
-    return unpack_mask(mask, case.K) * inverse_keep(drop_threshold(case.dropout_p))
-
-
 def _table() -> Iterator[tuple[LinearCase, str, torch.dtype]]:
     """Every case in every dtype by every path on a GPU and in torch; what the interpreter takes long for, in fewer."""
     for case, way, dtype in itertools.product(LINEAR_CASES, PATHS, DTYPES):
@@ -152,7 +142,7 @@ def test_against_float64(case: LinearCase, way: str, dtype: torch.dtype, device:
         inputs = make_inputs(case, dtype, device, seed=draw)
         with path(way, case.r) as impl, canaries():
             ours = run(case, inputs, impl)
-            keep = keep_of(case, inputs, impl)
+            keep = keep_of(inputs.x, case.dropout_p * bool(case.scaling), SEED, impl)
         if not NUMBERS:
             return
         draws.append((ours, run_formula(case, inputs, keep, dtype), run_formula(case, inputs, keep, torch.float64)))
