@@ -4,7 +4,9 @@ vLLM keeps an adapter by a number and its path: it may answer from its prefix ca
 (vllm #42125, #30931), reads them at every use after a reload in place (vllm #41482), changes the weights under requests
 that are being answered, and what has left its memory it reads again, whatever the files are by then. Here a version is
 a copy of the files in a folder whose path says what they were (inode, times, size), and has a number of its own. All of
-that is done in the process that answers HTTP; the engine's caches go by path and number, as they always do.
+that is done in the process that answers HTTP; the engine's caches go by path and number, as they always do. In all
+processes two requests' adapters are the same if their numbers are: vLLM compares names, so that of two versions in one
+batch one would be loaded, and the engine would stop at the other.
 """
 
 from __future__ import annotations
@@ -41,13 +43,14 @@ ROOT = "LORAKERNELS_ADAPTER_ROOT"
 RESOLVERS = ("VLLM_LORA_RESOLVER_CACHE_DIR", "VLLM_LORA_RESOLVER_HF_REPO_LIST")  # vLLM's, which load from elsewhere
 KEPT = 3600.0  # seconds that a version stays when no name means it any more: requests may be going on with it
 
+_REQUEST = "vllm.lora.request"
 _SERVING = "vllm.entrypoints.openai.models.serving"
 _LOADING = ("lora_name", "lora_path", "load_inplace", "is_3d_lora_weight")
 _MADE = ("lora_name", "lora_int_id", "lora_path", "base_model_name", "load_inplace", "is_3d_lora_weight")
 SIGNATURES: dict[tuple[Class, ...], Signatures] = {
     ((_SERVING, "OpenAIServingModels"),): {"load_lora_adapter": ("request", "base_model_name")},
     (("vllm.entrypoints.serve.lora.protocol", "LoadLoRAAdapterRequest"),): {FIELDS: _LOADING},
-    (("vllm.lora.request", "LoRARequest"),): {FIELDS: _MADE},
+    ((_REQUEST, "LoRARequest"),): {FIELDS: _MADE, "__eq__": ("value",), "__hash__": ()},
 }
 # What the method that is wrapped does with its names, and what is in the key of a block of the prefix cache.
 LINES = {
@@ -78,6 +81,7 @@ def install() -> None:
         reason = f"{ROOT}={root} is no folder"
     if reason is not None:
         raise BackendError(f"adapters cannot be kept by version: {reason}")
+    when_imported(_REQUEST, _tell_versions_apart)
     when_imported(_SERVING, lambda: _replace_loading(root))
 
 
@@ -128,6 +132,15 @@ class Versions:
         for path, since in self._unnamed.items():
             if now - since > KEPT:
                 shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _tell_versions_apart() -> None:
+    Request: Any = importlib.import_module(_REQUEST).LoRARequest
+
+    def is_same(self: Any, value: object) -> bool:
+        return isinstance(value, Request) and self.lora_int_id == value.lora_int_id
+
+    Request.__eq__, Request.__hash__ = is_same, lambda self: hash(self.lora_int_id)
 
 
 def _replace_loading(root: Path) -> None:

@@ -19,6 +19,7 @@ from lorakernels.integrations.vllm_sources import MISSING, installed_version
 SERVER = "vllm.entrypoints.openai.api_server"
 PLUGINS = "VLLM_PLUGINS"  # vLLM's: which of those it finds it loads; all if unset
 UPDATES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # vLLM's: whether adapters may be loaded by a request, from anywhere
+TOWERS = "--enable-tower-connector-lora"  # vLLM's: what a tower made of an image is kept by the adapter's name
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 MOST_SLOTS = 8
 
@@ -68,6 +69,8 @@ def server(
     if root is not None:
         if not root or not Path(root).is_dir():
             raise ValueError(f"--adapter-root {root!r} is no folder; expected one with the adapters' folders in it")
+        if TOWERS in own:
+            raise ValueError(f"{TOWERS} has a cache that does not know versions; expected no --adapter-root with it")
         environment |= {vllm_versions.ROOT: str(Path(root).resolve()), UPDATES: "1"}
     folders: dict[str, str] = {}
     for text in adapters:

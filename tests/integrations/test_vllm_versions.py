@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,7 @@ def test_a_name_that_is_loaded_again_is_another_version(models: Any, tmp_path: P
         del models.lora_requests["a"]
     assert load(models, "a", str(alice), in_place) == "Success"
     second = models.lora_requests["a"]
+    assert len({first, second, replace(first)}) == 2  # of those in a batch
     keys = importlib.import_module("vllm.v1.core.kv_cache_utils")._gen_lora_extra_hash_keys
     assert keys(SimpleNamespace(lora_request=first)) != keys(SimpleNamespace(lora_request=second))
     shutil.rmtree(alice)

@@ -59,7 +59,7 @@ class LoadLoRAAdapterRequest:
 """,
     "lora/request.py": """
 from dataclasses import dataclass
-@dataclass
+@dataclass(eq=False)
 class LoRARequest:
     lora_name: str
     lora_int_id: int
@@ -67,6 +67,8 @@ class LoRARequest:
     base_model_name: str | None = None
     load_inplace: bool = False
     is_3d_lora_weight: bool = False
+    def __eq__(self, value): return self.lora_name == value.lora_name
+    def __hash__(self): return hash(self.lora_name)
 """,
     "v1/__init__.py": "",
     "v1/core/__init__.py": "",

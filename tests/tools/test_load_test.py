@@ -129,7 +129,7 @@ def test_the_command_writes_figures_and_a_picture(
     load = ["load-test", "--url", "http://localhost:1/", "--requests", "40", "--rate", "0"]
     assert cli.main([*load, "--out", str(out), "--plot", str(picture)]) == 1  # "a2" has failed
     said = capsys.readouterr().out
-    assert "of 40" in said and "server: gone" in said
+    assert "/40" in said and "server: gone" in said
     written = json.loads(out.read_text())["servers"]["server"]
     assert len(written["answers"]) == written["requests"] == 40 and written["answers"][0]["prompt"] == 64
     assert picture.stat().st_size > 10_000

@@ -91,6 +91,7 @@ def test_all_of_its_processes_count_in_one_folder_that_goes_with_them(
         ),
         (["--model", "model", "--max-rank", "1000"], "vLLM takes 1 … 512"),
         (["--model", "model", "--max-adapters", "0"], "expected at least 1"),
+        (["--model", "model", "--adapter-root", ".", "--", "--enable-tower-connector-lora"], "does not know versions"),
         (["--model", "model", "--adapter-root", ""], "--adapter-root '' is no folder"),
         (["--model", "model", "--adapter-root", "model", "--adapter", "a=alice"], "leads out of the root"),
     ],

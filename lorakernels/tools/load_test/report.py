@@ -59,12 +59,13 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 def print_table(rows: Mapping[str, Row], console: Console | None = None) -> None:
     times = [f"{what} p{at}" for what in ("first", "next") for at in PERCENTILES]
-    table = Table("LoRA", "right", "failed", *times, "tokens/s", title="ms to the first token, and to each next one")
+    table = Table("LoRA", "right", "lost", *times, "tokens/s", title="ms to the first token, and to each next one")
     for name, row in rows.items():
         found = [*row["first_ms"].values(), *row["between_ms"].values()]
-        cells = ("-" if each is None else f"{each:.1f}" for each in found)
-        right, speed = f"{row['right']} of {row['requests']}", f"{row['tokens_per_second']:.1f}"
-        table.add_row(name, right, str(row["failed"]), *cells, speed)
+        cells = ("-" if each is None else f"{each:.0f}" if each >= 100 else f"{each:.1f}" for each in found)
+        table.add_row(
+            name, f"{row['right']}/{row['requests']}", str(row["failed"]), *cells, f"{row['tokens_per_second']:.1f}"
+        )
     console = console or Console(highlight=False)
     console.print(table)
     for name, row in rows.items():
