@@ -18,9 +18,10 @@ import importlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,15 @@ class Versions:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._lock = threading.Lock()
         self._unnamed: dict[Path, float] = {}  # since when
 
     @cached_property
     def _made(self) -> tempfile.TemporaryDirectory[str]:
         return tempfile.TemporaryDirectory(prefix="lorakernels-adapters-", ignore_cleanup_errors=True)
 
-    def take(self, path: str) -> str:
-        """The folder of the version that lies at `path` now.
+    def take(self, path: str, named: Collection[str]) -> str:
+        """The folder of the version that lies at `path` now; those go that are not `named` and have not been for long.
 
         Raises ValueError for what is no adapter under the root, and OSError where it cannot be read or kept. Neither
         tells a client where anything lies.
@@ -109,26 +111,27 @@ class Versions:
         if None in source.stamps:
             raise ValueError(f"lora_path {path!r} has no {' and '.join(FILES)} under the adapter root; expected both")
         text = repr((source.folder, source.stamps))
-        folder = Path(self._made.name)
-        version = folder / hashlib.sha256(text.encode()).hexdigest()[:16] / source.folder.name
-        if not version.is_dir():
-            made = Path(tempfile.mkdtemp(dir=folder))
-            try:
-                for name in FILES:
-                    shutil.copyfile(source.folder / name, made / name)
-                if stamps_of(source.folder) != source.stamps:
-                    raise ValueError(f"the files in {path!r} have changed while they were read: load them again")
-                version.parent.mkdir(exist_ok=True)
-                made.rename(version)
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
+        with self._lock:
+            folder = Path(self._made.name)
+            version = folder / hashlib.sha256(text.encode()).hexdigest()[:16] / source.folder.name
+            self._clear({version, *map(Path, named)})
+            if not version.is_dir():
+                made = Path(tempfile.mkdtemp(dir=folder))
+                try:
+                    for name in FILES:
+                        shutil.copyfile(source.folder / name, made / name)
+                    if stamps_of(source.folder) != source.stamps:
+                        raise ValueError(f"the files in {path!r} have changed while they were read: load them again")
+                    version.parent.mkdir(exist_ok=True)
+                    made.rename(version)
+                finally:
+                    shutil.rmtree(made, ignore_errors=True)
         return str(version)
 
-    def clear(self, named: Iterable[str]) -> None:
-        """Take away what no name has meant for a while."""
-        now, kept = time.monotonic(), {Path(path) for path in named}
-        there = set(Path(self._made.name).glob("*/*"))
-        self._unnamed = {path: self._unnamed.get(path, now) for path in there - kept if path.is_dir()}
+    def _clear(self, named: Set[Path]) -> None:
+        now = time.monotonic()
+        there = {path for path in Path(self._made.name).glob("*/*") if path.is_dir()}
+        self._unnamed = {path: self._unnamed.get(path, now) for path in there - named}
         for path, since in self._unnamed.items():
             if now - since > KEPT:
                 shutil.rmtree(path.parent, ignore_errors=True)
@@ -171,13 +174,14 @@ def _replace_loading(root: Path) -> None:
         async with locks[name]:
             if name in held and not request.load_inplace:
                 return await plain(self, request, base_model_name)
-            versions.clear(each.lora_path for each in held.values())
+            named = [each.lora_path for each in held.values()]
             try:
-                folder = await asyncio.to_thread(versions.take, request.lora_path)
+                folder = await asyncio.to_thread(versions.take, request.lora_path, named)
             except (ValueError, OSError) as error:
-                said = error.strerror if isinstance(error, OSError) else str(error)
+                said = f"the adapter cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
                 return serving.create_error_response(message=said, err_type="InvalidUserInput")
-            if name in held and held[name].lora_path == folder:
+            known = held.get(name)
+            if known and (known.lora_path, known.is_3d_lora_weight) == (folder, request.is_3d_lora_weight):
                 return f"Success: LoRA adapter '{name}' has these files already."
             # To vLLM it is a new name, for which it takes a new number; what the name meant stays until that is loaded.
             beside = copy.copy(self)

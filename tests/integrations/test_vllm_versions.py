@@ -133,6 +133,18 @@ def test_a_load_that_fails_leaves_what_the_name_meant(models: Any, tmp_path: Pat
     assert models.lora_requests["a"] is held and models.engine.answer(held) == "root/alice"
 
 
+def test_loads_at_once(models: Any, tmp_path: Path) -> None:
+    protocol = importlib.import_module("vllm.entrypoints.serve.lora.protocol")
+
+    async def both(names: str) -> list[Any]:
+        wanted = (protocol.LoadLoRAAdapterRequest(name, "alice") for name in names)
+        return await asyncio.gather(*map(models.load_lora_adapter, wanted))
+
+    assert asyncio.run(both("abcd")) == ["Success"] * 4  # one folder
+    assert len({models.lora_requests[name].lora_path for name in "abcd"}) == 1
+    assert sorted(map(str, asyncio.run(both("xx")))) == ["Success", "already loaded"]
+
+
 def test_versions_that_nothing_means_go_after_a_while(
     models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_popularity_and_arrivals() -> None:
     assert torch.tensor(gaps).std().item() == pytest.approx(0.1, rel=0.1)  # of an exponential: its mean
     assert {len(each.prompt) for each in requests} == {4, 9} and {each.tokens for each in requests} == {2, 3}
     assert len({each.prompt for each in requests}) == 4
-    assert {each.model for each in traffic.requests_to("base", [])} == {"base"}
+    assert traffic.requests_to("base", []) == [replace(each, model="base") for each in requests]
     assert {each.arrives for each in Traffic(rate=0).requests_to("base", NAMES)} == {0.0}
 
 

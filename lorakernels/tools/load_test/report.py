@@ -14,6 +14,7 @@ from lorakernels.tools.load_test.traffic import Answer, Request
 
 Row = dict[str, Any]
 PERCENTILES = (50, 95, 99)
+_TIMES = tuple((what, at) for what in ("first", "next") for at in PERCENTILES)
 COLOURS = {"none": "#5b5b5b", "vllm": "#d55e00", "lorakernels": "#0072b2"}
 
 
@@ -58,14 +59,13 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def print_table(rows: Mapping[str, Row], console: Console | None = None) -> None:
-    times = [f"{what} p{at}" for what in ("first", "next") for at in PERCENTILES]
-    table = Table("LoRA", "right", "lost", *times, "tokens/s", title="ms to the first token, and to each next one")
+    title, times = "ms to the first token, and to each next one", [f"{what}\np{at}" for what, at in _TIMES]
+    table = Table("LoRA", "right", "lost", *times, "tokens/s", title=title, box=None)
     for name, row in rows.items():
         found = [*row["first_ms"].values(), *row["between_ms"].values()]
         cells = ("-" if each is None else f"{each:.0f}" if each >= 100 else f"{each:.1f}" for each in found)
-        table.add_row(
-            name, f"{row['right']}/{row['requests']}", str(row["failed"]), *cells, f"{row['tokens_per_second']:.1f}"
-        )
+        right, speed = f"{row['right']}/{row['requests']}", f"{row['tokens_per_second']:.1f}"
+        table.add_row(name, right, str(row["failed"]), *cells, speed)
     console = console or Console(highlight=False)
     console.print(table)
     for name, row in rows.items():

@@ -55,16 +55,17 @@ class Traffic:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected lengths of at least 1")
 
     def requests_to(self, base: str, adapters: Sequence[str]) -> list[Request]:
-        """The same for the same seed and as many adapters, whatever their names."""
+        """The same for the same seed, but for whose they are."""
         chance = random.Random(self.seed)
         prompts = [tuple(chance.choices(VOCABULARY, k=length)) for length in self.prompt_tokens for _ in range(PROMPTS)]
-        weights = [1 / k**self.zipf for k in range(1, len(adapters) + 1)]
+        own = adapters or [base]
+        weights = [1 / k**self.zipf for k in range(1, len(own) + 1)]
         requests, now = [], 0.0
         for _ in range(self.requests):
             now += chance.expovariate(self.rate) if self.rate else 0.0
-            model = base
-            if chance.random() >= self.base_share and adapters:
-                [model] = chance.choices(adapters, weights)
+            [model] = chance.choices(own, weights)
+            if chance.random() < self.base_share:
+                model = base
             requests.append(Request(model, chance.choice(prompts), chance.choice(self.output_tokens), now))
         return requests
 
