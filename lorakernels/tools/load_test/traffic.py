@@ -28,7 +28,7 @@ class Request:
 class Answer(NamedTuple):
     """Of a request; times are seconds after it arrived."""
 
-    tokens: tuple[Any, ...]  # their numbers, or pieces of text from a server that tells none
+    tokens: tuple[Any, ...]  # their numbers, or characters from a server that tells none
     times: tuple[float, ...] = ()  # of each part that came
     counts: tuple[int, ...] = ()  # tokens in each part
     error: str | None = None
@@ -129,11 +129,11 @@ class Client:
             )  # fmt: skip
             async for part in stream:
                 for choice in part.choices:
-                    new = getattr(choice, "token_ids", None) or ([choice.text] if choice.text else [])
-                    if new:
-                        tokens += new
+                    numbers = getattr(choice, "token_ids", None)
+                    if numbers or choice.text:
+                        tokens += numbers or choice.text
                         times.append(time.perf_counter() - began)
-                        counts.append(len(new))
+                        counts.append(len(numbers or [choice.text]))
         except self.errors as error:
             return Answer(tuple(tokens), tuple(times), tuple(counts), str(error))
         return Answer(tuple(tokens), tuple(times), tuple(counts))
