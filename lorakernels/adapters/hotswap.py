@@ -11,7 +11,7 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
-from lorakernels.adapters.load import copy_whole
+from lorakernels.adapters.load import check_numbers, copy_whole
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.config import check_rank
@@ -88,6 +88,7 @@ def hotswap_adapter(
     held.refuse_merged(original)
     held.refuse_changed_base(original)
     contents = bind(original, read_peft(local_folder(folder, hub, revision)))
+    check_numbers(contents)
     _check_fits(original, adapter_name, contents)
 
     updates = {contents.modules[path]: update for path, update in contents.layers.items()}

@@ -22,7 +22,6 @@ from lorakernels.adapters.targets import (
 )
 from lorakernels.adapters.uncalled import watch
 from lorakernels.config import LoRAConfig, of_one_layer
-from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, layer_for
 from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name, no_fast_path
@@ -31,6 +30,7 @@ from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
 from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear
+from lorakernels.patterns import by_pattern
 from lorakernels.quant.layers import keep_packing, why_refused
 
 

@@ -12,14 +12,16 @@ from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
 from lorakernels.adapters.inject import adding, freeze_all_but_adapters
 from lorakernels.adapters.save import save_through_transformers
-from lorakernels.adapters.saved_modules import copies_of, state_of
+from lorakernels.adapters.saved_modules import SavedModule, copies_of, state_of
 from lorakernels.adapters.switch import set_adapter
 from lorakernels.adapters.uncalled import watch
 from lorakernels.config import of_one_layer
 from lorakernels.files.peft import local_folder, read_peft
-from lorakernels.files.reading import AdapterFileError, as_file_error
+from lorakernels.files.reading import AdapterFileError, as_file_error, check_fits
 from lorakernels.nn.base import DEFAULT, check_adapter_name
+from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import unwrapped
+from lorakernels.quant.layers import weight_of
 
 
 def load_adapter(
@@ -63,17 +65,12 @@ def load_adapter(
     if base_weights not in ("model", "file"):
         raise ValueError(f"base_weights is {base_weights!r}; expected 'model' or 'file'")
     contents = bind(model, read_peft(local_folder(folder, hub, revision)), base_weights=base_weights)
+    check_numbers(contents)
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
     earlier = held.names(model)
     configs, tensors = {}, {}
     for path, update in contents.layers.items():
-        for suffix, tensor in update.tensors.items():
-            if tensor.element_size() == 1:  # adapters keep the file's dtype, and torch neither adds nor promotes these
-                raise AdapterFileError(
-                    f"{path}.{suffix} is {tensor.dtype}; expected float64, float32, bfloat16 or float16: convert the "
-                    "file's tensors first"
-                )
         configs[contents.modules[path]] = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
         tensors[contents.modules[path]] = update.tensors.values()
     with adding(model, adapter_name, configs, [contents.modules[path] for path in contents.whole], tensors):
@@ -93,6 +90,26 @@ def load_adapter(
         if trainable:
             watch(model)
     return compiled
+
+
+def check_numbers(contents: Contents) -> None:
+    """Raise AdapterFileError for what torch cannot add or promote, and for what overflows in the model's dtype."""
+    for path, update in contents.layers.items():
+        module = contents.modules[path]
+        dtype = weight_of(module.base_layer if isinstance(module, LoRALayer) else module).dtype
+        for suffix, tensor in update.tensors.items():
+            if tensor.element_size() == 1:  # adapters keep the file's dtype
+                raise AdapterFileError(
+                    f"{path}.{suffix} is {tensor.dtype}; expected float64, float32, bfloat16 or float16: convert the "
+                    "file's tensors first"
+                )
+            check_fits(f"{path}.{suffix}", tensor, dtype, update.scaling if "_B" in suffix else 1.0)
+    for path, tensors in contents.whole.items():
+        module = contents.modules[path]
+        for name, own in state_of(module.original_module if isinstance(module, SavedModule) else module).items():
+            check_fits(f"{path}.{name}", tensors[name], own.dtype)
+    for own, value in contents.biases + contents.base:
+        check_fits("a bias or base weight", value, own.dtype)
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents) -> None:

@@ -43,8 +43,10 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     """
     check_alpha(scale, "scale")
     held.refuse_merged(model)
-    for layer in held.layers_with(model, name).values():
-        adapter = layer.adapters[name]
+    adapters = [layer.adapters[name] for layer in held.layers_with(model, name).values()]
+    for adapter in adapters:
+        check_alpha(adapter.own_scaling * scale, "scale times the adapter's scaling")
+    for adapter in adapters:
         adapter.rescale(adapter.own_scaling * scale)
 
 

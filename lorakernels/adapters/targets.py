@@ -13,11 +13,11 @@ from torch import nn
 
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
-from lorakernels.files.patterns import by_pattern, fullmatch
 from lorakernels.nn.adapt import layer_for
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
 from lorakernels.nn.modules import named_modules
+from lorakernels.patterns import by_pattern, fullmatch
 
 ALL_LINEAR = "all-linear"
 # What PEFT's layers, and its copies of whole modules, are subclasses of.

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lorakernels.files import reading
-from lorakernels.files.reading import AdapterFileError, as_file_error, open_weights, read_json, write_json
+from lorakernels.files.reading import AdapterFileError, as_file_error, read_json, write_json
+from lorakernels.files.weights import TYPES, Weights, open_weights
 from lorakernels.quant import nf4
 from lorakernels.quant.packed import Form, PackedWeight
 
@@ -25,7 +25,6 @@ INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors' names of the dtypes that a merge can read and write.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BYTES = {"C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 # What a quantised weight has beside it, in the formats of bitsandbytes, GPTQ, AWQ, fp8 and MLX.
 _QUANT_STATE = ("qweight", "qzeros", "scales", "SCB", "weight_scale", "weight_scale_inv", "weight_packed")
 _QUANTISED = ("quantization_config", "quantization")  # in config.json
@@ -68,13 +67,13 @@ class Checkpoint:
         weight_map = _weight_map(self.folder / indices[0]) if indices else {}
         self.tensors: dict[str, TensorInfo] = {}
         self._records: dict[str, torch.Tensor] = {}
+        self._stamps: dict[str, tuple[int, ...]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         for shard in sorted(set(weight_map.values())) or single:
             with open_weights(self.folder / shard) as file:
-                self.metadata[shard] = file.metadata() or {"format": "pt"}
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {n: TensorInfo(shard, torch.Size(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-                self._records |= {n.partition(nf4.RECORD)[0]: file.get_tensor(n) for n in found if nf4.RECORD in n}
+                self._stamps[shard], self.metadata[shard] = file.stamp, file.metadata or {"format": "pt"}
+                found = {name: TensorInfo(shard, one.shape, one.dtype) for name, one in file.entries.items()}
+                self._records |= {n.partition(nf4.RECORD)[0]: file.read(n) for n in found if nf4.RECORD in n}
             twice = next((name for name in found if name in self.tensors), None)
             if twice is not None:
                 raise AdapterFileError(f"{self.folder}: {twice} is in {self.tensors[twice].shard} and {shard}")
@@ -106,16 +105,16 @@ class Checkpoint:
     def reader(self) -> Iterator[Callable[[str], Any]]:
         """In the block, what gives a tensor by its name: one of the file's, of a packed weight a `PackedWeight`.
 
-        Not with open_weights: what goes wrong in writing is no fault of the file that is read.
+        Raises AdapterFileError where a shard is not the one whose header was read.
         """
         with ExitStack() as stack:
 
             @cache
-            def opened(shard: str) -> Any:
-                return stack.enter_context(safe_open(self.folder / shard, framework="pt"))
+            def opened(shard: str) -> Weights:
+                return stack.enter_context(open_weights(self.folder / shard, self._stamps[shard]))
 
             def stored(name: str) -> torch.Tensor:
-                return opened(self._stored[name].shard).get_tensor(name)
+                return opened(self._stored[name].shard).read(name)
 
             def read(name: str) -> Any:
                 if name not in self.packed:
@@ -208,8 +207,8 @@ def write_changed(
 ) -> None:
     """Write `checkpoint` into `folder` with some tensors changed: same shards, index, and the small files beside.
 
-    One tensor is in memory at a time, beside the pages of the shard it is read from. A change gets the tensor as it
-    is stored; its result is rounded to the stored dtype, or to `dtype`, which every float tensor then gets.
+    One tensor is in memory at a time. A change gets the tensor as it is stored; its result is rounded to the stored
+    dtype, or to `dtype`, which every float tensor then gets.
 
     Raises AdapterFileError when a result is not finite.
     """
@@ -252,10 +251,13 @@ def _write_shard(checkpoint: Checkpoint, shard: str, folder: Path, changes: Chan
     infos = {name: info for name, info in checkpoint.tensors.items() if info.shard == shard}
     to = "" if dtype is None else _NAMES[dtype]
     stored = {name: to if to and info.dtype in DTYPES else info.dtype for name, info in infos.items()}
+    unknown = next((name for name in infos if stored[name] not in TYPES), None)
+    if unknown is not None:
+        raise AdapterFileError(f"{shard} has {unknown} in {stored[unknown]}, which is not read and cannot be copied")
     header: dict[str, Any] = {}
     end = 0
-    for name in sorted(infos, key=lambda name: (-_BYTES.get(stored[name], 1), name)):  # keeps every tensor aligned
-        begin, end = end, end + infos[name].shape.numel() * _BYTES.get(stored[name], 1)
+    for name in sorted(infos, key=lambda name: (-TYPES[stored[name]].itemsize, name)):  # keeps every tensor aligned
+        begin, end = end, end + infos[name].shape.numel() * TYPES[stored[name]].itemsize
         header[name] = {"dtype": stored[name], "shape": list(infos[name].shape), "data_offsets": [begin, end]}
     with checkpoint.reader() as read, open(folder / shard, "wb") as file:
         encoded = json.dumps({"__metadata__": checkpoint.metadata[shard]} | header, separators=(",", ":")).encode()

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from lorakernels.config import check_alpha, scaling_of
+from lorakernels.config import FLOAT32_MAX, check_alpha, scaling_of
 from lorakernels.files import reading
 from lorakernels.files.peft import WEIGHTS_FILE, read_peft, replaced_tensors, unknown_key, updates_of
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error
 from lorakernels.files.update import CONFIG_FILE, LINEAR, MAGNITUDE, Update, check_pair, check_tensors, own_shapes
+from lorakernels.files.weights import read_tensors
 
 MLX_FILE = "adapters.safetensors"
 
@@ -96,7 +97,7 @@ def _update(path: str, tensors: Tensors, alpha: float, scaling: float) -> Update
 
 def _read_kohya(path: Path) -> AdapterFile:
     """sd-scripts' networks/lora.py: lora_down is A, lora_up is B, and the scaling is alpha / r."""
-    tensors, metadata = reading.read_tensors(path)
+    tensors, metadata = read_tensors(path)
     if any(".lora_A." in key or ".lora_B." in key for key in tensors):
         raise AdapterFileError(f"{path} holds PEFT's keys and no {CONFIG_FILE}; expected both in one folder")
     updates = {}
@@ -113,7 +114,7 @@ def _read_kohya(path: Path) -> AdapterFile:
 
 def _alpha(name: str, tensor: torch.Tensor) -> float:
     alpha = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else math.nan
-    if not math.isfinite(alpha) or alpha == 0:
+    if not 0 < abs(alpha) <= FLOAT32_MAX:
         found = alpha if tensor.numel() == 1 else list(tensor.shape)
         raise AdapterFileError(f"{name}.alpha is {found}; expected one finite number that is not 0")
     return alpha
@@ -140,7 +141,7 @@ def _read_mlx(folder: Path) -> AdapterFile:
         check_alpha(scale, "lora_parameters.scale")
     updates = {}
     expected = "<module>.lora_a or <module>.lora_b"
-    for path, found in _by_module(file, reading.read_tensors(file)[0], _MLX_KEY, expected).items():
+    for path, found in _by_module(file, read_tensors(file)[0], _MLX_KEY, expected).items():
         check_pair(path, found, ("lora_a", "lora_b"), transposed=True)
         a, b, m = found["lora_a"], found["lora_b"], found.get("m")
         if a.shape[1] != rank or isinstance(rank, bool):

@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.files import reading
 from lorakernels.files.config_file import config_from_fields, fields_of
-from lorakernels.files.patterns import by_pattern
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
 from lorakernels.files.update import CONFIG_FILE, LINEAR, MAGNITUDE, SUFFIXES, Shapes, Update, check_tensors, own_shapes
+from lorakernels.files.weights import read_tensors
 from lorakernels.formula import spread_over_groups
+from lorakernels.patterns import by_pattern
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -56,7 +57,7 @@ class PeftFile:
 
 def read_peft(folder: Path) -> PeftFile:
     """The adapter in a folder; raises AdapterFileError, with what is there, where a file is missing or broken."""
-    return parse(reading.read_json(folder / CONFIG_FILE), reading.read_tensors(folder / WEIGHTS_FILE)[0], str(folder))
+    return parse(reading.read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)[0], str(folder))
 
 
 def local_folder(folder: str | os.PathLike[str], hub: bool, revision: str | None) -> Path:

@@ -19,6 +19,7 @@ from lorakernels.files.config_file import fields_of
 from lorakernels.files.peft import WEIGHTS_FILE, parse, read_peft
 from lorakernels.files.reading import AdapterFileError
 from lorakernels.files.update import CONFIG_FILE
+from lorakernels.files.weights import stamp_of
 from lorakernels.quant.layers import kind_of
 from lorakernels.serving.errors import CapacityError
 from lorakernels.serving.pools import Pool, Site
@@ -28,7 +29,6 @@ from lorakernels.serving.served import BASES, served_by
 _EXPERT = re.compile(r"(?!.*shared).*experts?_?[0-9]*")
 # T5's: looked up by query and key position, the same for all rows.
 _POSITIONS = "relative_attention_bias"
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 Tensors = Mapping[str, torch.Tensor]
 Given = str | os.PathLike[str] | tuple[LoRAConfig, Tensors]
@@ -124,9 +124,7 @@ def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
     stamps: list[tuple[int, ...] | None] = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         try:
-            found = (folder / name).stat()
-            # Copies that keep the time (cp -p, rsync -t) have another inode, or change ctime.
-            stamps.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+            stamps.append(stamp_of(folder / name))
         except OSError:  # the reader says it better
             stamps.append(None)
     return tuple(stamps)
@@ -159,8 +157,6 @@ def _find_parts(
         rank, scaling = update.r, update.scaling
         if rank > max_rank:
             raise CapacityError(f"module {path!r} has rank {rank}; the store takes at most max_rank={max_rank}")
-        if abs(scaling) > _FLOAT32_MAX:
-            raise AdapterFileError(f"module {path!r} has scaling {scaling}; expected one that float32 can hold")
         most, scale = largest.get(site.pool, (0, 0.0))
         largest[site.pool] = max(most, rank), max(scale, scaling, key=abs)
     return {pool: Part(rank, _of_plan(scaling, pool.dtype)) for pool, (rank, scaling) in largest.items()}
