@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -174,32 +174,6 @@ def _weight_map(path: Path) -> dict[str, str]:
         if not (path.parent / shard).is_file():
             raise AdapterFileError(f"{path} names {shard}, which is not there; download the missing shards")
     return weight_map
-
-
-@contextmanager
-def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to write into that becomes `out` at the end, or disappears with an error: `out` is whole or not there.
-
-    Raises AdapterFileError where `out` is one of `sources` or the current folder, or exists and is not an empty one.
-    """
-    out = Path(out).resolve()  # "." and ".." have no name and no parent of their own
-    if any(out == source.resolve() for source in sources):
-        raise AdapterFileError(f"{out} is what is read; expected another folder to write to")
-    if out == Path.cwd():
-        raise AdapterFileError(f"{out} is the current folder, which cannot be replaced; expected a new one")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise AdapterFileError(f"{out} exists and is not an empty folder; expected a new one, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def write_changed(

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorakernels.config import LoRAConfig
-from lorakernels.files.checkpoint import Checkpoint, new_folder
+from lorakernels.files.checkpoint import Checkpoint
 from lorakernels.files.formats import AdapterFile, read_adapter
 from lorakernels.files.peft import with_ranks, write_peft
 from lorakernels.files.reading import AdapterFileError, as_file_error
+from lorakernels.files.saving import new_folder
 from lorakernels.files.update import MAGNITUDE, Update
 
 # What sd-scripts puts before a module's name, the longer ones first.

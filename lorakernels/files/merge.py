@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, new_folder, write_changed
+from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, write_changed
 from lorakernels.files.config_file import check_start
 from lorakernels.files.formats import AdapterFile, read_adapter
 from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.saving import new_folder
 from lorakernels.files.update import BIAS, MAGNITUDE, Update
 from lorakernels.quant.packed import Form
 

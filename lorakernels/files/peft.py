@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.files import reading
 from lorakernels.files.config_file import config_from_fields, fields_of
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
+from lorakernels.files.saving import read_together, save_together, write_weights
 from lorakernels.files.update import CONFIG_FILE, LINEAR, MAGNITUDE, SUFFIXES, Shapes, Update, check_tensors, own_shapes
 from lorakernels.files.weights import read_tensors
 from lorakernels.formula import spread_over_groups
@@ -57,7 +57,13 @@ class PeftFile:
 
 def read_peft(folder: Path) -> PeftFile:
     """The adapter in a folder; raises AdapterFileError, with what is there, where a file is missing or broken."""
-    return parse(reading.read_json(folder / CONFIG_FILE), read_tensors(folder / WEIGHTS_FILE)[0], str(folder))
+    held: dict[str, Any] = {}
+
+    def read(weights: Path, config: Path) -> None:
+        held.update(fields=reading.read_json(config), tensors=read_tensors(weights)[0])
+
+    read_together(folder, WEIGHTS_FILE, CONFIG_FILE, read)
+    return parse(held["fields"], held["tensors"], str(folder))
 
 
 def local_folder(folder: str | os.PathLike[str], hub: bool, revision: str | None) -> Path:
@@ -202,20 +208,15 @@ def write_peft(
     others: Tensors | None = None,
     base: str | None = None,
 ) -> None:
-    """Write both files, whole or not at all: a reader never meets half a file.
+    """Write both files, whole, together or not at all: see `save_together`.
 
     `updates` is by module path and PEFT's suffix, `others` by the model's names; `base` says where the model came from.
     """
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in (others or {}).items()}
     tensors |= {f"{PREFIX}{path}.{suffix}": t for path, own in updates.items() for suffix, t in own.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
-    try:
-        save_file(tensors, weights, metadata={"format": "pt"})
-        reading.write_json(fields, fields_of(config) | {"base_model_name_or_path": base})
-        os.replace(weights, folder / WEIGHTS_FILE)
-        os.replace(fields, folder / CONFIG_FILE)
-    except BaseException:  # a full disk, an interrupt
-        weights.unlink(missing_ok=True)
-        fields.unlink(missing_ok=True)
-        raise
+    fields = fields_of(config) | {"base_model_name_or_path": base}
+    save_together(
+        folder,
+        (WEIGHTS_FILE, lambda path: write_weights(path, tensors)),
+        (CONFIG_FILE, lambda path: reading.write_json(path, fields)),
+    )
