@@ -44,15 +44,16 @@ def save_together(folder: Path, first: tuple[str, Write], second: tuple[str, Wri
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
     with locked(folder):
-        partials = [folder / f".{name}.partial" for name, _ in (first, second)]
+        partial = folder / f".{first[0]}.partial"  # safetensors has files of its own there while it writes
         try:
             _settle(folder, first[0], second[0])
-            for partial, (_, write) in zip(partials, (first, second), strict=True):
-                write(partial)
-                _sync(partial)
-            beside = folder / f".{second[0]}.{_digest(partials[0])}"
-            os.replace(partials[1], beside)
-            os.replace(partials[0], folder / first[0])
+            partial.mkdir()
+            for name, write in (first, second):
+                write(partial / name)
+                _sync(partial / name)
+            beside = folder / f".{second[0]}.{_digest(partial / first[0])}"
+            os.replace(partial / second[0], beside)
+            os.replace(partial / first[0], folder / first[0])
             _sync(folder)
             os.replace(beside, folder / second[0])
             _sync(folder)
@@ -100,8 +101,9 @@ def _settle(folder: Path, first: str, second: str) -> None:
     if meant.name != second:
         os.replace(meant, folder / second)
         _sync(folder)
-    for path in (*_left(folder, second), folder / f".{first}.partial", folder / f".{second}.partial"):
+    for path in _left(folder, second):
         path.unlink(missing_ok=True)
+    shutil.rmtree(folder / f".{first}.partial", ignore_errors=True)
 
 
 def _left(folder: Path, second: str) -> list[Path]:

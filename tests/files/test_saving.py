@@ -89,7 +89,8 @@ def killed_at(number: int, act: Callable[[], object]) -> bool:
 def at_every_line(folder: Path, step: int, there: bool) -> int:
     models, tried, number = two(), 0, 0
     while True:
-        own = folder / str(number)
+        own = folder / str(number) / "a"
+        own.parent.mkdir()
         if there:
             own.mkdir(parents=True)
             (own / "README.md").write_text("mine")
