@@ -10,7 +10,7 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
-from lorakernels.adapters.inject import adding, freeze_all_but_adapters
+from lorakernels.adapters.inject import add, freeze_all_but_adapters
 from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import SavedModule, copies_of, state_of
 from lorakernels.adapters.switch import set_adapter
@@ -21,9 +21,11 @@ from lorakernels.files.reading import AdapterFileError, as_file_error, check_fit
 from lorakernels.nn.base import DEFAULT, check_adapter_name
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import unwrapped
+from lorakernels.nn.whole import whole, write
 from lorakernels.quant.layers import weight_of
 
 
+@whole
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -73,22 +75,20 @@ def load_adapter(
     for path, update in contents.layers.items():
         configs[contents.modules[path]] = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
         tensors[contents.modules[path]] = update.tensors.values()
-    with adding(model, adapter_name, configs, [contents.modules[path] for path in contents.whole], tensors):
-        if not earlier:
-            freeze_all_but_adapters(model, config.bias if trainable else "none")
-        set_adapter(model, adapter_name)
-        if not trainable:
-            for parameter in held.parameters(model, adapter_name):
-                parameter.requires_grad_(False)
-        copy_whole(model, adapter_name, contents)
-        with torch.no_grad():
-            values = [(own, value.to(own.device, own.dtype)) for own, value in contents.biases + contents.base]
-            for own, value in values:  # nothing can fail from here on
-                own.copy_(value)
-        held.remember(model, adapter_name, config)
-        save_through_transformers(model)
-        if trainable:
-            watch(model)
+    add(model, adapter_name, configs, [contents.modules[path] for path in contents.whole], tensors)
+    if not earlier:
+        freeze_all_but_adapters(model, config.bias if trainable else "none")
+    set_adapter(model, adapter_name)
+    if not trainable:
+        for parameter in held.parameters(model, adapter_name):
+            parameter.requires_grad_(False)
+    copy_whole(model, adapter_name, contents)
+    for own, value in contents.biases + contents.base:
+        write(own, value)
+    held.remember(model, adapter_name, config)
+    save_through_transformers(model)
+    if trainable:
+        watch(model)
     return compiled
 
 
@@ -135,10 +135,10 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
 
 
-@torch.no_grad()
 def copy_whole(model: nn.Module, adapter_name: str, contents: Contents) -> None:
     """Put a file's whole modules into an adapter's copies, in place and in their dtype."""
     copies = copies_of(model, adapter_name)
     for path, tensors in contents.whole.items():
-        for name, own in state_of(copies[path]).items():
-            own.copy_(tensors[name])
+        for name, own in copies[path].state_dict(keep_vars=True).items():
+            if name in tensors:
+                write(own, tensors[name])

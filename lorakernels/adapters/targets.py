@@ -82,7 +82,7 @@ def warn_of_unused(model: nn.Module, config: LoRAConfig, targets: Iterable[str])
             if not any(by_pattern(targets, {key: True}, False).values()):
                 unused.append(f"{field}[{key!r}]")
     if unused:
-        warnings.warn(f"{' and '.join(unused)} matches nothing in {type(model).__name__}, and is ignored", stacklevel=3)
+        warnings.warn(f"{' and '.join(unused)} matches nothing in {type(model).__name__}, and is ignored", stacklevel=4)
 
 
 def find_modules_to_save(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Module]:
