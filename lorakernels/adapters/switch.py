@@ -137,9 +137,8 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         held.refuse_merged(model)
         steps = [(partial(_merge, model), partial(unmerge, model))]
     plain: dict[nn.Module, nn.Module] = {}
-    interrupt = uninterrupted(partial(in_turn, [*steps, (partial(_strip, model, plain), None)]))
-    if interrupt is not None:
-        raise interrupt
+    with uninterrupted():
+        in_turn([*steps, (partial(_strip, model, plain), None)])
     return plain.get(model, compiled)
 
 

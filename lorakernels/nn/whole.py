@@ -71,10 +71,10 @@ class _Change:
                 parameter.requires_grad_(needed_grad)
 
     def commit(self) -> None:
-        interrupt = in_turn(self.steps)
-        self.done = True
-        if interrupt is not None:
-            raise interrupt
+        def end() -> None:
+            self.done = True
+
+        in_turn([*self.steps, (end, None)])
 
 
 class _Thread(threading.local):
@@ -102,11 +102,13 @@ def whole(function: Callable[P, R]) -> Callable[P, R]:
                 result = function(*args, **kwargs)
             finally:
                 _thread.change = None
-            uninterrupted(change.commit)
+            with uninterrupted():
+                change.commit()
             return result
         except BaseException:
             if not change.done:
-                uninterrupted(change.restore)
+                with uninterrupted():
+                    change.restore()
             raise
 
     return wrapper
@@ -146,10 +148,10 @@ def _copy(tensor: torch.Tensor, value: torch.Tensor) -> None:
     tensor.copy_(value)
 
 
-def in_turn(steps: Iterable[Step]) -> BaseException | None:
+def in_turn(steps: Iterable[Step]) -> None:
     """Do what each step says. One that fails is tried once more; where it fails again those before are undone.
 
-    An interrupt is returned when all is done.
+    An interrupt is raised when all is done.
     """
     undos: list[Callable[[], object]] = []
     interrupt: BaseException | None = None
@@ -166,19 +168,45 @@ def in_turn(steps: Iterable[Step]) -> BaseException | None:
                 raise
         if undo is not None:
             undos.append(undo)
-    return interrupt
+    if interrupt is not None:
+        raise interrupt
 
 
-def uninterrupted(act: Callable[[], R]) -> R:
-    """Call this; what SIGINT does comes after it. In threads but the main one Python has no interrupts."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        return act()
-    came: list[tuple[int, Any]] = []
-    signal.signal(signal.SIGINT, lambda *call: came.append(call))
-    try:
-        return act()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
+class uninterrupted:
+    """In the block nothing is interrupted: what SIGINT does comes after it.
+
+    In other threads than the main one Python has no interrupts.
+    """
+
+    def __enter__(self) -> None:
+        self.came: list[tuple[int, Any]] = []
+        self.handler = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and callable(self.handler):
+            signal.signal(signal.SIGINT, lambda *call: self.came.append(call))
+        else:
+            self.handler = None
+
+    def __exit__(self, *_: object) -> None:
+        if callable(self.handler):
+            signal.signal(signal.SIGINT, self.handler)
+            if self.came:
+                self.handler(*self.came[0])
+
+
+class Lock:
+    """A lock that its thread may take again; while it is held nothing is interrupted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._blocks: list[uninterrupted] = []
+
+    def __enter__(self) -> None:
+        block = uninterrupted()
+        block.__enter__()
+        self._lock.acquire()
+        self._blocks.append(block)
+
+    def __exit__(self, *_: object) -> None:
+        block = self._blocks.pop()
+        self._lock.release()
+        block.__exit__()

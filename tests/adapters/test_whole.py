@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakernels as lk
 from lorakernels.adapters import held
 from lorakernels.nn import whole
+from lorakernels.testing.failing import FailAt
 
 PACKAGE = os.path.dirname(lk.__file__)
 IDS = torch.tensor([[1, 4, 0], [3, 2, 5]])
@@ -178,18 +178,6 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-class FailAt(TorchDispatchMode):
-    def __init__(self, number: int, error: BaseException) -> None:
-        super().__init__()
-        self.left, self.error = number, error
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= 1
-        if self.left == -1:
-            raise self.error
-        return func(*args, **(kwargs or {}))
-
-
 class InterruptAt:
     """KeyboardInterrupt at a line of the package, but not where it takes care of one."""
 
@@ -283,9 +271,12 @@ def test_an_interrupt_of_the_terminal_waits_for_the_end() -> None:
             lk.set_adapter(model, "default")
         assert state_of(model) == before
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        whole.uninterrupted(lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.01)))
-    assert signal.getsignal(signal.SIGINT) is handler
+    done = False
+    with pytest.raises(KeyboardInterrupt), whole.uninterrupted():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        done = True
+    assert done and signal.getsignal(signal.SIGINT) is handler
 
 
 def test_where_memory_stays_out_what_was_merged_comes_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
