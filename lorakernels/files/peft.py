@@ -86,10 +86,9 @@ def local_folder(folder: str | os.PathLike[str], hub: bool, revision: str | None
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError("loading from the hub needs huggingface_hub: pip install huggingface_hub") from error
-    try:
+    # Its errors and those of its HTTP client have no common base.
+    with as_file_error(f"{folder} cannot be had from the hub", Exception):
         return Path(snapshot_download(str(folder), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except Exception as error:  # its errors and those of its HTTP client have no common base
-        raise AdapterFileError(f"{folder} cannot be had from the hub: {error}") from error
 
 
 def parse(fields: Mapping[str, Any], tensors: Tensors, source: str) -> PeftFile:

@@ -79,7 +79,7 @@ def as_file_error(source: object, *others: type[Exception]) -> Iterator[None]:
     kinds: tuple[type[Exception], ...] = (TypeError, ValueError, OverflowError, *others)
     try:
         yield
-    except (AdapterFileError, torch.OutOfMemoryError):
+    except (AdapterFileError, MemoryError, torch.OutOfMemoryError):
         raise
     except kinds as error:
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
