@@ -16,9 +16,9 @@ RESULTS = os.environ.get("LORAKERNELS_RESULTS")  # a file that gets a line of JS
 if not COMPILED:
     # Before anything imports the kernels: a kernel is made for the interpreter or for a GPU when it is defined.
     os.environ["TRITON_INTERPRET"] = "1"
-    from lorakernels.testing.interpreter import patch_the_language_once
+    from lorakernels.testing.interpreter import quicken
 
-    patch_the_language_once()
+    quicken()
 elif STUB:
     from lorakernels.testing import driver
 

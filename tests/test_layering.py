@@ -29,7 +29,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("kernels", "eager"),
     ("weight",),
-    ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "member", "when_imported"),
+    ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "low_rank", "member", "when_imported"),
     ("plan_layout", "patterns", "printable"),
 )
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands

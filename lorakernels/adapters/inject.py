@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lorakernels.adapters import held
-from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import give_copies, saved_modules
 from lorakernels.adapters.targets import (
     find_modules_to_save,
@@ -19,6 +18,7 @@ from lorakernels.adapters.targets import (
     warn_of_unused,
     why_without_effect,
 )
+from lorakernels.adapters.transformers_methods import give_methods
 from lorakernels.adapters.uncalled import watch
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.nn import siblings
@@ -117,7 +117,7 @@ def inject(
     parents = {p: names for p, names in siblings_of.items() if not own.isdisjoint(p._modules.values())}
     siblings.declare(parents, group)
     held.remember(model, adapter_name, config)
-    save_through_transformers(model)
+    give_methods(model)
     watch(model)
     return compiled
 

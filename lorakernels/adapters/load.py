@@ -11,9 +11,9 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, bind
 from lorakernels.adapters.inject import add, freeze_all_but_adapters
-from lorakernels.adapters.save import save_through_transformers
 from lorakernels.adapters.saved_modules import SavedModule, copies_of, state_of
 from lorakernels.adapters.switch import set_adapter
+from lorakernels.adapters.transformers_methods import give_methods
 from lorakernels.adapters.uncalled import watch
 from lorakernels.config import of_one_layer
 from lorakernels.files.peft import local_folder, read_peft
@@ -86,7 +86,7 @@ def load_adapter(
     for own, value in contents.biases + contents.base:
         write(own, value)
     held.remember(model, adapter_name, config)
-    save_through_transformers(model)
+    give_methods(model)
     if trainable:
         watch(model)
     return compiled

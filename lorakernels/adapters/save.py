@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -103,54 +101,3 @@ def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Te
         and id(parameter) not in of_adapters
         and (config.bias == "all" or name.startswith(adapted))
     }
-
-
-class _SavePretrained:
-    """`save_pretrained` of a transformers model that has adapters, as PEFT's: their files and not the model's.
-
-    transformers' own would write the weights of adapted layers under names that its `from_pretrained` does not know,
-    and which it then leaves random. While adapters are merged the state dict is the plain model's, and its own runs.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)  # which has this
-
-    def __call__(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        model: Any = self._model()
-        there, layers = held.names(model), held.layers(model).values()
-        if not there or all(layer.is_plain for layer in layers):
-            options = {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
-            return type(model).save_pretrained(model, save_directory, **options, **kwargs)
-        if push_to_hub:
-            raise ValueError("push_to_hub=True: adapters are written to a folder alone; upload that")
-        held.refuse_merged(model)  # some are, and others not
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in held.parameters(model))
-        if is_main_process or (sharded and state_dict is None):  # whose shards all processes gather
-            for name in there:
-                folder = Path(save_directory, "" if name == DEFAULT or len(there) == 1 else name)
-                save_adapter(model, folder, name, state_dict=state_dict)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        model = self._model()
-        return _SavePretrained(memo.get(id(model), model))
-
-    def __reduce__(self) -> Any:
-        return _SavePretrained, (self._model(),)
-
-
-def save_through_transformers(model: Any) -> None:
-    """Let `save_pretrained`, and so a Trainer's checkpoints, of a model that has it write the adapters' files."""
-    if hasattr(type(model), "save_pretrained") and "save_pretrained" not in model.__dict__:
-        model.save_pretrained = _SavePretrained(model)
-
-
-def save_as_before(model: nn.Module) -> None:
-    if isinstance(model.__dict__.get("save_pretrained"), _SavePretrained):
-        del model.__dict__["save_pretrained"]

@@ -10,8 +10,8 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.adapters.inject import activate, replace_modules
-from lorakernels.adapters.save import save_as_before
 from lorakernels.adapters.saved_modules import SavedModule, saved_modules
+from lorakernels.adapters.transformers_methods import take_methods
 from lorakernels.adapters.uncalled import unwatch
 from lorakernels.config import check_alpha
 from lorakernels.nn import siblings
@@ -153,7 +153,7 @@ def _strip(model: nn.Module, plain: dict[nn.Module, nn.Module]) -> None:
     replace_modules(model, plain)
     for module in model.modules():  # it may have been put into a part of the model
         unwatch(module)
-        save_as_before(module)
+        take_methods(module)
         for known in ("_lora_configs", "_lora_unused"):
             module.__dict__.pop(known, None)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.nn.base import LoRABase
-from lorakernels.nn.modules import names_of
+from lorakernels.nn.modules import is_compiled, names_of
 
 
 def watch(model: nn.Module) -> None:
@@ -34,7 +34,7 @@ def _first_pass(model: nn.Module, args: Any) -> None:
     unwatch(model)
     modules = {path: module for module, path in names_of(model).items()}
     layers = {path: layer for path, layer in held.layers(model).items() if layer.active_adapters}
-    if any(map(_is_compiled, model.modules())):
+    if any(map(is_compiled, model.modules())):
         return  # of a graph nothing is seen, and a hook would have it compiled again
     parents = {path: modules[path.rpartition(".")[0]] for path in layers}
     ran = WeakSet([model])
@@ -64,7 +64,3 @@ def _first_pass(model: nn.Module, args: Any) -> None:
     # On the layers themselves a hook would keep them out of their groups.
     hooks = [module.register_forward_pre_hook(called) for module in set(parents.values())]
     hooks.append(model.register_forward_hook(ended, always_call=True))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return module._compiled_call_impl is not None or "_orig_mod" in module._modules

@@ -10,6 +10,8 @@ import torch
 from lorakernels.eager.dropout import draw_mask
 from lorakernels.eager.multi_grid import Segment
 from lorakernels.eager.multi_route import Route, route
+from lorakernels.low_rank import add_expand, low_rank_dtype, outer
+from lorakernels.low_rank import shrink as shrink_one
 from lorakernels.member import cast
 from lorakernels.plan import PlanTensors
 from lorakernels.weight import linear, multiply, sum_products
@@ -75,20 +77,16 @@ def add(
     if thresholds is not None:
         assert seed is not None
         mask = _draw(seed, where, thresholds.tolist(), x)
-    kept = x.new_zeros((len(ys), rows.shape[0], width)) if keep_s else None
+    kept = x.new_zeros((len(ys), rows.shape[0], width), dtype=low_rank_dtype(x.dtype)) if keep_s else None
     outs = ys if where.tokens is None else [x.new_empty((rows.shape[0], y.shape[1])) for y in ys]
     for segment in where.segments:
         adapted = _cut(rows, segment.rows)
         if mask is not None:
             adapted = adapted * mask[segment.rows]
         for i, (lora_A, lora_B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
-            A = cast(_rank_rows(lora_A, plan, segment, is_B=False), x.dtype)
-            B = cast(_rank_rows(lora_B, plan, segment, is_B=True), x.dtype)
-            s = multiply(adapted, A).mul_(segment.scale)
-            if where.tokens is None:
-                _cut(outs[i], segment.rows).addmm_(s, B)
-            else:
-                torch.mm(s, B, out=outs[i][segment.rows])
+            s = _multiply(adapted, _rank_rows(lora_A, plan, segment, is_B=False)).mul_(segment.scale)
+            B = _rank_rows(lora_B, plan, segment, is_B=True)
+            _expand_into(_cut(outs[i], segment.rows), s, B, onto=where.tokens is None)
             if kept is not None:
                 kept[i, segment.rows, : segment.rank] = s
     for y, out in zip(ys, outs, strict=True):
@@ -130,22 +128,17 @@ def backward(
             dy = dy_rows[i][segment.rows]
             if s_rows is not None:
                 low_rank = s_rows[i][segment.rows, : segment.rank]
-                # An embedding's S is float32 where its dy has 16 bits.
-                _add_rank_rows(dBs[i], plan, segment, low_rank.t() @ cast(dy, low_rank.dtype), is_B=True)
+                _add_rank_rows(dBs[i], plan, segment, outer(low_rank, dy), is_B=True)
             if not (need_dx or need_dA):
                 continue
-            B = _rank_rows(lora_B, plan, segment, is_B=True).to(dy.dtype)
-            g = multiply(dy, B).mul_(segment.scale)
+            g = _multiply(dy, _rank_rows(lora_B, plan, segment, is_B=True)).mul_(segment.scale)
             if need_dA:
                 assert rows is not None
                 adapted = rows[segment.rows] if kept is None else rows[segment.rows] * kept
-                _add_rank_rows(dAs[i], plan, segment, g.t() @ adapted, is_B=False)
+                _add_rank_rows(dAs[i], plan, segment, outer(g, adapted), is_B=False)
             if out is not None:
-                A = _rank_rows(lora_A, plan, segment, is_B=False).to(dy.dtype)
-                if kept is None:
-                    out[segment.rows].addmm_(g, A)
-                else:
-                    out[segment.rows].add_((g @ A).mul_(kept))
+                A = _rank_rows(lora_A, plan, segment, is_B=False)
+                add_expand(out[segment.rows], g, A.t(), kept=kept)
     if dx is not None and out is not None:
         where.add(dx, out)
     return dx, dAs, dBs
@@ -167,15 +160,15 @@ def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors, *, where: Route
     s = x.new_zeros((len(lora_As), rows.shape[0], width), dtype=dtype)
     for segment in where.segments:
         for i, lora_A in enumerate(lora_As):
-            A = cast(_rank_rows(lora_A, plan, segment, is_B=False), x.dtype)
-            s[i, segment.rows, : segment.rank] = multiply(rows[segment.rows], A).to(dtype).mul_(segment.scale)
+            product = _multiply(rows[segment.rows], _rank_rows(lora_A, plan, segment, is_B=False))
+            s[i, segment.rows, : segment.rank] = product.to(dtype).mul_(segment.scale)
     return where.put_back(s, x.shape[0])
 
 
 def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors, *, where: Route | None = None) -> None:
     """Add S Bᵀ to each y, in place."""
     where = where or route(plan, s.shape[1])
-    grid = where.grid_for(s, s.shape[2] + sum([y.shape[1] for y in ys]))
+    grid = where.grid_for(ys[0], s.shape[2] + sum([y.shape[1] for y in ys]))
     if grid is not None and len({segment.rank for segment in where.segments}) == 1:
         for low_rank, lora_B, y in zip(s, lora_Bs, ys, strict=True):
             for lot in grid.lots:
@@ -186,13 +179,25 @@ def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors, *,
         rows = where.take(s[i])
         out = y if where.tokens is None else y.new_empty((rows.shape[0], y.shape[1]))
         for segment in where.segments:
-            B = cast(_rank_rows(lora_B, plan, segment, is_B=True), y.dtype)
-            low_rank = cast(rows[segment.rows, : segment.rank], y.dtype)
-            if where.tokens is None:
-                out[segment.rows].addmm_(low_rank, B)
-            else:
-                torch.mm(low_rank, B, out=out[segment.rows])
+            low_rank = cast(rows[segment.rows, : segment.rank], low_rank_dtype(y.dtype))
+            B = _rank_rows(lora_B, plan, segment, is_B=True)
+            _expand_into(out[segment.rows], low_rank, B, onto=where.tokens is None)
         where.add(y, out)
+
+
+def _multiply(x: torch.Tensor, rank_rows: torch.Tensor) -> torch.Tensor:
+    """x Rᵀ of rank rows R [rank, columns], in `low_rank_dtype`."""
+    return shrink_one(x, rank_rows) if x.dtype is torch.float16 else multiply(x, cast(rank_rows, x.dtype))
+
+
+def _expand_into(out: torch.Tensor, s: torch.Tensor, rank_rows: torch.Tensor, *, onto: bool) -> None:
+    """out [tokens, N] = S R of rank rows R [rank, N], or += it."""
+    if onto:
+        add_expand(out, s, rank_rows.t())
+    elif s.dtype is out.dtype:
+        torch.mm(s, cast(rank_rows, s.dtype), out=out)
+    else:
+        out.copy_(s @ cast(rank_rows, s.dtype))
 
 
 def _cut(rows: torch.Tensor, wanted: slice) -> torch.Tensor:

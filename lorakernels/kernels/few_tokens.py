@@ -19,6 +19,8 @@ from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.packed import form_of, load_packed_kn, weight_matrix
 from lorakernels.kernels.tiles import (
+    alike,
+    cast_factor,
     draw,
     drop,
     epilogue,
@@ -32,6 +34,7 @@ from lorakernels.kernels.tiles import (
     tall,
     transposed,
 )
+from lorakernels.low_rank import low_rank_dtype
 from lorakernels.quant.packed import Transposed
 
 
@@ -84,15 +87,14 @@ def few_tokens_kernel(
         y = tl.dot(x_tile, w_tile, y, input_precision=INPUT_PRECISION)
         if seed_ptr is not None:
             x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_n == 0)
-        a_tile = load_tile(a, offs_k, offs_r).to(x_tile.dtype)
+        x_tile, a_tile = alike(x_tile, load_tile(a, offs_k, offs_r))
         s = tl.dot(x_tile, a_tile, s, input_precision=INPUT_PRECISION)
 
     s *= s_scale
     if pid_n == 0:
         store_tile(plane(s_ptr, pid_k, M, R), s, offs_m, offs_r)
-    dtype = x.ptr.dtype.element_ty
-    b_tile = load_tile(b, offs_r, offs_n).to(dtype)
-    low_rank = tl.dot(s.to(dtype), b_tile, input_precision=INPUT_PRECISION) * y_scale
+    rounded, b_tile = alike(cast_factor(s, x.ptr.dtype.element_ty), load_tile(b, offs_r, offs_n))
+    low_rank = tl.dot(rounded, b_tile, input_precision=INPUT_PRECISION) * y_scale
     if seed_ptr is None and mask_ptr is not None:
         low_rank = drop(low_rank, mask_ptr, offs_m, pid_n, M, N)
     y = finish(y + low_rank, epilogue, offs_n, N, pid_k)
@@ -123,7 +125,7 @@ def few_tokens(
     N, R = lora_B.shape
     config = choose("few_tokens", M, N, K, R, x.element_size(), x.device)
     y = x.new_empty((M, N))
-    s = x.new_empty((M, R))
+    s = x.new_empty((M, R), dtype=low_rank_dtype(x.dtype))
     y_planes, s_planes = planes_for(y, config.SPLIT), planes_for(s, config.SPLIT)
     drawn = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if threshold else None
     launch(

@@ -42,7 +42,12 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 
 def input_precision(x: torch.Tensor) -> str:
-    """How float32 products are made: exactly, unless torch was told that TF32 will do. Moot for 16-bit x."""
+    """How float32 products are made: exactly, unless torch was told that TF32 will do.
+
+    Of float16 x those with float32 factors: as exactly as its own numbers are. Moot for bfloat16.
+    """
+    if x.dtype is torch.float16:
+        return "tf32"
     if x.dtype is not torch.float32 or not x.is_cuda:
         return "ieee"
     # The older reading raises once the newer setting was used.

@@ -22,6 +22,7 @@ from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.packed import unpack
 from lorakernels.kernels.tiles import (
     NO_MATRIX,
+    alike,
     descriptor,
     drop,
     epilogue,
@@ -70,8 +71,7 @@ def _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.c
     # Not pipelined: its buffers would come on top of the main loop's (r = 64: 304 KiB, where a block has 227).
     for r in tl.range(0, b.rows, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
-        s_tile = load_tile(s, offs_m, offs_r)
-        b_tile = load_tile(b, offs_r, offs_n).to(s_tile.dtype)
+        s_tile, b_tile = alike(load_tile(s, offs_m, offs_r), load_tile(b, offs_r, offs_n))
         acc = tl.dot(s_tile, b_tile, acc, input_precision=INPUT_PRECISION)
     acc *= low_rank.scale
     if low_rank.mask is not None:
@@ -204,7 +204,7 @@ def linear_expand(
     mask: torch.Tensor | None = None,
     dot: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [M, N] of x [M, K], weight [N, K], s [M, r] of x's dtype whose rows are contiguous, lora_B [N, r].
+    """y [M, N] of x [M, K], weight [N, K], s [M, r] of `low_rank_dtype` whose rows are contiguous, lora_B [N, r].
 
     `more` has further pairs of x [M, K'] and weight [N, K'], whose products are added.
     `mask` [M, ceil(N / 8)] uint8 drops elements of the low-rank term, `row_scale` [N] multiplies all but the bias.

@@ -22,7 +22,7 @@ from lorakernels.kernels.adapters import (
 )
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
-from lorakernels.kernels.tiles import drop, load_tile, plane, store_tile, tall
+from lorakernels.kernels.tiles import cast_factor, drop, load_tile, plane, store_tile, tall
 from lorakernels.plan import PlanTensors
 from lorakernels.plan_layout import num_tiles
 
@@ -41,8 +41,8 @@ def _add_block(
     within = offs_r < rank
     inside = rank_mask(routes, offs_r, rank, R)[:, None] & (offs_n[None, :] < N)
     b_tile = tl.load(b.ptr + rows[:, None] + offs_n.to(tl.int64)[None, :] * b.strides[2], mask=inside, other=0.0)
-    s = tl.where(within[None, :], s, 0.0).to(dtype)
-    b_tile = tl.where(within[:, None], b_tile, 0.0).to(dtype)
+    s = cast_factor(tl.where(within[None, :], s, 0.0), dtype)
+    b_tile = tl.where(within[:, None], b_tile, 0.0).to(s.dtype)
     return tl.dot(s, b_tile, acc, input_precision=INPUT_PRECISION)
 
 
@@ -133,7 +133,7 @@ def multi_expand_token_kernel(
         rows = rank_offsets(routes, b, slot, offs_r, R)
         inside = (offs_n[:, None] < N) & rank_mask(routes, offs_r, rank, R)[None, :]
         b_tile = tl.load(b.ptr + rows[None, :] + offs_n.to(tl.int64)[:, None] * b.strides[2], mask=inside, other=0.0)
-        products = b_tile.to(y.ptr.dtype.element_ty).to(tl.float32) * s[None, :]
+        products = cast_factor(b_tile, y.ptr.dtype.element_ty).to(tl.float32) * s[None, :]
         acc += tl.sum(tl.where((offs_r < rank)[None, :], products, 0.0), axis=1)
     tl.store(y_at, acc.to(y.ptr.dtype.element_ty), mask=offs_n < N)
 

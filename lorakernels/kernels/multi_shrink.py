@@ -22,7 +22,7 @@ from lorakernels.kernels.adapters import (
 )
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
-from lorakernels.kernels.tiles import draw, load_tile, plane, store_tile, tall
+from lorakernels.kernels.tiles import alike, cast_factor, draw, load_tile, plane, store_tile, tall
 from lorakernels.plan import PlanTensors
 from lorakernels.plan_layout import num_tiles
 
@@ -73,7 +73,8 @@ def multi_shrink_kernel(
             x_tile = draw(x_tile, mask_ptr, seed, threshold, tokens, k, T, x.cols, tl.program_id(1) == 0)
         inside = (offs_k[:, None] < x.cols) & loaded[None, :]
         a_tile = tl.load(a.ptr + offs_k.to(tl.int64)[:, None] * a.strides[2] + rows[None, :], mask=inside, other=0.0)
-        acc = tl.dot(x_tile, a_tile.to(x_tile.dtype), acc, input_precision=INPUT_PRECISION)
+        x_tile, a_tile = alike(x_tile, a_tile)
+        acc = tl.dot(x_tile, a_tile, acc, input_precision=INPUT_PRECISION)
     # Columns past the rank are of no meaning: each is its own sum.
     acc = tl.where(offs_r[None, :] < rank, acc * tl.load(scales_ptr + slot), 0.0)
     store_tile(plane(s_ptr, pid_k * NUM_SLICES + pid_s, T, R), acc, tokens, offs_r)
@@ -114,7 +115,7 @@ def multi_shrink_token_kernel(
         inside = loaded[:, None] & (offs_k[None, :] < x.cols)
         a_tile = tl.load(a.ptr + rows[:, None] + offs_k.to(tl.int64)[None, :] * a.strides[2], mask=inside, other=0.0)
         # In x's dtype first, as the tile form multiplies it.
-        acc += a_tile.to(x.ptr.dtype.element_ty).to(tl.float32) * x_part[None, :]
+        acc += cast_factor(a_tile, x.ptr.dtype.element_ty).to(tl.float32) * x_part[None, :]
     s = tl.where(offs_r < rank, tl.sum(acc, axis=1) * tl.load(scales_ptr + slot), 0.0)
     s_row = s_ptr + ((pid_k * NUM_SLICES + pid_s).to(tl.int64) * T + token) * R
     tl.store(s_row + offs_r, s, mask=offs_r < R)

@@ -21,6 +21,8 @@ from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.tiles import (
     NO_MATRIX,
     Matrix,
+    alike,
+    cast_factor,
     drop,
     load_tile,
     matrix,
@@ -31,6 +33,7 @@ from lorakernels.kernels.tiles import (
     sum_planes,
     tall,
 )
+from lorakernels.low_rank import low_rank_dtype
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -64,7 +67,7 @@ def outer_kernel(
     if sums_ptr is not None:
         sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if p_ptr is not None:
-        q_tile = load_tile(sized(q, N, R), offs_n, offs_r).to(z.ptr.dtype.element_ty)
+        q_tile = cast_factor(load_tile(sized(q, N, R), offs_n, offs_r), z.ptr.dtype.element_ty)
 
     for m in range(pid_m * BLOCK_M, M, BLOCK_M * tl.num_programs(1)):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -72,10 +75,10 @@ def outer_kernel(
         if mask_ptr is not None:
             z_tile = drop(z_tile, mask_ptr, offs_m, pid_n, M, N)
         if out.ptr is not None:
-            t_tile = load_tile(t, offs_m, offs_r).to(z_tile.dtype)
-            acc = tl.dot(tl.trans(z_tile), t_tile, acc, input_precision=INPUT_PRECISION)
+            z_wide, t_tile = alike(z_tile, load_tile(t, offs_m, offs_r))
+            acc = tl.dot(tl.trans(z_wide), t_tile, acc, input_precision=INPUT_PRECISION)
         if p_ptr is not None:
-            p = tl.dot(z_tile, q_tile, input_precision=INPUT_PRECISION) * scale
+            p = tl.dot(z_tile.to(q_tile.dtype), q_tile, input_precision=INPUT_PRECISION) * scale
             store_tile(plane(p_ptr, pid_n, M, R), p, offs_m, offs_r)
         if sums_ptr is not None:
             sums += tl.sum(z_tile.to(tl.float32), axis=0)
@@ -109,7 +112,11 @@ def dy_pass(
     R = lora_B.shape[1]
     config = choose("outer", M, N, N, R, dy.element_size(), dy.device)
     one_pass = need_g and need_dB and takes_one_pass(N, R, dy.element_size(), config.BLOCK_N)
-    g = dy.new_empty((M, R)) if one_pass else shrink(dy, lora_B.t(), scale=scaling)[0] if need_g else None
+    g = None
+    if one_pass:
+        g = dy.new_empty((M, R), dtype=low_rank_dtype(dy.dtype))
+    elif need_g:
+        g, _ = shrink(dy, lora_B.t(), scale=scaling)
     dB = dy.new_empty((N, R), dtype=lora_B.dtype) if need_dB else None
     dbias = None if bias_dtype is None else dy.new_empty((N,), dtype=bias_dtype)
     if dB is not None or dbias is not None:

@@ -10,6 +10,7 @@ from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.tiles import (
+    alike,
     draw,
     load_tile,
     plane,
@@ -20,6 +21,7 @@ from lorakernels.kernels.tiles import (
     tall,
     transposed,
 )
+from lorakernels.low_rank import low_rank_dtype
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -53,7 +55,7 @@ def shrink_kernel(
         x_tile = load_tile(x, offs_m, offs_k)
         if seed_ptr is not None:
             x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_r == 0)
-        a_tile = load_tile(a, offs_k, offs_r).to(x_tile.dtype)
+        x_tile, a_tile = alike(x_tile, load_tile(a, offs_k, offs_r))
         acc = tl.dot(x_tile, a_tile, acc, input_precision=INPUT_PRECISION)
     store_tile(plane(s_ptr, pid_k, M, R), acc * scale, offs_m, offs_r)
 
@@ -70,12 +72,12 @@ def shrink(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """S [M, r] = scale · D(x) Aᵀ and dropout's mask [M, ceil(K / 8)] uint8 (None without dropout) of x [M, K].
 
-    lora_A is [r, K]; S is in `dtype`, or x's: nobody multiplies it in another.
+    lora_A is [r, K]; S is in `dtype`, or that of `low_rank_dtype`.
     """
     M, K = x.shape
     R = lora_A.shape[0]
     config = choose("shrink", M, K, K, R, x.element_size(), x.device)
-    s = x.new_empty((M, R), dtype=dtype)
+    s = x.new_empty((M, R), dtype=dtype or low_rank_dtype(x.dtype))
     planes = planes_for(s, config.SPLIT)
     mask = x.new_empty((M, cdiv(K, 8)), dtype=torch.uint8) if threshold else None
     launch(

@@ -86,6 +86,25 @@ def store_tile(matrix, tile, rows, cols):
 
 
 @triton.jit
+def cast_factor(factor, dtype: tl.constexpr):
+    """A tile of A, B or S in the dtype that multiplies it: the tokens' own.
+
+    But beside float16 float32 stays (tf32 products): a factor's 1e-6 would vanish, and S overflow.
+    """
+    if dtype == tl.float16 and factor.dtype == tl.float32:
+        return factor
+    else:
+        return factor.to(dtype)
+
+
+@triton.jit
+def alike(tile, factor):
+    """A tile of tokens, or of S, and one of A, B or S in the dtype that multiplies them."""
+    factor = cast_factor(factor, tile.dtype)
+    return tile.to(factor.dtype), factor
+
+
+@triton.jit
 def draw(x, mask_ptr, seed, threshold, rows, first_col, num_rows, num_cols, STORES):
     """A tile of x with dropout's mask drawn and applied; where STORES the mask is stored, a bit an element.
 

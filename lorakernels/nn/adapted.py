@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lorakernels import ops
 from lorakernels.functional import lora_linear
+from lorakernels.low_rank import low_rank_dtype
 from lorakernels.nn.dora import change_of_base, scale_product
 from lorakernels.nn.siblings import from_group
 from lorakernels.nn.terms import Term
@@ -61,10 +62,12 @@ def adapted_linear(
     else:
         y = _fused(x, weight, bias, terms[0])
         terms, scales = terms[1:], scales[1:]
+    low = low_rank_dtype(x.dtype)
     for term, scale in zip(terms, scales, strict=True):
         B = term.B * term.scaling if scale is None else term.B * (term.scaling * scale)[:, None]
-        lora_bias = None if term.bias is None else (term.bias * term.scaling).to(x.dtype)
-        y = y + F.linear(F.linear(F.dropout(x, term.p), term.A.to(x.dtype)), B.to(x.dtype), lora_bias)
+        lora_bias = None if term.bias is None else (term.bias * term.scaling).to(low)
+        update = F.linear(F.linear(F.dropout(x, term.p).to(low), term.A.to(low)), B.to(low), lora_bias)
+        y = (y + update).to(y.dtype)
     return y
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakernels.config import LoRAConfig, split_fields
+from lorakernels.low_rank import low_rank_dtype
 from lorakernels.nn.base import DEFAULT, MAGNITUDE
 from lorakernels.nn.dora import scale_product
 from lorakernels.nn.layer import LoRALayer
@@ -122,7 +123,7 @@ class _LoRAConv(LoRALayer):
         else:
             y = self._scaled_base(x, base_scale)
         for name, row_scale in scales.items():
-            y = y + self._low_rank(x, name, row_scale)
+            y = (y + self._low_rank(x, name, row_scale)).to(y.dtype)
         return y
 
     def _scaled_base(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -149,8 +150,9 @@ class _LoRAConv(LoRALayer):
         # The scaling goes into B, [out_channels, r], and not into the update, an output's size.
         weight, bias = B.weight * factor, B.bias * adapter.scaling if adapter.lora_bias else None
         dropped = F.dropout(x, adapter.lora_dropout, self.training)
-        s = A._conv_forward(dropped, A.weight.to(x.dtype), None)
-        return B._conv_forward(s, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        low = low_rank_dtype(x.dtype)
+        s = A._conv_forward(dropped.to(low), A.weight.to(low), None)
+        return B._conv_forward(s, weight.to(low), None if bias is None else bias.to(low))
 
     def extra_repr(self) -> str:
         base: Any = self.base_layer

@@ -26,6 +26,10 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
 def named_modules(
     model: nn.Module, is_closed: Callable[[nn.Module], bool] = lambda module: False, prefix: str = ""
 ) -> Iterator[tuple[str, nn.Module]]:

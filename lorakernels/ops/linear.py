@@ -332,6 +332,7 @@ def is_small(x: torch.Tensor, weight: Any, lora_A: torch.Tensor, lora_B: torch.T
         and x.is_cpu
         and x.numel() * weight.shape[0] < SMALL
         and lora_A.dtype is lora_B.dtype is x.dtype  # else their casts would be kept for the backward
+        and x.dtype is not torch.float16  # whose S is float32
         and runs_directly(x, weight, lora_A, lora_B)
         and torch.autograd.forward_ad._current_level < 0
         and resolve_impl(impl, x.device, x.dtype) == "torch"

@@ -16,6 +16,7 @@ import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import drop_threshold
+from lorakernels.low_rank import low_rank_dtype
 from lorakernels.member import Member, cast, columns, sum_rows
 from lorakernels.ops.flops import (
     lora_linear_backward_flops,
@@ -59,7 +60,8 @@ def _compute_fake(
         return ys, None, None
     on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
     tokens, K = math.prod(x.shape[:-1]), x.shape[-1]
-    s = x.new_empty((tokens, sum([member.lora_A.shape[0] for member in members])))
+    r = sum([member.lora_A.shape[0] for member in members])
+    s = x.new_empty((tokens, r), dtype=low_rank_dtype(x.dtype))
     if threshold == 0:
         return ys, s, None
     return ys, s, x.new_empty((tokens, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)

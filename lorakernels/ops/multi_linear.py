@@ -10,6 +10,7 @@ import torch
 from lorakernels.backend import resolve_impl
 from lorakernels.dropout import LEVELS
 from lorakernels.eager import multi_lora as eager_multi_lora
+from lorakernels.low_rank import low_rank_dtype
 from lorakernels.member import sum_rows
 from lorakernels.ops.flops import multi_lora_linear_backward_flops, multi_lora_linear_flops
 from lorakernels.ops.linear_operators import taken_apart, weights_of
@@ -76,7 +77,8 @@ def _forward_fake(
     sizes = [weight.shape for weight in weights_of(weights, parts, forms)]
     ys, s, mask = [x.new_empty((T, N)) for N, _ in sizes], None, None
     if keep_s:
-        s = x.new_empty((len(ys), T, width_of(lora_As, plan.page_table)), dtype=torch.float32 if on_triton else x.dtype)
+        dtype = torch.float32 if on_triton else low_rank_dtype(x.dtype)
+        s = x.new_empty((len(ys), T, width_of(lora_As, plan.page_table)), dtype=dtype)
     if thresholds is not None:
         mask = x.new_empty((T, (K + 7) // 8 if on_triton else K), dtype=torch.uint8)
     return ys, s, mask

@@ -13,7 +13,7 @@ from typing import Any
 from lorakernels.nn.whole import Lock
 from lorakernels.plan import BASE
 from lorakernels.serving.errors import CapacityError, StaleBatchError
-from lorakernels.serving.pools import Pool
+from lorakernels.serving.pools import Pool, Site
 from lorakernels.serving.served import Routing
 from lorakernels.serving.sources import Parts, Rows, Source
 
@@ -21,8 +21,10 @@ from lorakernels.serving.sources import Parts, Rows, Source
 class Version:
     """One loading of an adapter. It never changes, and its pages are its own until nobody refers to it."""
 
-    def __init__(self, name: str, number: int, source: Source | None, parts: Parts) -> None:
+    def __init__(self, name: str, number: int, source: Source | None, parts: Parts, sites: Sequence[Site]) -> None:
         self.name, self.number, self.source, self.parts = name, number, source, parts
+        self.sites = sites
+        self.is_seen = False  # each of its modules has been called in a batch
         self.nbytes = sum(part.rank * pool.page_bytes for pool, part in parts.items())
         self.rows: Rows | None = None  # in main memory, while they are kept there
         self.pages: dict[Pool, tuple[int, ...]] = {}  # on the device; empty while it is not there

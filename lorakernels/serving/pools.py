@@ -33,6 +33,7 @@ class Site:
         self.path, self.module, self.base, self.owner = path, module, base, owner
         self.N, self.K = weight.shape[::-1] if base is nn.Embedding else weight.shape
         self.begin_A = self.begin_B = 0
+        self.is_seen = False  # a batch has called it
         self.pool: Pool
         # Views of the pool's memory, from its first use on.
         self.lora_A: torch.Tensor | None = None

@@ -56,6 +56,7 @@ class Batch:
 
     def __init__(self, slots: Sequence[int], adapters: Sequence[Routing], lengths: Sequence[int] | None) -> None:
         self.closed = False
+        self.called: set[Site] | None = None  # where somebody asks
         self.outer: Batch | None = None  # the one that counts when this has ended
         self.slots = torch.tensor(slots, dtype=torch.int32, device="cpu")
         self.lengths = None if lengths is None else list(lengths)
@@ -78,6 +79,8 @@ class Batch:
     def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
         self.check_open(site)
+        if self.called is not None:
+            self.called.add(site)
         site.pool.writer.check_no_capture()
         if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
             for tokens, path in self._flat.items():
@@ -154,6 +157,11 @@ def running(owner: object, batch: Batch) -> Iterator[None]:
         if top is not None:
             now[owner] = top
         _batches.set(now)
+
+
+def is_running(batch: Batch) -> bool:
+    """Whether this thread's calls are of this batch."""
+    return batch in _batches.get().values()
 
 
 def _open(batch: Batch | None) -> Batch | None:

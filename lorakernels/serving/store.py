@@ -25,6 +25,7 @@ from lorakernels.serving.pools import Site, Writer, find_sites
 from lorakernels.serving.served import BASES, Batch, know, restore, running, serve
 from lorakernels.serving.sources import Given
 from lorakernels.serving.stats import StoreStats
+from lorakernels.serving.uncalled import watched
 
 # Ranks are 8 or 16 mostly, so that room for this many rows an adapter holds max_adapters of them.
 _PAGES_AN_ADAPTER = 16
@@ -222,7 +223,8 @@ class AdapterStore:
             CapacityError: they do not fit the device together, or beside what is pinned and in use.
             AdapterFileError: one was to be read again, and its files are gone, or others.
             StaleBatchError: a lease was released; later, by a call or backward after the end of the batch.
-            RuntimeError: a CUDA graph is being captured.
+            RuntimeError: a CUDA graph is being captured; at the end, modules that adapters reach were not called while
+                their parents ran, so that rows would have answered as the base model's.
             TypeError, ValueError: rows or lengths are not what is expected.
         """
         numbers = _check_rows(rows, lengths)
@@ -236,7 +238,7 @@ class AdapterStore:
                 for writer, written in version.written.items():
                     writer.before_reads(written)
             batch = Batch(slots, [version.routing() for version in versions], numbers)
-            with running(self._owner, batch):
+            with watched(self.model, versions, batch), running(self._owner, batch):
                 yield
         finally:
             with self._books.lock:
@@ -299,9 +301,10 @@ class AdapterStore:
             if must_exist:
                 books.find(name)
             kept = None if isinstance(source, tuple) else source
-            books.add(Version(name, next(self._numbers), kept, parts), rows)
-            for path in contents.layers:
-                serve(self._sites[path])
+            reached = [self._sites[path] for path in contents.layers]
+            books.add(Version(name, next(self._numbers), kept, parts, reached), rows)
+            for site in reached:
+                serve(site)
             books.count_load(start, reads=kept is not None)
 
     def _await_prefetches(self, names: Sequence[str]) -> None:

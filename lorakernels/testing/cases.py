@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from lorakernels import formula
+from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.testing.device import STUB
 from lorakernels.testing.guards import laid_out
 
@@ -152,6 +154,18 @@ def leaves_of(
     """The same memory, or copies in `dtype`; what comes before a dot in a name tells whether its gradient is needed."""
     leaves = {name: t.detach() if dtype is None else t.detach().to(dtype).clone() for name, t in tensors.items()}
     return {name: leaf.requires_grad_(name.partition(".")[0] in needs) for name, leaf in leaves.items()}
+
+
+def keep_of(x: torch.Tensor, dropout_p: float, seed: int, impl: str) -> torch.Tensor | None:
+    """Dropout's mask over 1 - p, in x's rows, as an operator draws it after `torch.manual_seed(seed)`."""
+    if not dropout_p:
+        return None
+    torch.manual_seed(seed)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (1,), device=x.device)
+    draw = draw_mask if impl == "torch" else philox_mask
+    threshold = drop_threshold(dropout_p)
+    mask = draw(drawn, x.shape[:-1].numel(), x.shape[-1], threshold)
+    return unpack_mask(mask, x.shape[-1]) * inverse_keep(threshold)
 
 
 def run_formula(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -14,23 +15,60 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def patch_the_language_once() -> None:
-    """Spare the calls inside a kernel a look for what is to be patched in triton.language: nothing is left by then.
+def quicken() -> None:
+    """Spare the interpreter the work that changes no result: 52 cases of a layer took 53 s before, 25 s after.
 
-    Each call of a `@triton.jit` function looks at every name of the language anew, a third of the interpreter's time.
+    - The language is patched once a launch. Each call of a `@triton.jit` function inside a kernel looks at every name
+      of the language anew, and nothing is left to patch by then.
+    - Sums of integers are not made a second time for an overflow check that only `debug=True` reads.
+    - A block's type, and what a tensor keeps of its type, is worked out once.
     """
-    whole = interpreter._patch_lang
+    patch_lang = interpreter._patch_lang
 
     @cache
     def langs_of(fn: Any) -> list[Any]:
         return [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
 
-    def patch_lang(fn: Any) -> Any:
+    def patch_lang_once(fn: Any) -> Any:
         if any(tl.core.is_builtin(lang.load) for lang in langs_of(fn)):
-            return whole(fn)
+            return patch_lang(fn)
         return interpreter._LangPatchScope()
 
-    interpreter._patch_lang = patch_lang
+    interpreter._patch_lang = patch_lang_once
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    _know_types()
+
+
+def _know_types() -> None:
+    block_type, tensor, np_dtype = tl.block_type, tl.tensor, interpreter._get_np_dtype
+    init_type, init_tensor = block_type.__init__, tensor.__init__
+    types: dict[tuple[Any, ...], dict[str, Any]] = {}
+    np_dtypes: dict[str, Any] = {}
+
+    def init_type_once(self: Any, element_ty: Any, shape: Any) -> None:
+        key = (element_ty.name, *(size.value if isinstance(size, tl.constexpr) else size for size in shape))
+        if key not in types:
+            init_type(self, element_ty, shape)
+            sample = tensor.__new__(tensor)
+            init_tensor(sample, None, self)
+            self.of_tensors = (sample.shape, sample.numel, sample.dtype)
+            types[key] = vars(self)
+        vars(self).update(types[key])
+
+    def init_tensor_once(self: Any, handle: Any, type: Any) -> None:
+        if "of_tensors" not in vars(type):
+            return init_tensor(self, handle, type)
+        self.handle, self.type = handle, type
+        self.shape, self.numel, self.dtype = type.of_tensors
+
+    def np_dtype_once(type: Any) -> Any:
+        scalar = type.scalar
+        if scalar.name not in np_dtypes:
+            np_dtypes[scalar.name] = np_dtype(scalar)
+        return np_dtypes[scalar.name]
+
+    block_type.__init__, tensor.__init__, interpreter._get_np_dtype = init_type_once, init_tensor_once, np_dtype_once
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lorakernels.member import Member, training_step
 from lorakernels.plan import BatchPlan
 from lorakernels.quant.packed import CODES, Form, PackedWeight
 
-# float16 compiles to the same instructions as bfloat16, with the other operand type.
+# float16 alone compiles to the same instructions as bfloat16, with the other operand type.
 DTYPES = (torch.bfloat16, torch.float32)
 # The few-token form with its smallest and largest block of rows, then the general form.
 TOKENS = (1, 200, 8192)
@@ -40,6 +40,7 @@ def shipped_launches() -> list[Any]:
             step(dtype, M, K, [(N, r)], _THRESHOLD, factor_dtype=single)
             step(dtype, M, K, [(N, r)], factor_dtype=single, bias=True, row_scale=True)
         for M in TOKENS:
+            step(torch.float16, M, K, [(N, 16)], _THRESHOLD, factor_dtype=single)
             step(torch.bfloat16, M, odd_K, [(odd_N, 5)], _THRESHOLD, bias=True, row_scale=True)
         for dtype, M, threshold in itertools.product(DTYPES, TOKENS[1:], (0, _THRESHOLD)):
             step(dtype, M, K, [(N, 16) for N in QKV], threshold, factor_dtype=single)

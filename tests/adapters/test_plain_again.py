@@ -20,9 +20,10 @@ peft = pytest.importorskip("peft")
 TOKENS = torch.arange(12).view(2, 6)
 
 
-def llama() -> Any:
+def llama(**fields: Any) -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+    sizes |= fields
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_attention_heads=2, **sizes)).double().eval()
 
 
@@ -219,3 +220,43 @@ def test_unload_of_what_was_put_into_a_part() -> None:
     lk.inject(model.model, lk.LoRAConfig(target_modules=["q_proj"]))
     lk.unload(model)
     assert not any("_lora_configs" in vars(module) or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_tying_and_resizing(fields: dict[str, Any], tied: bool) -> None:
+    """The base weights are tied and nothing else; sizes are refused before anything changes."""
+    model = adapted(llama(tie_word_embeddings=tied), **fields)
+    with torch.no_grad():
+        for parameter in lk.trainable_parameters(model):
+            parameter.add_(0.1)
+    before, state = logits(model), {name: value.clone() for name, value in model.state_dict().items()}
+    model.tie_weights()
+    assert torch.equal(logits(model), before)
+    with pytest.raises(ValueError, match=r"resize_token_embeddings\(40\) with adapters on .*; resize before inject"):
+        model.resize_token_embeddings(40)
+    assert torch.equal(logits(model), before)
+    after = model.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[name], value) for name, value in state.items())
+    assert model.get_input_embeddings().weight.shape[0] == model.resize_token_embeddings().weight.shape[0] == 32
+    lk.unload(model)
+    model.resize_token_embeddings(40)
+    assert logits(model).shape[-1] == 40
+
+
+def test_embeddings_without_adapters_are_resized() -> None:
+    model = adapted(llama(tie_word_embeddings=True))
+    before = logits(model)
+    model.resize_token_embeddings(40)
+    torch.testing.assert_close(logits(model)[..., :32], before)
+    assert model.lm_head.weight is model.get_input_embeddings().weight

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,7 +18,7 @@ import lorakernels as lk
 from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume
-from lorakernels.dropout import drop_threshold, inverse_keep
+from lorakernels.dropout import drop_threshold
 from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.kernels import lora_linear as kernels_lora_linear
 from lorakernels.kernels.launch import record_launches, side_stream
@@ -30,6 +30,7 @@ from lorakernels.testing.cases import (
     LINEAR_CASES,
     LinearCase,
     LinearInputs,
+    keep_of,
     leaves_of,
     make_inputs,
     run_formula,
@@ -120,17 +121,6 @@ def run(case: LinearCase, inputs: LinearInputs, impl: str) -> dict[str, torch.Te
     return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
 
 
-def keep_of(case: LinearCase, inputs: LinearInputs, impl: str) -> torch.Tensor | None:
-    """Dropout's mask over 1 - p, as the operator drew it from the seed that `run` gives it."""
-    if not case.dropout_p or not case.scaling:
-        return None
-    torch.manual_seed(SEED)
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=inputs.x.device)
-    x, weight, A, B, *_ = inputs.tensors().values()
-    _, _, mask = torch.ops.lorakernels.lora_linear(x, weight, A, B, None, None, seed, 1.0, case.dropout_p, impl)
-    return unpack_mask(mask, case.K) * inverse_keep(drop_threshold(case.dropout_p))
-
-
 def _table() -> Iterator[tuple[LinearCase, str, torch.dtype]]:
     """Every case in every dtype by every path on a GPU and in torch; what the interpreter takes long for, in fewer."""
     for case, way, dtype in itertools.product(LINEAR_CASES, PATHS, DTYPES):
@@ -152,7 +142,7 @@ def test_against_float64(case: LinearCase, way: str, dtype: torch.dtype, device:
         inputs = make_inputs(case, dtype, device, seed=draw)
         with path(way, case.r) as impl, canaries():
             ours = run(case, inputs, impl)
-            keep = keep_of(case, inputs, impl)
+            keep = keep_of(inputs.x, case.dropout_p * bool(case.scaling), SEED, impl)
         if not NUMBERS:
             return
         draws.append((ours, run_formula(case, inputs, keep, dtype), run_formula(case, inputs, keep, torch.float64)))
@@ -378,3 +368,51 @@ def test_each_stream_forks_to_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert current.waits[-1] is side
         sides.append(side)
     assert sides[0] is sides[2] is not sides[1]
+
+
+@pytest.mark.parametrize("way", ["torch", "triton-few-tiny", "triton-general-tiny", "many-torch", "many-triton"])
+def test_float16_with_float32_adapters_neither_overflows_nor_vanishes(way: str, device: str) -> None:
+    """x of 1e3 gives S past 65504, and gradients of 1e-4 a G below 6e-8: float16 would have inf and 0 for them."""
+    M, K, N, r, scaling = 40, 272, 48, 5, 0.5
+
+    def leaf(rows: int, cols: int, scale: float, dtype: torch.dtype) -> torch.Tensor:
+        return (torch.randn(rows, cols, device=device) * scale).to(dtype).requires_grad_()
+
+    x, weight = leaf(M, K, 1e3, torch.float16), leaf(N, K, 1e-3, torch.float16).detach()
+    A, B = leaf(r, K, 10.0, torch.float32), leaf(N, r, 1e-6, torch.float32)
+    dy = leaf(M, N, 1e-4, torch.float16).detach()
+
+    def as_peft(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = torch.nn.functional.linear(x, weight)
+        return (y + scaling * torch.nn.functional.linear(torch.nn.functional.linear(x.to(wide), A), B)).to(x.dtype)
+
+    def ours(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        if way.startswith("many"):
+            plan = lk.BatchPlan(1, M, max_rank=r, device=device)
+            plan.update(torch.zeros(M, dtype=torch.int32), slot_ranks=[r], slot_scalings=[scaling])
+            return lk.multi_lora_linear(x, weight, A[None], B[None], plan, impl=way.removeprefix("many-"))
+        with path(way, r) as impl:
+            y = lk.lora_linear(x, weight, A, B, scaling=scaling, impl=impl)
+            y.backward(dy)
+        return y
+
+    def results(call: Callable[..., torch.Tensor], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, A, B)]
+        y = call(leaves[0], weight.to(dtype or weight.dtype), *leaves[1:])
+        if leaves[0].grad is None:
+            y.backward(dy.to(y.dtype))
+        return [y.detach(), *[t.grad for t in leaves if t.grad is not None]]
+
+    assert not (x @ A.half().t()).isfinite().all()
+    assert not (dy @ B.half()).count_nonzero()
+    found, peft, exact = results(ours), results(as_peft), results(as_peft, torch.float64)
+    for actual, eager, truth in zip(found[:2], peft[:2], exact[:2], strict=True):
+        assert_within_budget(actual, eager, truth, torch.float16)
+    # Two products of two factors each, which tf32 rounds by half of 2⁻¹⁰ of themselves.
+    for actual, truth, summed in (
+        (found[2], exact[2], (scaling * dy.double().abs() @ B.double().abs()).t() @ x.double().abs()),
+        (found[3], exact[3], scaling * dy.double().abs().t() @ (x.double().abs() @ A.double().abs().t())),
+    ):
+        assert ((actual.double() - truth).abs() <= 4 * 2**-11 * summed).all()
+        assert actual.count_nonzero()

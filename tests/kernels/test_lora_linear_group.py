@@ -15,14 +15,12 @@ from torch.utils.checkpoint import checkpoint
 import lorakernels as lk
 from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
-from lorakernels.dropout import drop_threshold, inverse_keep
-from lorakernels.eager.dropout import unpack_mask
 from lorakernels.kernels import lora_linear as kernels
 from lorakernels.kernels.launch import record_launches
 from lorakernels.member import Member, columns
 from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.budget import assert_within_budget, error
-from lorakernels.testing.cases import leaves_of
+from lorakernels.testing.cases import keep_of, leaves_of
 from lorakernels.testing.device import COMPILED, NUMBERS
 from lorakernels.testing.group_cases import (
     GROUP_CASES,
@@ -87,21 +85,6 @@ def run(case: GroupCase, inputs: GroupInputs, impl: str) -> Results:
     return results
 
 
-def keep_of(case: GroupCase, inputs: GroupInputs, impl: str) -> torch.Tensor | None:
-    """Dropout's one mask over 1 - p, as the operator drew it from the seed that `run` gives it."""
-    if not case.dropout_p:
-        return None
-    torch.manual_seed(SEED)
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=inputs.x.device)
-    lists = [[getattr(member, name) for member in inputs.members] for name in ("weight", "lora_A", "lora_B", "bias")]
-    scalings = list(case.scalings[: len(case.Ns)])
-    none = [None] * len(scalings)
-    weights, *others = lists
-    arguments = (inputs.x, weights, [], [], *others, none, seed, scalings, case.dropout_p, impl)  # none is packed
-    _, _, mask = torch.ops.lorakernels.lora_linear_group(*arguments)
-    return unpack_mask(mask, case.K) * inverse_keep(drop_threshold(case.dropout_p))
-
-
 def _table() -> Iterator[tuple[GroupCase, str, torch.dtype]]:
     for case, way, dtype in itertools.product(GROUP_CASES, PATHS, (torch.float32, torch.float16, torch.bfloat16)):
         interpreted = way.startswith("triton") and not COMPILED
@@ -124,7 +107,7 @@ def test_against_float64(case: GroupCase, way: str, dtype: torch.dtype, device: 
         inputs = make_group_inputs(case, dtype, device, seed=draw)
         with path(way, case.ranks) as impl, canaries():
             ours = run(case, inputs, impl)
-            keep = keep_of(case, inputs, impl)
+            keep = keep_of(inputs.x, case.dropout_p, SEED, impl)
         if not NUMBERS:
             return
         eager, exact = (run_group_formula(case, inputs, keep, to) for to in (dtype, torch.float64))

@@ -280,3 +280,40 @@ def test_bad_settings(net: Net, options: dict[str, Any], error: type[Exception])
         lk.AdapterStore(nn.ReLU())
     with pytest.raises(TypeError):
         lk.AdapterStore("model")  # type: ignore[arg-type]
+
+
+class Fused(nn.Module):
+    """Reads a projection's weight where it is told to, as a fused kernel does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.out, self.fused = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.linear(x, self.proj.weight, self.proj.bias) if self.fused else self.proj(x)
+        return self.out(h)
+
+
+def test_a_module_that_is_not_called_is_an_error_at_the_end() -> None:
+    """Its rows would answer as the base model's."""
+    model = nn.Sequential(nn.Identity(), Fused())
+    store = lk.AdapterStore(model, max_adapters=2, max_rank=2)
+    store.load("one", make_adapter(model, 1, r=2, targets=("proj", "out")))
+    x = torch.ones(1, WIDTH)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"1 modules .* not called .* ran: 1\.proj\. "), store.batch(["one"]):
+            model(x)
+    with store.batch([None]):
+        model(x)
+    with store.batch(["one"]):  # neither ran: nothing is known
+        model[0](x)
+    model[1].fused = False
+    with store.batch(["one"]):
+        model(x)
+    model[1].fused = True
+    with store.batch(["one"]):  # it has been called once, as a cross-attention's keys are
+        model(x)
+    with pytest.raises(KeyError, match="own"), store.batch(["one"]):
+        raise KeyError("own")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    store.close()
