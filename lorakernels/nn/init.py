@@ -12,7 +12,7 @@ from lorakernels.config import check_init
 from lorakernels.nn.base import DEFAULT
 from lorakernels.nn.merging import Mergeable, product, wide
 from lorakernels.nn.modules import check_can_change, check_weight_type
-from lorakernels.nn.whole import whole, write
+from lorakernels.nn.whole import waits, whole, write
 from lorakernels.quant.layers import weight_of
 
 
@@ -123,7 +123,9 @@ class Startable(Mergeable):
         adapter = self._adapter(adapter_name)
         check_init(init_lora_weights)
         self._refuse_while_merged()
-        A, B = (torch.empty_like(factor) for factor in self._factors(adapter_name))
+        tensors = self.adapter_tensors(adapter_name)
+        kept = waits(next(iter(tensors.values())))
+        A, B = (torch.empty_like(factor) if kept else factor for factor in self._factors(adapter_name))
         r, scaling = adapter.r, adapter.own_scaling
         check_start(init_lora_weights, B.shape[0], A.shape[1], r, scaling)
         if changes_base(init_lora_weights):
@@ -140,9 +142,9 @@ class Startable(Mergeable):
         else:
             weight = self._give_back(adapter_name)
             self._start(A, B, init_lora_weights)
-        tensors = self.adapter_tensors(adapter_name)
         for parameter, factor in zip(tensors.values(), (A, B), strict=False):
-            write(parameter, factor.view_as(parameter))
+            if factor is not parameter:
+                write(parameter, factor.view_as(parameter))
         if adapter.lora_bias:
             bound = r**-0.5 if init_lora_weights is False else 0.0  # as nn.Linear starts its bias
             write(tensors["lora_B.bias"], nn.init.uniform_(torch.empty_like(tensors["lora_B.bias"]), -bound, bound))

@@ -18,6 +18,7 @@ from torch import nn
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_CONTAINERS = frozenset((dict, OrderedDict, list, set))
 Step = tuple[Callable[[], object], Callable[[], object] | None]  # what is done, and what undoes it
 
 
@@ -30,16 +31,18 @@ class _Change:
         self.own: set[int] = set()  # the tensors that are there
         self.steps: list[Step] = []
         self.done = False
-        for one in module.modules():
-            self._remember(one.__dict__)
-            for value in one.__dict__.values():
-                if type(value) in (dict, OrderedDict, list, set):
-                    self._remember(value)
-                if type(value) is dict:
-                    self._remember_values(value)
-
-    def _remember(self, container: Any) -> None:
-        self.contents.append((container, container.copy()))
+        seen, left = {module}, [module]
+        while left:  # `modules()` makes names too, which takes as long as all of this
+            attributes = left.pop().__dict__
+            self.contents.append((attributes, attributes.copy()))
+            for value in attributes.values():
+                if type(value) in _CONTAINERS:
+                    self.contents.append((value, value.copy() if value else ()))
+                    if value and type(value) is dict:
+                        self._remember_values(value)
+            new = {child for child in attributes["_modules"].values() if child is not None} - seen
+            seen |= new
+            left += new
 
     def _remember_values(self, values: dict[Any, Any]) -> None:
         for value in values.values():
@@ -48,12 +51,15 @@ class _Change:
                 if isinstance(value, nn.Parameter):
                     self.needed_grad.append((value, value.requires_grad))
             elif hasattr(value, "__dataclass_fields__") and hasattr(value, "__dict__"):  # an adapter's record
-                self._remember(vars(value))
-                self.own.update(id(field) for field in vars(value).values() if isinstance(field, torch.Tensor))
+                fields = vars(value)
+                self.contents.append((fields, fields.copy()))
+                self.own.update(id(field) for field in fields.values() if isinstance(field, torch.Tensor))
 
     def restore(self) -> None:
         for container, before in self.contents:
-            if isinstance(container, dict):
+            if not before:
+                container.clear()
+            elif isinstance(container, dict):
                 same = len(container) == len(before) and all(
                     name is other and value is old
                     for (name, value), (other, old) in zip(container.items(), before.items(), strict=True)
@@ -116,7 +122,7 @@ def whole(function: Callable[P, R]) -> Callable[P, R]:
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Give a tensor the numbers of another: at the end of the change that is made now, if it was there before."""
-    if _is_kept_until_the_end(tensor):
+    if waits(tensor):
         later(functools.partial(_copy, tensor, value.detach().to(tensor.device, tensor.dtype)))
     else:
         _copy(tensor, value)
@@ -125,7 +131,7 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 def put(parameter: nn.Parameter, value: torch.Tensor) -> None:
     """Give a parameter other memory, of another dtype or shape; when, as `write`."""
     act = functools.partial(setattr, parameter, "data", value)
-    if _is_kept_until_the_end(parameter):
+    if waits(parameter):
         later(act)
     else:
         act()
@@ -139,7 +145,8 @@ def later(act: Callable[[], object], undo: Callable[[], object] | None = None) -
         _thread.change.steps.append((act, undo))
 
 
-def _is_kept_until_the_end(tensor: torch.Tensor) -> bool:
+def waits(tensor: torch.Tensor) -> bool:
+    """Whether what is written into a tensor waits for the end: in a change, where it was there before."""
     return _thread.change is not None and id(tensor) in _thread.change.own
 
 
