@@ -52,8 +52,8 @@ def convert(
         for path, update in updates.items():
             checkpoint.check_holds(f"{path}.weight", update.shape, "updates")
     config = _config(adapter, updates)
-    with new_folder(to, sources=[Path(source)]) as folder:
-        write_peft(folder, config, {path: update.tensors for path, update in updates.items()})
+    folder = new_folder(to, sources=[Path(source)])
+    write_peft(folder, config, {path: update.tensors for path, update in updates.items()})
     return Path(to)
 
 

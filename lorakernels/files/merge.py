@@ -15,7 +15,7 @@ from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, write_chan
 from lorakernels.files.config_file import check_start
 from lorakernels.files.formats import AdapterFile, read_adapter
 from lorakernels.files.reading import AdapterFileError
-from lorakernels.files.saving import new_folder
+from lorakernels.files.saving import appearing, new_folder
 from lorakernels.files.update import BIAS, MAGNITUDE, Update
 from lorakernels.quant.packed import Form
 
@@ -79,7 +79,7 @@ def merge_files(
         raise AdapterFileError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
     check_start(read.fields, str(read.source))
     changes = _changes(read, checkpoint)
-    with new_folder(out, sources=[checkpoint.folder, read.source]) as folder:
+    with appearing(new_folder(out, sources=[checkpoint.folder, read.source])) as folder:
         write_changed(checkpoint, folder, changes, dtype, progress)
     return Merged(Path(out), checkpoint.packed)
 

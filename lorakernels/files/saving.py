@@ -153,9 +153,8 @@ def appearing(out: Path) -> Iterator[Path]:
         return
 
 
-@contextmanager
-def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """`appearing`, for a folder that must be a new one.
+def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Path:
+    """The path of a folder that is to be a new one.
 
     Raises AdapterFileError where `out` is one of `sources` or the current folder, or exists and is not an empty one.
     """
@@ -166,8 +165,7 @@ def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Ite
         raise AdapterFileError(f"{out} is the current folder, which cannot be replaced; expected a new one")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise AdapterFileError(f"{out} exists and is not an empty folder; expected a new one, or remove it first")
-    with appearing(out) as partial:
-        yield partial
+    return out
 
 
 @contextmanager
