@@ -47,7 +47,7 @@ BESIDE: dict[str, Beside] = {
     # Files know configurations, tensors, names and shapes, how weights are packed, and no model.
     "files": Beside(
         frozenset({"config", "formula", "patterns", "printable", "quant"}),
-        frozenset({"adapters", "serving", "cli", "lorakernels"}),
+        frozenset({"adapters", "serving", "tools", "cli", "lorakernels"}),
     ),
     "testing": Beside(LIBRARY, frozenset({"tools"})),
 }
