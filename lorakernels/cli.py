@@ -13,6 +13,7 @@ from subprocess import CalledProcessError
 from typing import Any, NamedTuple
 
 from lorakernels import __version__
+from lorakernels.printable import printable
 
 FAILED = 1  # the command ran, and what it checks does not hold
 MISTAKE = 2  # the command could not do what was asked: argparse's own status
@@ -357,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         # str() of a KeyError is its message in quotes.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print("lorakernels:", " ".join(str(message).split()), file=sys.stderr)
+        print("lorakernels:", printable(" ".join(str(message).split())), file=sys.stderr)
         return MISTAKE
 
 

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
-import regex
+from lorakernels.patterns import check_pattern
 
 INITS = (True, False, "kaiming", "gaussian", "orthogonal", "pissa", "olora")
 _PISSA_STEPS = re.compile(r"pissa_niter_\d{1,4}")
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 BIASES = ("none", "all", "lora_only")
-# A name as a pattern, dots escaped or not, is not compiled: a converted file has one a module, and 1,400 take 0.2 s.
-_NAME = re.compile(r"\^?(?:\w|\\?[.-])*\$?")
 
 
 @dataclass(frozen=True)
@@ -158,14 +157,6 @@ def check_modules(modules: Any, name: str) -> None:
         raise TypeError(f"{name} is {modules!r}; expected a regular expression, or a list, tuple or set of names")
 
 
-def check_pattern(pattern: str, name: str) -> None:
-    if not _NAME.fullmatch(pattern):
-        try:
-            regex.compile(pattern)
-        except regex.error as error:
-            raise ValueError(f"{name} is {pattern!r}, which is not a regular expression ({error})") from error
-
-
 def check_rank(r: Any, name: str = "r") -> None:
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"{name} is {r!r} ({type(r).__name__}); expected an int of at least 1")
@@ -180,12 +171,9 @@ def _check_number(value: Any, name: str, expected: str) -> None:
 
 def check_alpha(alpha: Any, name: str = "lora_alpha") -> None:
     _check_number(alpha, name, "a finite number")
-    try:
-        finite = math.isfinite(alpha)
-    except OverflowError as error:
-        raise ValueError(f"{name} is an int too large for a float; expected a finite number") from error
-    if not finite:
-        raise ValueError(f"{name} is {alpha}; expected a finite number")
+    if not abs(alpha) <= FLOAT32_MAX:  # kernels and plans hold a scaling in float32
+        shown = "an int too large for a float" if isinstance(alpha, int) else alpha
+        raise ValueError(f"{name} is {shown}; expected a finite number that float32 can hold")
 
 
 def check_init(init: Any) -> None:

@@ -353,6 +353,8 @@ def _host_tensor(name: str, values: Sequence[float], dtype: torch.dtype) -> torc
         if dtype.is_floating_point:
             return torch.tensor(values, dtype=torch.float64, device="cpu").to(dtype)
         made = torch.tensor(values, device="cpu")
+    except torch.OutOfMemoryError:  # a RuntimeError, and no fault of the numbers
+        raise
     except (OverflowError, RuntimeError, ValueError) as error:
         raise PlanError(f"{name} is no list of numbers in range: {error}") from error
     except TypeError as error:

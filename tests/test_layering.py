@@ -30,7 +30,7 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels", "eager"),
     ("weight",),
     ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "low_rank", "member", "when_imported"),
-    ("plan_layout",),
+    ("plan_layout", "patterns", "printable"),
 )
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands
 
@@ -46,7 +46,8 @@ class Beside:
 BESIDE: dict[str, Beside] = {
     # Files know configurations, tensors, names and shapes, how weights are packed, and no model.
     "files": Beside(
-        frozenset({"config", "formula", "quant"}), frozenset({"adapters", "serving", "tools", "cli", "lorakernels"})
+        frozenset({"config", "formula", "patterns", "printable", "quant"}),
+        frozenset({"adapters", "serving", "tools", "cli", "lorakernels"}),
     ),
     "testing": Beside(LIBRARY, frozenset({"tools"})),
 }

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from lorakernels.adapters import held
-from lorakernels.adapters.inject import adding, check_new_name
+from lorakernels.adapters.inject import add, check_new_name
 from lorakernels.adapters.rank_slices import by_group, smaller
 from lorakernels.config import LoRAConfig, check_alpha, check_rank
 from lorakernels.files.peft import with_ranks
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import unwrapped
+from lorakernels.nn.whole import whole
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Weighted = list[tuple[str, float]]
@@ -35,6 +36,7 @@ class _How(NamedTuple):
     signs: str
 
 
+@whole
 @torch.no_grad()
 def add_weighted_adapter(
     model: nn.Module,
@@ -110,8 +112,8 @@ def add_weighted_adapter(
     most = max(ranks.values())
     config = with_ranks(LoRAConfig(r=most, lora_alpha=most, target_modules=sorted(ranks)), ranks, ranks)
     configs = {layer: LoRAConfig(r=A.shape[0], lora_alpha=A.shape[0]) for layer, (A, _) in pairs.items()}
-    with adding(model, adapter_name, configs, tensors=pairs):
-        held.remember(model, adapter_name, config)
+    add(model, adapter_name, configs, tensors=pairs)
+    held.remember(model, adapter_name, config)
     return compiled
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from lorakernels.files.peft import WEIGHTS_FILE, WEIGHTS_INDEX, files_of
 from lorakernels.files.reading import AdapterFileError
 from lorakernels.files.update import CONFIG_FILE
+from lorakernels.files.weights import stamp_of
 
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 Stamps = tuple[tuple[int, ...] | None, ...]
@@ -54,9 +55,7 @@ def stamps_of(folder: Path) -> Stamps:
     stamps: list[tuple[int, ...] | None] = []
     for file in files_of(folder):
         try:
-            found = file.stat()
-            # Copies that keep the time (cp -p, rsync -t) have another inode, or change ctime.
-            stamps.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
+            stamps.append(stamp_of(file))
         except OSError:  # the reader says it better
             stamps.append(None)
     return tuple(stamps)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, as_named, bind
-from lorakernels.adapters.load import copy_whole
+from lorakernels.adapters.load import check_numbers, copy_whole
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.config import check_rank
@@ -23,8 +23,10 @@ from lorakernels.files.update import Update
 from lorakernels.nn.base import DEFAULT, MAGNITUDE
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import unwrapped
+from lorakernels.nn.whole import put, whole, write
 
 
+@whole
 @torch.no_grad()
 def prepare_for_hotswap(model: nn.Module, max_rank: int, adapter_name: str = DEFAULT) -> nn.Module:
     """Make room in an adapter for others of up to `max_rank`, and for other scalings: call before `torch.compile`.
@@ -46,7 +48,7 @@ def prepare_for_hotswap(model: nn.Module, max_rank: int, adapter_name: str = DEF
     held.refuse_changed_base(model)
     padded = [(parameter, value) for layer in owners for parameter, value in _padded(layer, adapter_name, max_rank)]
     for parameter, value in padded:
-        parameter.data = value
+        put(parameter, value)
     for layer in owners:
         adapter = layer.adapters[adapter_name]
         if not isinstance(adapter.scaling, torch.Tensor):
@@ -55,6 +57,7 @@ def prepare_for_hotswap(model: nn.Module, max_rank: int, adapter_name: str = DEF
     return model
 
 
+@whole
 @torch.no_grad()
 def hotswap_adapter(
     model: nn.Module,
@@ -67,8 +70,8 @@ def hotswap_adapter(
 ) -> nn.Module:
     """Put the adapter in `folder` in the place of one that `model` has, in the same parameters.
 
-    Nothing is allocated and nothing moves, so a compiled model is not compiled again; where the scaling differs that
-    takes `prepare_for_hotswap`. A smaller rank is padded with zeros, and a layer that the file does not have is
+    Nothing moves, so a compiled model is not compiled again; where the scaling differs that takes
+    `prepare_for_hotswap`. A smaller rank is padded with zeros, and a layer that the file does not have is
     switched off. The slot keeps its own `lora_dropout`, whether it is active and whether it trains. Everything is
     checked before anything changes.
 
@@ -91,6 +94,7 @@ def hotswap_adapter(
     held.refuse_merged(original)
     held.refuse_changed_base(original)
     contents = bind(original, read_for(local_path(folder, hub, revision), partial(as_named, original), prefix))
+    check_numbers(contents)
     _check_fits(original, adapter_name, contents)
 
     updates = {contents.modules[path]: update for path, update in contents.layers.items()}
@@ -166,14 +170,16 @@ def _check_exact(path: str, slot: Mapping[str, torch.Tensor], tensors: Tensors) 
 def _fill(layer: LoRALayer, name: str, update: Update | None, use_rslora: bool) -> None:
     """Put an update into a slot; none switches it off."""
     tensors, adapter = layer.adapter_tensors(name), layer.adapters[name]
-    for suffix, parameter in tensors.items():
-        parameter.zero_()
-        if update is not None:
-            _copy_into(suffix, parameter, update.tensors[suffix], update.r, layer)
+    values = {suffix: torch.zeros_like(parameter) for suffix, parameter in tensors.items()}
     if update is not None:
+        for suffix, value in values.items():
+            _copy_into(suffix, value, update.tensors[suffix], update.r, layer)
         adapter.r, adapter.lora_alpha, adapter.use_rslora = update.r, update.alpha, use_rslora
         adapter.rescale(adapter.own_scaling)
     elif adapter.use_dora:
         magnitude: Any = layer.lora_magnitude_vector[name]
-        norm = magnitude.norm(layer.weight, layer._matrix(layer.weight), *layer._factors(name), 1.0)
-        tensors[MAGNITUDE].copy_(norm.view_as(tensors[MAGNITUDE]))
+        A, B = (factor.flatten(1) for factor in list(values.values())[:2])
+        norm = magnitude.norm(layer.weight, layer._matrix(layer.weight), A, B, 1.0)
+        values[MAGNITUDE] = norm.view_as(tensors[MAGNITUDE])
+    for suffix, parameter in tensors.items():
+        write(parameter, values[suffix])

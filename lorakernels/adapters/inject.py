@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,7 +21,6 @@ from lorakernels.adapters.targets import (
 from lorakernels.adapters.transformers_methods import give_methods
 from lorakernels.adapters.uncalled import watch
 from lorakernels.config import LoRAConfig, of_one_layer
-from lorakernels.files.patterns import by_pattern
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, layer_for
 from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name, no_fast_path
@@ -31,9 +29,12 @@ from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
 from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear
+from lorakernels.nn.whole import put, whole, write
+from lorakernels.patterns import by_pattern
 from lorakernels.quant.layers import keep_packing, why_refused
 
 
+@whole
 def inject(
     model: nn.Module,
     config: LoRAConfig,
@@ -75,8 +76,8 @@ def inject(
     check_new_name(adapter_name, earlier)
     held.refuse_shared_biases(model, config, adapter_name)
     targets = find_targets(model, config)
-    whole = find_modules_to_save(model, config.modules_to_save)
-    missing = [ending for ending in config.modules_to_save or () if not any(name.endswith(ending) for name in whole)]
+    to_save = find_modules_to_save(model, config.modules_to_save)
+    missing = [ending for ending in config.modules_to_save or () if not any(name.endswith(ending) for name in to_save)]
     if missing:
         raise ValueError(f"modules_to_save={missing!r} matches no module of {type(model).__name__}")
     ranks = by_pattern(targets, config.rank_pattern, config.r)
@@ -108,16 +109,16 @@ def inject(
     of_modules: dict[nn.Module, LoRAConfig] = {}
     for name, module in targets.items():  # a module under two names stays one module, with one adapter
         of_modules.setdefault(module, configs[name])
-    with adding(model, adapter_name, of_modules, whole.values()) as made:
-        if not earlier:
-            activate(model, [adapter_name])
-            freeze_all_but_adapters(model, config.bias)
-        own = {made.get(module, module) for module in linears}
-        parents = {p: names for p, names in siblings_of.items() if not own.isdisjoint(p._modules.values())}
-        siblings.declare(parents, group)
-        held.remember(model, adapter_name, config)
-        give_methods(model)
-        watch(model)
+    made = add(model, adapter_name, of_modules, to_save.values())
+    if not earlier:
+        activate(model, [adapter_name])
+        freeze_all_but_adapters(model, config.bias)
+    own = {made.get(module, module) for module in linears}
+    parents = {p: names for p, names in siblings_of.items() if not own.isdisjoint(p._modules.values())}
+    siblings.declare(parents, group)
+    held.remember(model, adapter_name, config)
+    give_methods(model)
+    watch(model)
     return compiled
 
 
@@ -145,57 +146,48 @@ def base_and_kind(
     raise TypeError(f"{what} is a {type(base).__module__}.{type(base).__qualname__}; {why}")
 
 
-@contextmanager
-def adding(
+def add(
     model: nn.Module,
     adapter_name: str,
     configs: Mapping[nn.Module, LoRAConfig],
-    whole: Iterable[nn.Module] = (),
+    to_save: Iterable[nn.Module] = (),
     tensors: Mapping[nn.Module, Iterable[torch.Tensor]] = MappingProxyType({}),
-) -> Iterator[dict[nn.Module, nn.Module]]:
-    """Give modules an adapter, or as a `whole` a copy: all or none, also where the body fails, or an interrupt comes.
+) -> dict[nn.Module, nn.Module]:
+    """Give modules an adapter, and those `to_save` a copy, within a change of the whole model.
 
-    What is new is made beside the model, and put in at once. It is not active; otherwise the same runs and trains.
-    `tensors` has the values of parameters that do not start by the configuration, and gives them its dtype. A layer
-    that has an adapter of the name gets the new configuration and values.
+    It is not active; otherwise the same runs and trains. `tensors` has the values of parameters that do not start by
+    the configuration, and gives them its dtype. A layer that has an adapter of the name gets the new configuration and
+    values.
 
-    Yields what has come into the model, by what it has replaced.
+    Returns what has come into the model, by what it has replaced.
     """
     made: dict[nn.Module, nn.Module] = {}
     restore_activity = activity(model)
     had = set(held.holders(model, adapter_name).values())
-    try:
-        for module, config in configs.items():
-            if not isinstance(module, LoRALayer):
-                kind = layer_for(module)
-                assert kind is not None, "whoever calls has asked base_and_kind"
-                made[module] = kind.from_base(module, adapter_name, config)
-            elif module in had:
-                module.adapters[adapter_name] = Adapter.of(config)
-            else:
-                module.add_adapter(adapter_name, config)
-            if module in tensors:
-                _set_tensors(made.get(module, module), adapter_name, tensors[module])
-        made |= give_copies([module for module in whole if module not in had], adapter_name)
-        replace_modules(model, made)
-        keep_packing(model)
-        restore_activity()
-        yield made
-    except BaseException:
-        for new in {*held.holders(model).values(), *made.values()} - had:
-            if adapter_name in new.adapters:  # type: ignore[operator]
-                new.delete_adapter(adapter_name)  # type: ignore[operator]
-        restore_activity()
-        raise
+    for module, config in configs.items():
+        if not isinstance(module, LoRALayer):
+            kind = layer_for(module)
+            assert kind is not None, "whoever calls has asked base_and_kind"
+            made[module] = kind.from_base(module, adapter_name, config)
+        elif module in had:
+            module.adapters[adapter_name] = Adapter.of(config)
+        else:
+            module.add_adapter(adapter_name, config)
+        if module in tensors:
+            _set_tensors(made.get(module, module), adapter_name, tensors[module])
+    made |= give_copies([module for module in to_save if module not in had], adapter_name)
+    replace_modules(model, made)
+    keep_packing(model)
+    restore_activity()
+    return made
 
 
-@torch.no_grad()
 def _set_tensors(layer: Any, adapter_name: str, tensors: Iterable[torch.Tensor]) -> None:
     for parameter, tensor in zip(layer.adapter_tensors(adapter_name).values(), tensors, strict=True):
         if parameter.dtype == tensor.dtype:
-            parameter.copy_(tensor)
-        else:  # the parameter itself stays, an optimizer may have it; a copy, since the tensor may be a view of a file
-            parameter.data = tensor.to(parameter.device, copy=True)
+            write(parameter, tensor)
+        else:  # the parameter itself stays, an optimizer may have it
+            put(parameter, tensor.to(parameter.device, copy=True))
 
 
 def activate(model: nn.Module, adapter_names: Iterable[str]) -> None:

@@ -11,19 +11,23 @@ from torch import nn
 
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, as_named, bind
-from lorakernels.adapters.inject import adding, freeze_all_but_adapters
-from lorakernels.adapters.saved_modules import copies_of, state_of
+from lorakernels.adapters.inject import add, freeze_all_but_adapters
+from lorakernels.adapters.saved_modules import SavedModule, copies_of, state_of
 from lorakernels.adapters.switch import set_adapter
 from lorakernels.adapters.transformers_methods import give_methods
 from lorakernels.adapters.uncalled import watch
 from lorakernels.config import of_one_layer
 from lorakernels.files.convert import read_for
 from lorakernels.files.peft import local_path
-from lorakernels.files.reading import AdapterFileError, as_file_error
+from lorakernels.files.reading import AdapterFileError, as_file_error, check_fits
 from lorakernels.nn.base import DEFAULT, check_adapter_name
+from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import unwrapped
+from lorakernels.nn.whole import whole, write
+from lorakernels.quant.layers import weight_of
 
 
+@whole
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -73,36 +77,49 @@ def load_adapter(
     contents = bind(
         model, read_for(local_path(folder, hub, revision), partial(as_named, model), prefix), base_weights=base_weights
     )
+    check_numbers(contents)
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
     earlier = held.names(model)
     configs, tensors = {}, {}
     for path, update in contents.layers.items():
+        configs[contents.modules[path]] = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
+        tensors[contents.modules[path]] = update.tensors.values()
+    add(model, adapter_name, configs, [contents.modules[path] for path in contents.whole], tensors)
+    if not earlier:
+        freeze_all_but_adapters(model, config.bias if trainable else "none")
+    set_adapter(model, adapter_name)
+    if not trainable:
+        for parameter in held.parameters(model, adapter_name):
+            parameter.requires_grad_(False)
+    copy_whole(model, adapter_name, contents)
+    for own, value in contents.biases + contents.base:
+        write(own, value)
+    held.remember(model, adapter_name, config)
+    give_methods(model)
+    if trainable:
+        watch(model)
+    return compiled
+
+
+def check_numbers(contents: Contents) -> None:
+    """Raise AdapterFileError for what torch cannot add or promote, and for what overflows in the model's dtype."""
+    for path, update in contents.layers.items():
+        module = contents.modules[path]
+        dtype = weight_of(module.base_layer if isinstance(module, LoRALayer) else module).dtype
         for suffix, tensor in update.tensors.items():
-            if tensor.element_size() == 1:  # adapters keep the file's dtype, and torch neither adds nor promotes these
+            if tensor.element_size() == 1:  # adapters keep the file's dtype
                 raise AdapterFileError(
                     f"{path}.{suffix} is {tensor.dtype}; expected float64, float32, bfloat16 or float16: convert the "
                     "file's tensors first"
                 )
-        configs[contents.modules[path]] = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
-        tensors[contents.modules[path]] = update.tensors.values()
-    with adding(model, adapter_name, configs, [contents.modules[path] for path in contents.whole], tensors):
-        if not earlier:
-            freeze_all_but_adapters(model, config.bias if trainable else "none")
-        set_adapter(model, adapter_name)
-        if not trainable:
-            for parameter in held.parameters(model, adapter_name):
-                parameter.requires_grad_(False)
-        copy_whole(model, adapter_name, contents)
-        with torch.no_grad():
-            values = [(own, value.to(own.device, own.dtype)) for own, value in contents.biases + contents.base]
-            for own, value in values:  # nothing can fail from here on
-                own.copy_(value)
-        held.remember(model, adapter_name, config)
-        give_methods(model)
-        if trainable:
-            watch(model)
-    return compiled
+            check_fits(f"{path}.{suffix}", tensor, dtype, update.scaling if "_B" in suffix else 1.0)
+    for path, tensors in contents.whole.items():
+        module = contents.modules[path]
+        for name, own in state_of(module.original_module if isinstance(module, SavedModule) else module).items():
+            check_fits(f"{path}.{name}", tensors[name], own.dtype)
+    for own, value in contents.biases + contents.base:
+        check_fits("a bias or base weight", value, own.dtype)
 
 
 def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents) -> None:
@@ -128,10 +145,10 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
 
 
-@torch.no_grad()
 def copy_whole(model: nn.Module, adapter_name: str, contents: Contents) -> None:
     """Put a file's whole modules into an adapter's copies, in place and in their dtype."""
     copies = copies_of(model, adapter_name)
     for path, tensors in contents.whole.items():
-        for name, own in state_of(copies[path]).items():
-            own.copy_(tensors[name])
+        for name, own in copies[path].state_dict(keep_vars=True).items():
+            if name in tensors:
+                write(own, tensors[name])

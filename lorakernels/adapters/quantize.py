@@ -14,10 +14,12 @@ from lorakernels.adapters.targets import matches, output_layer, plain_modules
 from lorakernels.config import check_modules
 from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear, pack
+from lorakernels.nn.whole import whole
 from lorakernels.quant.layers import kind_of, read_on_request
 from lorakernels.quant.packed import PackedWeight
 
 
+@whole
 def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: str | Sequence[str] = ()) -> nn.Module:
     """Pack the weight of every `torch.nn.Linear` of `model` but its output layer, in place and frozen.
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from functools import partial
 
 from torch import nn
 
 from lorakernels.adapters import held
-from lorakernels.adapters.inject import activate, activity, replace_modules
+from lorakernels.adapters.inject import activate, replace_modules
 from lorakernels.adapters.saved_modules import SavedModule, saved_modules
 from lorakernels.adapters.transformers_methods import take_methods
 from lorakernels.adapters.uncalled import unwatch
 from lorakernels.config import check_alpha
 from lorakernels.nn import siblings
+from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import unwrapped
+from lorakernels.nn.whole import Step, in_turn, later, uninterrupted, whole
 
 
+@whole
 def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     """Make `names` the active adapters of every layer that has them; their updates add up.
 
@@ -43,11 +47,14 @@ def set_scale(model: nn.Module, name: str, scale: float) -> None:
     """
     check_alpha(scale, "scale")
     held.refuse_merged(model)
-    for layer in held.layers_with(model, name).values():
-        adapter = layer.adapters[name]
+    adapters = [layer.adapters[name] for layer in held.layers_with(model, name).values()]
+    for adapter in adapters:
+        check_alpha(adapter.own_scaling * scale, "scale times the adapter's scaling")
+    for adapter in adapters:
         adapter.rescale(adapter.own_scaling * scale)
 
 
+@whole
 def merge(
     model: nn.Module, names: str | list[str] | None = None, *, keep_base: bool = False, requantize: bool = False
 ) -> None:
@@ -60,42 +67,48 @@ def merge(
     changes nothing, when a merged weight would not be finite in its dtype, when DoRA's magnitude of a row is zero and
     the weight not kept, and when a layer cannot be merged.
     """
-    restore_activity = activity(model)
-    try:
-        if names is not None:
-            set_adapter(model, names)
-        layers = {path: one for path, one in held.layers(model).items() if one.active_adapters and not one.merged}
-        held.refuse_tied(model, [layer.weight for layer in layers.values()], "merging")
-        lost = {}
-        for path, layer in layers.items():  # all or none: raises before the first layer changes
-            try:
-                lost[path] = layer.check_merge(keep_base, requantize)
-            except ValueError as error:
-                raise ValueError(f"{path!r}: {error}") from error
-    except BaseException:
-        restore_activity()
-        raise
-    for layer in layers.values():
-        layer.merge(keep_base, requantize)
+    if names is not None:
+        set_adapter(model, names)
+    layers = {path: one for path, one in held.layers(model).items() if one.active_adapters and not one.merged}
+    held.refuse_tied(model, [layer.weight for layer in layers.values()], "merging")
+    lost = {}
+    for path, layer in layers.items():  # what cannot be merged, or finds no memory, raises before one layer changes
+        try:
+            lost[path] = layer.check_merge(keep_base, requantize)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
+        # One after the other: all merged weights beside all others would take twice the memory.
+        later(partial(_merge_layer, layer, keep_base, requantize), layer.unmerge)
     for holder in held.holders(model).values() if layers else ():
         holder.in_merged_model = True
     if any(lost.values()):
         worst = max(lost, key=lost.__getitem__)
         warnings.warn(
-            f"packing again loses up to {lost[worst]:.3g} of an update (error / ‖Δ‖, {worst!r})", stacklevel=2
+            f"packing again loses up to {lost[worst]:.3g} of an update (error / ‖Δ‖, {worst!r})", stacklevel=3
         )
 
 
 _merge = merge  # for `unload`, which has an argument of that name
 
 
+def _merge_layer(layer: LoRALayer, keep_base: bool, requantize: bool) -> None:
+    if not layer.merged:
+        layer.merge(keep_base, requantize)
+
+
+@whole
 def unmerge(model: nn.Module) -> None:
     """Take merged adapters out of the base weights again."""
     for layer in held.layers(model).values():
         if layer.merged:
-            layer.unmerge()
+            later(partial(_unmerge_layer, layer))
     for holder in held.holders(model).values():
         holder.in_merged_model = False
+
+
+def _unmerge_layer(layer: LoRALayer) -> None:
+    if layer.merged:
+        layer.unmerge()
 
 
 def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
@@ -116,14 +129,23 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
     """
     compiled, model = model, unwrapped(model)
     layers = held.layers(model)
+    steps: list[Step] = []
     if not merge:
-        unmerge(model)
-        for name in held.names(model):
-            delete_adapter(model, name)
+        steps = [(partial(unmerge, model), None)]
+        steps += [(partial(_delete_if_there, model, name), None) for name in held.names(model)]
     elif not layers or not all(layer.merged for layer in layers.values() if layer.active_adapters):
         held.refuse_merged(model)
-        _merge(model)
-    plain: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in layers.values()}
+        steps = [(partial(_merge, model), partial(unmerge, model))]
+    plain: dict[nn.Module, nn.Module] = {}
+    with uninterrupted():
+        in_turn([*steps, (partial(_strip, model, plain), None)])
+    return plain.get(model, compiled)
+
+
+@whole
+def _strip(model: nn.Module, plain: dict[nn.Module, nn.Module]) -> None:
+    """Put the base layers in the place of the adapted ones, and into `plain` by these."""
+    plain |= {layer: layer.base_layer for layer in held.layers(model).values()}
     plain |= {wrapper: wrapper.running.requires_grad_(False) for wrapper in saved_modules(model).values()}
     for parent in model.modules():
         if not plain.keys().isdisjoint(parent._modules.values()):
@@ -134,9 +156,14 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
         take_methods(module)
         for known in ("_lora_configs", "_lora_unused"):
             module.__dict__.pop(known, None)
-    return plain.get(model, compiled)
 
 
+def _delete_if_there(model: nn.Module, name: str) -> None:
+    if name in held.names(model):
+        delete_adapter(model, name)
+
+
+@whole
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Take an adapter out of every layer, with its copies of whole modules, and forget its configuration.
 

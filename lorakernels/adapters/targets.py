@@ -13,11 +13,11 @@ from torch import nn
 
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
-from lorakernels.files.patterns import by_pattern, fullmatch
 from lorakernels.nn.adapt import layer_for
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
 from lorakernels.nn.modules import named_modules
+from lorakernels.patterns import by_pattern, fullmatch
 
 ALL_LINEAR = "all-linear"
 # What PEFT's layers, and its copies of whole modules, are subclasses of.
@@ -82,7 +82,7 @@ def warn_of_unused(model: nn.Module, config: LoRAConfig, targets: Iterable[str])
             if not any(by_pattern(targets, {key: True}, False).values()):
                 unused.append(f"{field}[{key!r}]")
     if unused:
-        warnings.warn(f"{' and '.join(unused)} matches nothing in {type(model).__name__}, and is ignored", stacklevel=3)
+        warnings.warn(f"{' and '.join(unused)} matches nothing in {type(model).__name__}, and is ignored", stacklevel=4)
 
 
 def find_modules_to_save(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lorakernels.files import reading
-from lorakernels.files.reading import AdapterFileError, as_file_error, open_weights, read_json, write_json
+from lorakernels.files.reading import AdapterFileError, as_file_error, read_json, write_json
 from lorakernels.files.update import Update, of_kernel
+from lorakernels.files.weights import TYPES, Weights, open_weights
 from lorakernels.quant import nf4
 from lorakernels.quant.packed import Form, PackedWeight
 
@@ -26,7 +26,6 @@ INDEX_SUFFIX = ".safetensors.index.json"
 # safetensors' names of the dtypes that a merge can read and write.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BYTES = {"C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
 # Their linear layers are transformers' Conv1D, whose weight is [in, out].
 _CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 # What a quantised weight has beside it, in the formats of bitsandbytes, GPTQ, AWQ, fp8 and MLX.
@@ -71,13 +70,13 @@ class Checkpoint:
         weight_map = weight_map_of(self.folder / indices[0]) if indices else {}
         self.tensors: dict[str, TensorInfo] = {}
         self._records: dict[str, torch.Tensor] = {}
+        self._stamps: dict[str, tuple[int, ...]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
         for shard in sorted(set(weight_map.values())) or single:
             with open_weights(self.folder / shard) as file:
-                self.metadata[shard] = file.metadata() or {"format": "pt"}
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                found = {n: TensorInfo(shard, torch.Size(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
-                self._records |= {n.partition(nf4.RECORD)[0]: file.get_tensor(n) for n in found if nf4.RECORD in n}
+                self._stamps[shard], self.metadata[shard] = file.stamp, file.metadata or {"format": "pt"}
+                found = {name: TensorInfo(shard, one.shape, one.dtype) for name, one in file.entries.items()}
+                self._records |= {n.partition(nf4.RECORD)[0]: file.read(n) for n in found if nf4.RECORD in n}
             twice = next((name for name in found if name in self.tensors), None)
             if twice is not None:
                 raise AdapterFileError(f"{self.folder}: {twice} is in {self.tensors[twice].shard} and {shard}")
@@ -109,16 +108,16 @@ class Checkpoint:
     def reader(self) -> Iterator[Callable[[str], Any]]:
         """In the block, what gives a tensor by its name: one of the file's, of a packed weight a `PackedWeight`.
 
-        Not with open_weights: what goes wrong in writing is no fault of the file that is read.
+        Raises AdapterFileError where a shard is not the one whose header was read.
         """
         with ExitStack() as stack:
 
             @cache
-            def opened(shard: str) -> Any:
-                return stack.enter_context(safe_open(self.folder / shard, framework="pt"))
+            def opened(shard: str) -> Weights:
+                return stack.enter_context(open_weights(self.folder / shard, self._stamps[shard]))
 
             def stored(name: str) -> torch.Tensor:
-                return opened(self._stored[name].shard).get_tensor(name)
+                return opened(self._stored[name].shard).read(name)
 
             def read(name: str) -> Any:
                 if name not in self.packed:
@@ -193,39 +192,13 @@ def weight_map_of(path: Path) -> dict[str, str]:
     return weight_map
 
 
-@contextmanager
-def new_folder(out: str | os.PathLike[str], sources: Sequence[Path] = ()) -> Iterator[Path]:
-    """A folder to write into that becomes `out` at the end, or disappears with an error: `out` is whole or not there.
-
-    Raises AdapterFileError where `out` is one of `sources` or the current folder, or exists and is not an empty one.
-    """
-    out = Path(out).resolve()  # "." and ".." have no name and no parent of their own
-    if any(out == source.resolve() for source in sources):
-        raise AdapterFileError(f"{out} is what is read; expected another folder to write to")
-    if out == Path.cwd():
-        raise AdapterFileError(f"{out} is the current folder, which cannot be replaced; expected a new one")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise AdapterFileError(f"{out} exists and is not an empty folder; expected a new one, or remove it first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    partial.mkdir()
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def write_changed(
     checkpoint: Checkpoint, folder: Path, changes: Changes, dtype: torch.dtype | None = None, progress: bool = False
 ) -> None:
     """Write `checkpoint` into `folder` with some tensors changed: same shards, index, and the small files beside.
 
-    One tensor is in memory at a time, beside the pages of the shard it is read from. A change gets the tensor as it
-    is stored; its result is rounded to the stored dtype, or to `dtype`, which every float tensor then gets.
+    One tensor is in memory at a time. A change gets the tensor as it is stored; its result is rounded to the stored
+    dtype, or to `dtype`, which every float tensor then gets.
 
     Raises AdapterFileError when a result is not finite.
     """
@@ -268,10 +241,13 @@ def _write_shard(checkpoint: Checkpoint, shard: str, folder: Path, changes: Chan
     infos = {name: info for name, info in checkpoint.tensors.items() if info.shard == shard}
     to = "" if dtype is None else _NAMES[dtype]
     stored = {name: to if to and info.dtype in DTYPES else info.dtype for name, info in infos.items()}
+    unknown = next((name for name in infos if stored[name] not in TYPES), None)
+    if unknown is not None:
+        raise AdapterFileError(f"{shard} has {unknown} in {stored[unknown]}, which is not read and cannot be copied")
     header: dict[str, Any] = {}
     end = 0
-    for name in sorted(infos, key=lambda name: (-_BYTES.get(stored[name], 1), name)):  # keeps every tensor aligned
-        begin, end = end, end + infos[name].shape.numel() * _BYTES.get(stored[name], 1)
+    for name in sorted(infos, key=lambda name: (-TYPES[stored[name]].itemsize, name)):  # keeps every tensor aligned
+        begin, end = end, end + infos[name].shape.numel() * TYPES[stored[name]].itemsize
         header[name] = {"dtype": stored[name], "shape": list(infos[name].shape), "data_offsets": [begin, end]}
     with checkpoint.reader() as read, open(folder / shard, "wb") as file:
         encoded = json.dumps({"__metadata__": checkpoint.metadata[shard]} | header, separators=(",", ":")).encode()

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from lorakernels.config import LoRAConfig
-from lorakernels.files.checkpoint import Checkpoint, new_folder
+from lorakernels.files.checkpoint import Checkpoint
 from lorakernels.files.config_file import check_start, config_from_fields
 from lorakernels.files.formats import AdapterFile, find, read_adapter
 from lorakernels.files.naming import Model, of_files, place
 from lorakernels.files.one_file import fields_of_part
 from lorakernels.files.peft import PeftFile, read_peft, with_ranks, write_peft
 from lorakernels.files.reading import AdapterFileError, as_file_error
+from lorakernels.files.saving import new_folder
 from lorakernels.files.update import BIAS, CONFIG_FILE, MAGNITUDE, Update
 
 
@@ -52,9 +53,9 @@ def convert(
     config = _config(adapter, part, updates)
     if part in adapter.assumed:
         warnings.warn(f"{source}: {adapter.assumed[part]}, as files without it mean", stacklevel=2)
-    with new_folder(to, sources=[Path(source)]) as folder:
-        tensors = {path: update.tensors for path, update in updates.items()}
-        write_peft(folder, config, tensors, fan_in_fan_out=checkpoint is not None and checkpoint.transposed)
+    folder = new_folder(to, sources=[Path(source)])
+    tensors = {path: update.tensors for path, update in updates.items()}
+    write_peft(folder, config, tensors, fan_in_fan_out=checkpoint is not None and checkpoint.transposed)
     return Path(to)
 
 

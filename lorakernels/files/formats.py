@@ -23,6 +23,7 @@ from lorakernels.files.peft import (
 )
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error
 from lorakernels.files.update import CONFIG_FILE, LINEAR, MAGNITUDE, Update, check_pair, check_tensors, own_shapes
+from lorakernels.files.weights import read_tensors
 
 MLX_FILE = "adapters.safetensors"
 
@@ -115,7 +116,7 @@ def _read_mlx(folder: Path) -> AdapterFile:
     with as_file_error(source):
         check_alpha(scale, "lora_parameters.scale")
     modules: dict[str, Tensors] = {}
-    for key, tensor in reading.read_tensors(file)[0].items():
+    for key, tensor in read_tensors(file)[0].items():
         match = _MLX_KEY.fullmatch(key)
         if match is None:
             raise unknown_key(file, key, "<module>.lora_a or <module>.lora_b")

@@ -16,6 +16,7 @@ import torch
 
 from lorakernels.files.formats import read_adapter
 from lorakernels.files.update import BIAS, MAGNITUDE, Update
+from lorakernels.printable import printable
 
 # As many lines as colours that an eye tells apart; further kinds of module are drawn grey.
 MAX_KINDS = 8
@@ -135,7 +136,7 @@ def print_report(report: AdapterReport, console: Any = None) -> None:
     if report.assumed:
         facts["assumed"] = "; ".join(report.assumed)
     for label, fact in facts.items():
-        console.print(Text(f"{label}: ", "bold") + Text(fact), soft_wrap=True)
+        console.print(Text(f"{label}: ", "bold") + Text(printable(fact)), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("modules", overflow="fold")
     columns = ["r", "alpha", "scaling", "frobenius", "spectral", "effective_rank"]
@@ -146,7 +147,7 @@ def print_report(report: AdapterReport, console: Any = None) -> None:
         groups[group_name(row.name), row.shape].append(row)
     for (name, shape), rows in groups.items():
         spans = [_span([getattr(row, column) for row in rows]) for column in columns]
-        table.add_row(Text(name), str(len(rows)), "×".join(map(str, shape)), *spans)
+        table.add_row(Text(printable(name)), str(len(rows)), "×".join(map(str, shape)), *spans)
     console.print(table)
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, new_folder, write_changed
+from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, write_changed
 from lorakernels.files.config_file import check_start
 from lorakernels.files.formats import AdapterFile, read_adapter
 from lorakernels.files.naming import HEADS, of_files, place
 from lorakernels.files.one_file import fields_of_part
 from lorakernels.files.reading import AdapterFileError, Tensors
+from lorakernels.files.saving import appearing, new_folder
 from lorakernels.files.update import BIAS, Update, merged_bias, merged_weight
 from lorakernels.quant.packed import Form
 
@@ -78,7 +79,7 @@ def merge_files(
     if dtype is not None and dtype not in DTYPES.values():
         raise AdapterFileError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
     changes = _changes(read, checkpoint, prefix)
-    with new_folder(out, sources=[checkpoint.folder, read.source]) as folder:
+    with appearing(new_folder(out, sources=[checkpoint.folder, read.source])) as folder:
         write_changed(checkpoint, folder, changes, dtype, progress)
     return Merged(Path(out), checkpoint.packed)
 

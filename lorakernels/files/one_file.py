@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from lorakernels.config import scaling_of
-from lorakernels.files import reading
+from lorakernels.config import FLOAT32_MAX, scaling_of
 from lorakernels.files.config_file import config_from_fields
 from lorakernels.files.peft import PREFIX, PeftFile, unknown_key, updates_of, without_infix
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error
 from lorakernels.files.update import BIAS, CONFIG_FILE, LINEAR, MAGNITUDE, Update, check_pair, check_tensors, own_shapes
+from lorakernels.files.weights import read_tensors
 
 # What sd-scripts, musubi-tuner and LyCORIS put before a module's name, the longer ones first.
 KOHYA_PREFIXES = ("lora_transformer", "lora_unet", "lora_te1", "lora_te2", "lora_te3", "lora_te", "lycoris")
@@ -61,7 +61,7 @@ def read_file(path: Path) -> tuple[str, Mapping[str, Any], dict[str, Update], di
 
     down is A, up is B, and the scaling is alpha / r. Files without alpha mean r, and so do diffusers and sd-scripts.
     """
-    tensors, metadata = reading.read_tensors(path)
+    tensors, metadata = read_tensors(path)
     if any(key.startswith(PREFIX) for key in tensors):
         both = f"{CONFIG_FILE}, which says the scaling"
         raise AdapterFileError(f"{path} holds PEFT's keys and no {both}; expected both in one folder")
@@ -158,7 +158,7 @@ def _configurations(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _alpha(name: str, tensor: torch.Tensor) -> float:
     alpha = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else math.nan
-    if not math.isfinite(alpha) or alpha == 0:
+    if not 0 < abs(alpha) <= FLOAT32_MAX:
         found = alpha if tensor.numel() == 1 else list(tensor.shape)
         raise AdapterFileError(f"{name}.alpha is {found}; expected one finite number that is not 0")
     return alpha

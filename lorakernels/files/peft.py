@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.files import reading
 from lorakernels.files.checkpoint import weight_map_of
 from lorakernels.files.config_file import config_from_fields, fields_of
-from lorakernels.files.patterns import by_pattern
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
+from lorakernels.files.saving import read_together, save_together, write_weights
 from lorakernels.files.update import (
     BIAS,
     CONFIG_FILE,
@@ -33,7 +32,9 @@ from lorakernels.files.update import (
     of_kernel,
     own_shapes,
 )
+from lorakernels.files.weights import read_tensors
 from lorakernels.formula import spread_over_groups
+from lorakernels.patterns import by_pattern
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 WEIGHTS_INDEX = f"{WEIGHTS_FILE}.index.json"
@@ -95,9 +96,17 @@ def files_of(folder: Path) -> list[Path]:
 def read_peft(folder: Path) -> PeftFile:
     """The adapter in a folder; raises AdapterFileError, with what is there, where a file is missing or broken."""
     config, first, *shards = files_of(folder)
+    if not shards:
+        held: dict[str, Any] = {}
+
+        def read(weights: Path, config: Path) -> None:
+            held.update(fields=reading.read_json(config), tensors=read_tensors(weights)[0])
+
+        read_together(folder, WEIGHTS_FILE, CONFIG_FILE, read)
+        return parse(held["fields"], held["tensors"], str(folder))
     fields = reading.read_json(config)
-    found = {file.name: reading.read_tensors(file)[0] for file in shards or [first]}
-    if shards and weight_map_of(first) != {name: shard for shard, tensors in found.items() for name in tensors}:
+    found = {file.name: read_tensors(file)[0] for file in shards}
+    if weight_map_of(first) != {name: shard for shard, tensors in found.items() for name in tensors}:
         raise AdapterFileError(f"{first} and its shards disagree on where tensors are; download all of them again")
     return parse(fields, {name: tensor for own in found.values() for name, tensor in own.items()}, str(folder))
 
@@ -122,10 +131,9 @@ def local_path(folder: str | os.PathLike[str], hub: bool, revision: str | None) 
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError("loading from the hub needs huggingface_hub: pip install huggingface_hub") from error
-    try:
+    # Its errors and those of its HTTP client have no common base.
+    with as_file_error(f"{folder} cannot be had from the hub", Exception):
         return Path(snapshot_download(str(folder), revision=revision, allow_patterns=ON_HUB))
-    except Exception as error:  # its errors and those of its HTTP client have no common base
-        raise AdapterFileError(f"{folder} cannot be had from the hub: {error}") from error
 
 
 def parse(fields: Mapping[str, Any], tensors: Tensors, source: str) -> PeftFile:
@@ -299,23 +307,16 @@ def write_peft(
     base: str | None = None,
     fan_in_fan_out: bool = False,
 ) -> None:
-    """Write both files, whole or not at all: a reader never meets half a file.
+    """Write both files, whole, together or not at all: see `save_together`.
 
     `updates` is by module path and PEFT's suffix, `others` by the model's names; `base` says where the model came from,
     and `fan_in_fan_out` that its linear layers are GPT-2's.
     """
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in (others or {}).items()}
     tensors |= {f"{PREFIX}{path}.{suffix}": t for path, own in updates.items() for suffix, t in own.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
-    try:
-        save_file(tensors, weights, metadata={"format": "pt"})
-        reading.write_json(
-            fields, fields_of(config) | {"base_model_name_or_path": base, "fan_in_fan_out": fan_in_fan_out}
-        )
-        os.replace(weights, folder / WEIGHTS_FILE)
-        os.replace(fields, folder / CONFIG_FILE)
-    except BaseException:  # a full disk, an interrupt
-        weights.unlink(missing_ok=True)
-        fields.unlink(missing_ok=True)
-        raise
+    fields = fields_of(config) | {"base_model_name_or_path": base, "fan_in_fan_out": fan_in_fan_out}
+    save_together(
+        folder,
+        (WEIGHTS_FILE, lambda path: write_weights(path, tensors)),
+        (CONFIG_FILE, lambda path: reading.write_json(path, fields)),
+    )

@@ -13,6 +13,7 @@ from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.formula import spread_over_groups
 from lorakernels.nn.dora import change_of_base
 from lorakernels.nn.modules import parameter_of
+from lorakernels.nn.whole import write
 from lorakernels.quant.layers import is_transposed, kind_of, read
 
 DEFAULT = "default"
@@ -55,7 +56,7 @@ class Adapter:
     def rescale(self, scaling: float) -> None:
         """In a slot for hot swaps the tensor stays, and gets the value."""
         if isinstance(self.scaling, torch.Tensor):
-            self.scaling.fill_(scaling)
+            write(self.scaling, torch.tensor(scaling))
         else:
             self.scaling = scaling
 

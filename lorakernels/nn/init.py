@@ -12,6 +12,7 @@ from lorakernels.config import check_init
 from lorakernels.nn.base import DEFAULT
 from lorakernels.nn.merging import Mergeable, product, wide
 from lorakernels.nn.modules import check_can_change, check_weight_type
+from lorakernels.nn.whole import waits, whole, write
 from lorakernels.quant.layers import weight_of
 
 
@@ -111,6 +112,7 @@ def start_from(
 class Startable(Mergeable):
     """An adapted layer whose adapters start, and start anew."""
 
+    @whole
     @torch.no_grad()
     def reset_lora_parameters(self, adapter_name: str = DEFAULT, init_lora_weights: bool | str = True) -> None:
         """Start an adapter anew, as `LoRAConfig.init_lora_weights` says; DoRA's magnitude is then the weight's norm.
@@ -121,7 +123,9 @@ class Startable(Mergeable):
         adapter = self._adapter(adapter_name)
         check_init(init_lora_weights)
         self._refuse_while_merged()
-        A, B = self._factors(adapter_name)
+        tensors = self.adapter_tensors(adapter_name)
+        kept = waits(next(iter(tensors.values())))
+        A, B = (torch.empty_like(factor) if kept else factor for factor in self._factors(adapter_name))
         r, scaling = adapter.r, adapter.own_scaling
         check_start(init_lora_weights, B.shape[0], A.shape[1], r, scaling)
         if changes_base(init_lora_weights):
@@ -132,22 +136,22 @@ class Startable(Mergeable):
             for factor, start in zip((A, B), start_from(original, r, scaling, init_lora_weights), strict=True):
                 factor.copy_(start)
             initial = Initial(wide(A).clone(), wide(B) * scaling)
-            self.weight.copy_(self._from_matrix(original - product(initial.B, initial.A)))
+            weight = self._from_matrix(original - product(initial.B, initial.A)).to(self.weight.dtype)
+            write(self.weight, weight)
             self.lora_initial[adapter_name] = initial
         else:
-            self._give_back(adapter_name)
+            weight = self._give_back(adapter_name)
             self._start(A, B, init_lora_weights)
-        tensors = self.adapter_tensors(adapter_name)
         for parameter, factor in zip(tensors.values(), (A, B), strict=False):
-            if factor is not parameter:  # a matrix of it: a view that overlaps it, or a copy where it is channels_last
-                parameter.copy_(factor.clone().view_as(parameter))
+            if factor is not parameter:
+                write(parameter, factor.view_as(parameter))
         if adapter.lora_bias:
             bound = r**-0.5 if init_lora_weights is False else 0.0  # as nn.Linear starts its bias
-            nn.init.uniform_(tensors["lora_B.bias"], -bound, bound)
+            write(tensors["lora_B.bias"], nn.init.uniform_(torch.empty_like(tensors["lora_B.bias"]), -bound, bound))
         if adapter.use_dora:
             magnitude: Any = self.lora_magnitude_vector[adapter_name]
-            norm = magnitude.norm(self.weight, self._matrix(self.weight), A, B, scaling)
-            magnitude.weight.copy_(norm.view_as(magnitude.weight))
+            norm = magnitude.norm(weight, self._matrix(weight), A, B, scaling)
+            write(magnitude.weight, norm.view_as(magnitude.weight))
 
     def _start(self, A: torch.Tensor, B: torch.Tensor, init_lora_weights: bool | str) -> None:
         """Fill A and B without a look at the base weight."""
@@ -183,11 +187,14 @@ class Startable(Mergeable):
         return torch.cat([A, A0.to(A)]), torch.cat([B, B0.to(B)], dim=1)
 
     @torch.no_grad()
-    def _give_back(self, name: str) -> None:
-        """Undo what an adapter's start did to the base weight."""
-        if name in self.lora_initial:
-            self.weight.copy_(self.original_weight())
-            del self.lora_initial[name]
+    def _give_back(self, name: str) -> Any:
+        """Undo what an adapter's start did to the base weight; returns that as it then is."""
+        if name not in self.lora_initial:
+            return self.weight
+        weight = self.original_weight().to(self.weight.dtype)
+        write(self.weight, weight)
+        del self.lora_initial[name]
+        return weight
 
     def _refuse_a_second_change(self, name: str) -> None:
         others = [other for other in self.base_changed_by if other != name]

@@ -11,6 +11,7 @@ from lorakernels.config import LoRAConfig, check_alpha, layer_config
 from lorakernels.nn import init
 from lorakernels.nn.base import DEFAULT, MAGNITUDE, Adapter, LoRABase, check_adapter_name
 from lorakernels.nn.dora import Magnitude
+from lorakernels.nn.whole import whole
 from lorakernels.quant.layers import is_linear
 
 if TYPE_CHECKING:
@@ -44,16 +45,15 @@ class LoRALayer(init.Startable):
                 f"from_base takes exactly torch.nn.{cls.BASE.__name__}; got {type(base_layer).__module__}."
                 f"{type(base_layer).__qualname__}, whose weight and forward may not be those of the plain layer"
             )
-        layer = cls.__new__(cls)
-        needed_grad = [parameter for parameter in base_layer.parameters() if parameter.requires_grad]
-        LoRABase.__init__(layer, base_layer)
-        try:
+
+        @whole
+        def around(base_layer: nn.Module) -> Self:
+            layer = cls.__new__(cls)
+            LoRABase.__init__(layer, base_layer)
             layer.add_adapter(adapter_name, config, **fields)
-        except Exception:
-            for parameter in needed_grad:
-                parameter.requires_grad_(True)
-            raise
-        return layer
+            return layer
+
+        return around(base_layer)
 
     @classmethod
     def check_adapter(cls, base_layer: nn.Module, config: LoRAConfig) -> None:
@@ -69,6 +69,7 @@ class LoRALayer(init.Startable):
         scaling = Adapter.of(config).own_scaling
         init.check_start(start, B[0], torch.Size(A).numel() // config.r, config.r, scaling)
 
+    @whole
     def add_adapter(
         self, adapter_name: str = DEFAULT, config: LoRAConfig | None = None, **fields: Unpack[AdapterFields]
     ) -> None:
@@ -95,13 +96,10 @@ class LoRALayer(init.Startable):
                 torch.empty(shape, device=self.weight.device, dtype=dtype)
             )
             self.lora_magnitude_vector[adapter_name].train(self.training)
-        try:
-            self.reset_lora_parameters(adapter_name, config.init_lora_weights)
-        except Exception:  # an SVD that does not converge, no memory
-            self._forget(adapter_name)
-            raise
+        self.reset_lora_parameters(adapter_name, config.init_lora_weights)
         self.set_adapter(self.active_adapters or [adapter_name])
 
+    @whole
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter away; what PiSSA or OLoRA took out of the base weight goes back, to within rounding.
 
@@ -110,15 +108,13 @@ class LoRALayer(init.Startable):
         self._adapter(adapter_name)
         self._refuse_while_merged()
         self._give_back(adapter_name)
-        self._forget(adapter_name)
-
-    def _forget(self, name: str) -> None:
         for modules in self.children():
-            if isinstance(modules, (nn.ModuleDict, nn.ParameterDict)) and name in modules:
-                del modules[name]
-        self.adapters.pop(name, None)
-        self.active_adapters = [active for active in self.active_adapters if active != name]
+            if isinstance(modules, (nn.ModuleDict, nn.ParameterDict)) and adapter_name in modules:
+                del modules[adapter_name]
+        del self.adapters[adapter_name]
+        self.active_adapters = [active for active in self.active_adapters if active != adapter_name]
 
+    @whole
     def set_adapter(self, adapter_names: str | list[str]) -> None:
         """Make these adapters the active ones, and the only ones that train; their updates add up.
 

@@ -13,6 +13,7 @@ from torch import nn
 from lorakernels.nn.base import LoRABase
 from lorakernels.nn.modules import check_can_change
 from lorakernels.nn.quantized import QuantizedLinear, pack
+from lorakernels.nn.whole import whole, write
 from lorakernels.quant.packed import PackedWeight
 
 
@@ -47,6 +48,7 @@ class Mergeable(LoRABase):
     _merged: dict[str, _Merged]
     _kept_base: _KeptBase | None
 
+    @whole
     @torch.no_grad()
     def merge(self, keep_base: bool = False, requantize: bool = False) -> None:
         """Add the active adapters to the base weight, summed in float32 and rounded once to its dtype.
@@ -58,7 +60,7 @@ class Mergeable(LoRABase):
         zeros have changed; or, with `requantize`, the merged weight packed again, where most of the update survives.
         """
         if self.merged:
-            warnings.warn(f"adapters {self.merged_adapters} are merged already: nothing to do", stacklevel=3)
+            warnings.warn(f"adapters {self.merged_adapters} are merged already: nothing to do", stacklevel=4)
             return
         records, weight, bias = self._prepared(keep_base)
         if self._is_packed:
@@ -75,9 +77,9 @@ class Mergeable(LoRABase):
         if keep_base:
             kept_bias = None if bias is None or self.bias is None else self.bias.clone()
             self._kept_base = _KeptBase(self.weight.detach().clone(), kept_bias)
-        self.weight.copy_(weight)
+        write(self.weight, weight)
         if bias is not None and self.bias is not None:
-            self.bias.copy_(bias)
+            write(self.bias, bias)
         self._merged = records
 
     def _in_zeros(self, records: dict[str, _Merged], bias: torch.Tensor | None) -> QuantizedLinear | None:
@@ -125,6 +127,7 @@ class Mergeable(LoRABase):
         self._check_mergeable()
         return self._with(self._records())
 
+    @whole
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take out of the base weight what `merge` has put in.
@@ -132,7 +135,7 @@ class Mergeable(LoRABase):
         After PiSSA or OLoRA that is the changed base weight, as before `merge`, and not the original one.
         """
         if not self.merged:
-            warnings.warn("no adapter is merged: nothing to do", stacklevel=3)
+            warnings.warn("no adapter is merged: nothing to do", stacklevel=4)
             return
         if self._kept_base is not None and self._kept_base.layer is not None:
             self.base_layer = self._kept_base.layer.to(self.weight.device)
@@ -144,8 +147,8 @@ class Mergeable(LoRABase):
             assert self.bias is not None
             kept = None if self._kept_base is None else self._kept_base.bias
             device = self.bias.device
-            self.bias.copy_(wide(self.bias) - sum(bias.to(device) for bias in biases) if kept is None else kept)
-        self.weight.copy_(weight)
+            write(self.bias, wide(self.bias) - sum(bias.to(device) for bias in biases) if kept is None else kept)
+        write(self.weight, weight)
         self._merged, self._kept_base = {}, None
 
     @torch.no_grad()

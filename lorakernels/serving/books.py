@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from lorakernels.adapters.folder import Source
+from lorakernels.nn.whole import Lock
 from lorakernels.plan import BASE
 from lorakernels.serving.errors import CapacityError, StaleBatchError
 from lorakernels.serving.pools import Pool, Site
@@ -106,7 +106,7 @@ class Books:
 
     def __init__(self, max_adapters: int, host_bytes: int, read: Callable[..., tuple[Any, Parts, Rows]]) -> None:
         self.max_adapters, self.host_bytes, self.read = max_adapters, host_bytes, read
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.current: dict[str, Version] = {}
         # What has a name or is in use, the least recently used first.
         self.versions: OrderedDict[Version, None] = OrderedDict()
@@ -182,35 +182,33 @@ class Books:
             version = self.find(name)
         self._bring([version])
 
-    def hold(self, wanted: Sequence[str | Lease | None]) -> tuple[list[int], list[Version]]:
-        """The versions that names and leases mean, each referred to once more, all on the device; before them, which
-        of them each of `wanted` is."""
-        counted: list[Version] = []
-        try:
-            with self.lock:
-                self.check_open()
-                meant = [self._meant(one) for one in wanted]
-                versions = [version for version in dict.fromkeys(meant) if version is not None]
-                slot_of: dict[Version | None, int] = {version: slot for slot, version in enumerate(versions)}
-                slots = [slot_of.get(version, BASE) for version in meant]
-                for version in versions:
-                    version.refs += 1
-                    counted.append(version)
-                on_device = sum(bool(version.pages) for version in versions)
-                self.hits += on_device
-                self.misses += len(versions) - on_device
-            self._bring(versions)
-        except BaseException:
-            self.release(counted)
-            raise
-        return slots, versions
+    def hold(self, wanted: Sequence[str | Lease | None], held: list[Version]) -> list[int]:
+        """Bring the versions that names and leases mean to the device, each referred to once more: which of them each
+        of `wanted` is. They come into `held` as they are counted, for the caller to release whatever is raised."""
+        with self.lock:
+            self.check_open()
+            meant = [self._meant(one) for one in wanted]
+            versions = [version for version in dict.fromkeys(meant) if version is not None]
+            slot_of: dict[Version | None, int] = {version: slot for slot, version in enumerate(versions)}
+            slots = [slot_of.get(version, BASE) for version in meant]
+            for version in versions:
+                version.refs += 1
+                held.append(version)
+            on_device = sum(bool(version.pages) for version in versions)
+            self.hits += on_device
+            self.misses += len(versions) - on_device
+        self._bring(versions)
+        return slots
 
     def release(self, versions: Iterable[Version]) -> None:
-        with self.lock:
+        with self.lock, ExitStack() as stack:  # all of them, where one cannot be dropped
             for version in versions:
-                version.refs -= 1
-                if not version.refs and version.retired:
-                    self._drop(version)
+                stack.callback(self._release, version)
+
+    def _release(self, version: Version) -> None:
+        version.refs -= 1
+        if not version.refs and version.retired:
+            self._drop(version)
 
     def count_load(self, start: float, reads: int) -> None:
         self.loads += 1

@@ -8,16 +8,17 @@ view memory[:, a : a + K].
 
 from __future__ import annotations
 
-import heapq
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakernels.adapters.targets import plain_modules
+from lorakernels.nn.whole import in_turn
 from lorakernels.quant.layers import weight_of
 
 # Rows of A and B start at multiples of this many bytes.
@@ -100,7 +101,7 @@ class Pool:
         self.sites: weakref.WeakSet[Site] = weakref.WeakSet()
         self.width = 0
         self.memory: torch.Tensor | None = None
-        self.free = list(range(num_pages))  # a heap: low pages first, so that pages of one adapter mostly lie together
+        self.free = list(range(num_pages))
 
     def add(self, site: Site) -> None:
         site.pool = self
@@ -139,8 +140,10 @@ class Pool:
             site.lora_A = site.lora_B = None
 
     def take(self, rank: int) -> tuple[int, ...]:
-        """`rank` free pages; there must be as many."""
-        return tuple(heapq.heappop(self.free) for _ in range(rank))
+        """`rank` free pages, as many as there must be: low ones first, so that most of an adapter lie together."""
+        free = sorted(self.free)
+        self.free = free[rank:]
+        return tuple(free[:rank])
 
     def write(self, pages: Sequence[int], rows: torch.Tensor) -> None:
         with self.writer.writing():
@@ -150,12 +153,14 @@ class Pool:
     def give_back(self, pages: Sequence[int]) -> None:
         """Zeroed: whoever came to read a page that is nobody's would find the base model, not another's adapter."""
         try:
-            with self.writer.writing():
-                for place, *_ in self._runs(pages):
-                    place.zero_()
+            in_turn([(partial(self._zero, pages), None)])
         finally:
-            for page in pages:
-                heapq.heappush(self.free, page)
+            self.free = [*self.free, *pages]
+
+    def _zero(self, pages: Sequence[int]) -> None:
+        with self.writer.writing():
+            for place, *_ in self._runs(pages):
+                place.zero_()
 
     def _runs(self, pages: Sequence[int]) -> Iterator[tuple[torch.Tensor, int, int]]:
         """The memory of each stretch of successive pages, with its begin and end in the list: a copy each."""

@@ -164,9 +164,9 @@ _batches: ContextVar[_Batches] = ContextVar("lorakernels_batches", default=Mappi
 def running(owner: object, batch: Batch) -> Iterator[None]:
     if "torch._dynamo" in sys.modules:
         _leave_uncompiled()
-    batch.outer = _open(_batches.get().get(owner))
-    _batches.set({**_batches.get(), owner: batch})
     try:
+        batch.outer = _open(_batches.get().get(owner))
+        _batches.set({**_batches.get(), owner: batch})
         yield
     finally:
         # Not `reset`: the end may come in another order than the beginning, or in another context.

@@ -27,7 +27,6 @@ from lorakernels.serving.served import BASES, served_by
 _EXPERT = re.compile(r"(?!.*shared).*experts?_?[0-9]*")
 # T5's: looked up by query and key position, the same for all rows.
 _POSITIONS = "relative_attention_bias"
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 
 Tensors = Mapping[str, torch.Tensor]
 Given = str | os.PathLike[str] | tuple[LoRAConfig, Tensors]
@@ -115,8 +114,6 @@ def _find_parts(
         rank, scaling = update.r, update.scaling
         if rank > max_rank:
             raise CapacityError(f"module {path!r} has rank {rank}; the store takes at most max_rank={max_rank}")
-        if abs(scaling) > _FLOAT32_MAX:
-            raise AdapterFileError(f"module {path!r} has scaling {scaling}; expected one that float32 can hold")
         most, scale = largest.get(site.pool, (0, 0.0))
         largest[site.pool] = max(most, rank), max(scale, scaling, key=abs)
     return {pool: Part(rank, _of_plan(scaling, pool.dtype)) for pool, (rank, scaling) in largest.items()}

@@ -146,8 +146,9 @@ class AdapterStore:
         Raises KeyError when there is none of that name.
         """
         with self._books.lock:
-            self._books.forget(name)
+            self._books.find(name)
             self._prefetches.pop(name, None)
+            self._books.forget(name)
 
     def pin(self, name: str) -> None:
         """Bring an adapter to the device and keep it there, its later versions too, until `unpin`.
@@ -234,8 +235,9 @@ class AdapterStore:
         for writer in self._writers:
             writer.check_no_capture()
         self._await_prefetches([row for row in rows if isinstance(row, str)])
-        slots, versions = self._books.hold(rows)
+        versions: list[Version] = []
         try:
+            slots = self._books.hold(rows, versions)
             for version in versions:
                 for writer, written in version.written.items():
                     writer.before_reads(written)
@@ -259,8 +261,13 @@ class AdapterStore:
         with self._books.lock:
             self._books.find(name)
         self._await_prefetches([name])
-        _, [version] = self._books.hold([name])
-        return Lease(self._books, version)
+        held: list[Version] = []
+        try:
+            self._books.hold([name], held)
+            return Lease(self._books, held[0])
+        except BaseException:
+            self._books.release(held)
+            raise
 
     def close(self) -> None:
         """Give the model back as it was, and the memory. Raises RuntimeError while a batch or lease is open."""

@@ -191,7 +191,7 @@ def test_a_loaded_adapter_is_no_view_of_its_file(tmp_path: Path, monkeypatch: py
     model = lk.inject(net().float(), lk.LoRAConfig(target_modules=["q_proj"]))
     folder = lk.save_adapter(model, tmp_path)
     held = {key: tensor.half() for key, tensor in load_file(folder / WEIGHTS).items()}
-    monkeypatch.setattr("lorakernels.files.reading.read_tensors", lambda path: (dict(held), {}))
+    monkeypatch.setattr("lorakernels.files.peft.read_tensors", lambda path: (dict(held), {}))
     layer = lk.load_adapter(net().float(), folder).q_proj
     places = {parameter.data_ptr() for parameter in layer.adapter_tensors().values()}
     assert not places & {tensor.data_ptr() for tensor in held.values()}

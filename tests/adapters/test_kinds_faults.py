@@ -164,7 +164,9 @@ def test_nothing_partial_stays_where_writing_fails(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"]))
-    monkeypatch.setattr("lorakernels.files.peft.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        lk.save_adapter(model, tmp_path / "new")
-    assert not list((tmp_path / "new").iterdir())
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr("lorakernels.files.saving.save_file", full)
+    for name in ("new", "old"):
+        with pytest.raises(OSError, match="No space left"):
+            lk.save_adapter(model, tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]

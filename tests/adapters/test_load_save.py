@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import lorakernels as lk
-from lorakernels.files import patterns
-from lorakernels.files.patterns import by_pattern
+from lorakernels import patterns
+from lorakernels.patterns import by_pattern
 
 
 def test_files_go_round(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import lorakernels as lk
-from lorakernels.files import patterns
+from lorakernels import patterns
 from lorakernels.files.convert import convert
 from lorakernels.files.formats import read_adapter
 from lorakernels.files.peft import PREFIX

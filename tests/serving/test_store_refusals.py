@@ -109,7 +109,7 @@ BAD_FILES: list[tuple[str, Callable[[Adapter], Adapter], dict[str, Any], type[Ex
     ("conv", lambda a: (a[0], a[1] | CONV), {}, lk.AdapterFileError, "'conv' is a Conv1d"),
     ("rank", lambda a: a, {"r": 9}, lk.AdapterFileError, "expected"),
     ("r = 0", lambda a: a, {"r": 0}, lk.AdapterFileError, "r is 0"),
-    ("alpha", lambda a: a, {"lora_alpha": 1e300}, lk.AdapterFileError, "scaling"),
+    ("alpha", lambda a: a, {"lora_alpha": 1e300}, lk.AdapterFileError, "alpha"),
     ("no B", lambda a: _without(a, "q_proj.lora_B.weight"), {}, lk.AdapterFileError, "no lora_B.weight"),
     ("nan", lambda a: _changed(a, lambda t: t * float("nan")), {}, lk.AdapterFileError, "NaN"),
     ("integers", lambda a: _changed(a, torch.Tensor.long), {}, lk.AdapterFileError, "float dtype"),
