@@ -159,8 +159,8 @@ class LoRABase(nn.Module):
         if name == "base_layer" and "base_layer" in getattr(value, "_modules", ()):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise TypeError(
-                f"a base layer with adapters of its own ({kind}): they would have no effect, since its weight is read and "
-                "it is not called; call lorakernels.unload first"
+                f"a base layer with adapters of its own ({kind}): they would have no effect, since its weight is read "
+                "and it is not called; call lorakernels.unload first"
             )
         if name not in ("weight", "bias"):
             return super().__setattr__(name, value)
