@@ -89,7 +89,7 @@ class PeftFile:
 def files_of(folder: Path) -> list[Path]:
     """The configuration's file and those of the weights: one, or an index and its shards."""
     index = folder / WEIGHTS_INDEX
-    if not index.exists():
+    if not os.path.exists(index):  # Path.exists raises for a name that is too long
         return [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
     if (folder / WEIGHTS_FILE).exists():
         raise AdapterFileError(f"{folder} has {WEIGHTS_FILE} and {WEIGHTS_INDEX}; expected one of them")

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from lorakernels.adapters.folder import find_source
 from lorakernels.config import check_rank
 from lorakernels.nn.modules import unwrapped
 from lorakernels.serving import sources
@@ -291,7 +292,7 @@ class AdapterStore:
             if must_exist:
                 books.find(name)
         start = time.perf_counter()
-        source = given if isinstance(given, tuple) else sources.find_source(name, given, self.root)
+        source = given if isinstance(given, tuple) else find_source(name, given, self.root)
         contents, parts, rows = books.read(source)
         with books.lock:
             books.check_open()
