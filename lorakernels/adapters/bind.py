@@ -25,6 +25,7 @@ from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import named_parameters
 from lorakernels.quant.layers import is_transposed
 
+_RESIZE = "; give the model the size that it was trained with first (model.resize_token_embeddings, num_labels)"
 Values = list[tuple[torch.Tensor, torch.Tensor]]  # of the model, and beside it what is to be in it
 
 
@@ -60,7 +61,6 @@ def bind(
     modules, others = dict(plain_modules(model)), _with_own_names(file.others, model)
     whole = _take_whole(others, to_save, modules)
     biases = _take_biases(others, model) if config.bias != "none" else []
-    base = _take_base(others, model, file.source, base_weights)
     # Before ranks and shapes: how many modules there can be is the model's.
     weights = own_names(
         [f"{path}.weight" for path in file.layers],
@@ -72,6 +72,12 @@ def bind(
 
     if file.fields.get("fan_in_fan_out") and not any(is_transposed(base) for base, _ in found.values()):
         raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
+    if file.fields.get("ensure_weight_tying"):  # where nothing is tied it says nothing
+        trained = [base for base, _ in found.values()] + list(to_save.values())
+        with as_file_error(file.source):
+            tied = (parameter for module in trained for parameter in module.parameters())
+            held.refuse_tied(model, tied, "ensure_weight_tying=True")
+    base = _take_base(others, model, file.source, base_weights)
 
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
         (base, kind), variant = found[path], (config.use_dora, config.lora_bias, config.pooled)
@@ -80,11 +86,6 @@ def bind(
             return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
 
     layers = {own[path]: update for path, update in updates_of(file, shapes_of).items()}
-    if file.fields.get("ensure_weight_tying"):  # where nothing is tied it says nothing
-        trained = [base for base, _ in found.values()] + list(to_save.values())
-        with as_file_error(file.source):
-            tied = (parameter for module in trained for parameter in module.parameters())
-            held.refuse_tied(model, tied, "ensure_weight_tying=True")
     for path in [*layers, *whole]:
         for name, tensor in modules[path].named_parameters():
             if tensor.is_meta:  # nothing can be put into it, and what is loaded later would start anew
@@ -111,7 +112,7 @@ def _take_whole(
             value = values[0]
             if value.shape != own.shape or value.is_floating_point() != own.is_floating_point():
                 found = f"{list(value.shape)}, {value.dtype}"
-                raise AdapterFileError(f"{path}.{name} is {found}; expected {list(own.shape)}, {own.dtype}")
+                raise AdapterFileError(f"{path}.{name} is {found}; expected {list(own.shape)}, {own.dtype}{_RESIZE}")
             if not all(torch.equal(value, other) for other in values[1:]):
                 raise AdapterFileError(f"{' and '.join(names)} are one module, of which the file has two {name!r}")
             check_finite(f"{path}.{name}", value)
@@ -148,8 +149,7 @@ def _take_base(tensors: Tensors, model: nn.Module, source: str, base_weights: st
             raise AdapterFileError(f"{key} is a base weight, and the model's is on the meta device; load it first")
         if weight.shape != value.shape:
             raise AdapterFileError(
-                f"{key} is a base weight {list(value.shape)}, the model's {list(weight.shape)}; give the model the "
-                "size that it was trained with first (model.resize_token_embeddings)"
+                f"{key} is a base weight {list(value.shape)}, the model's {list(weight.shape)}{_RESIZE}"
             )
         if base_weights == "file":
             if not torch.equal(taken.setdefault(weight, value), value):

@@ -22,8 +22,13 @@ from lorakernels.patterns import by_pattern, fullmatch
 ALL_LINEAR = "all-linear"
 # What PEFT's layers, and its copies of whole modules, are subclasses of.
 _PEFTS = (".BaseTunerLayer", ".AuxiliaryTrainingWrapper", ".ModulesToSaveWrapper")
-# Whose kernel has the output projection in it.
-_FUSED_MIXERS = re.compile("(FalconMamba|FalconH1|Bamba|(Zamba2|NemotronH|GraniteMoeHybrid)?Mamba2?)(Mixer|Layer)")
+# Classes, and of each the layers whose weights it reads: mamba_ssm's kernels have the output projection in them, and
+# what attention does in one function is called nowhere else.
+_READERS = re.compile(
+    r"(FalconMamba|FalconH1|Bamba|(Zamba2|NemotronH|GraniteMoeHybrid)?Mamba2?)(Mixer|Layer)\.out_proj"
+    r"|(Falcon|Jamba)?MambaMixer\.dt_proj|WavLMAttention\.(q|k|v|out)_proj|TDNNLayer\.kernel"
+    r"|\w+(DeltaAttention|LinearAttention|ShortConvolution|ShortConv)\.conv(1d)?"
+)
 WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
@@ -59,14 +64,16 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
 def why_without_effect(modules: Mapping[str, nn.Module], path: str) -> str:
     """Why an adapter on this module would change nothing: its parent reads its weight, and does not call it.
 
-    Those of state-space models that run in one kernel (mamba_ssm's) are known, as PEFT knows them.
+    Those that run in one kernel or function are known, as PEFT knows some of them; the convolutions of state-space
+    models by their neighbour A_log.
     """
     parent, _, name = path.rpartition(".")
-    mixer = modules.get(parent)
-    reads = mixer is not None and "A_log" in mixer._parameters
-    if not reads or not (name == "conv1d" or (name == "out_proj" and _FUSED_MIXERS.fullmatch(type(mixer).__name__))):
+    reader = modules.get(parent)
+    if reader is None:
         return ""
-    return f"its parent, a {type(mixer).__name__}, reads its weight in a kernel and does not call it: no effect"
+    kind = type(reader).__name__
+    is_read = _READERS.fullmatch(f"{kind}.{name}") or (name == "conv1d" and "A_log" in reader._parameters)
+    return f"its parent, a {kind}, reads its weight and does not call it: no effect" if is_read else ""
 
 
 def warn_of_unused(model: nn.Module, config: LoRAConfig, targets: Iterable[str]) -> None:

@@ -45,8 +45,13 @@ def config_from_fields(fields: Mapping[str, Any], source: str) -> LoRAConfig:
         # Off is what a field that we do not know says when it is None, False or empty.
         if name in known or value in (None, False, "", [], {}):
             continue
-        if name in _OF_PEFT or not isinstance(value, str) or _is_newer(fields.get("peft_version")):
+        if name in _OF_PEFT:
             raise not_supported(name, value, source)
+        if not isinstance(value, str) or _is_newer(fields.get("peft_version")):
+            raise AdapterFileError(
+                f"{source}: {name}={value!r} is a field that is not known, and may change what the adapter computes; "
+                "take it out of the file if it does not"
+            )
         notes.append(name)
     if notes:
         shown = ", ".join(f"{name[:40]!r}" for name in notes[:5]) + (", …" if len(notes) > 5 else "")

@@ -13,7 +13,7 @@ import torch
 
 from lorakernels.config import FLOAT32_MAX, scaling_of
 from lorakernels.files.config_file import config_from_fields
-from lorakernels.files.peft import PREFIX, PeftFile, unknown_key, updates_of, without_infix
+from lorakernels.files.peft import PREFIX, PeftFile, plain_keys, unknown_key, updates_of
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error
 from lorakernels.files.update import BIAS, CONFIG_FILE, LINEAR, MAGNITUDE, Update, check_pair, check_tensors, own_shapes
 from lorakernels.files.weights import read_tensors
@@ -66,7 +66,7 @@ def read_file(path: Path) -> tuple[str, Mapping[str, Any], dict[str, Update], di
         both = f"{CONFIG_FILE}, which says the scaling"
         raise AdapterFileError(f"{path} holds PEFT's keys and no {both}; expected both in one folder")
     modules: dict[str, Tensors] = {}
-    for key, tensor in without_infix(tensors, str(path)).items():
+    for key, tensor in plain_keys(tensors, str(path)).items():
         match = _KEY.fullmatch(key)
         if match is None:
             expected = "<module>.lora_down.weight, .lora_up.weight or .alpha, or <module>.lora_A.weight and the like"

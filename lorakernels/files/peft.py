@@ -47,6 +47,10 @@ _INFIX = re.compile(
     r"(?P<path>.+\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
     r"\.(?P<adapter>(?!(?:weight|bias)$)[^.]+)(?P<rest>\.weight|\.bias|)"
 )
+# What torch's wrappers put into the names of a state dict; DistributedDataParallel's is told from a module's own name
+# before all others alone.
+_WRAPPED = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+_WRAPPERS = re.compile(rf"^((module|{_WRAPPED})\.)+(?=base_model\.)|(?<![^.])({_WRAPPED})\.")
 # What PEFT trains whole where the task says so and the configuration, of its first versions, does not.
 _HEADS_OF_TASKS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -138,7 +142,7 @@ def local_path(folder: str | os.PathLike[str], hub: bool, revision: str | None) 
 
 def parse(fields: Mapping[str, Any], tensors: Tensors, source: str) -> PeftFile:
     """A configuration's fields, and tensors by PEFT's keys."""
-    tensors = without_infix(tensors, source)
+    tensors = plain_keys(tensors, source)
     config = _with_heads(config_from_fields(fields, source), fields, tensors, source)
     layers: dict[str, Tensors] = {}
     others: Tensors = {}
@@ -157,17 +161,20 @@ def parse(fields: Mapping[str, Any], tensors: Tensors, source: str) -> PeftFile:
     return PeftFile(source, fields, config, layers, others)
 
 
-def without_infix(tensors: Tensors, source: str) -> Tensors:
-    """By the keys that PEFT's files have, where they are those of a model's state dict: `lora_A.default.weight`."""
-    matches = {key: _INFIX.fullmatch(key) for key in tensors}
+def plain_keys(tensors: Tensors, source: str) -> Tensors:
+    """By the keys that PEFT's files have, where they are those of a model's state dict, `lora_A.default.weight`.
+
+    Or of a wrapped model's: `_orig_mod.base_model.model.….lora_A.weight`.
+    """
+    unwrapped = {key: _WRAPPERS.sub("", key) for key in tensors}
+    matches = {key: _INFIX.fullmatch(name) for key, name in unwrapped.items()}
     names = sorted({match["adapter"] for match in matches.values() if match is not None})
-    if not names:
-        return tensors
     if len(names) > 1:
         raise AdapterFileError(f"{source} holds the adapters {', '.join(names)}; expected one in a file")
     plain: Tensors = {}
     for key, match in matches.items():
-        own = key.replace(f".modules_to_save.{names[0]}.", ".") if match is None else match["path"] + match["rest"]
+        own = unwrapped[key] if match is None else match["path"] + match["rest"]
+        own = own.replace(f".modules_to_save.{names[0]}.", ".") if names else own
         if own in plain:
             raise AdapterFileError(f"{source}: {key} and another key are both {own}; expected one of them")
         plain[own] = tensors[key]

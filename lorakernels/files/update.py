@@ -141,7 +141,13 @@ def check_tensors(path: str, tensors: Tensors, shapes: Shapes, kind: str, r: int
         if not tensor.is_floating_point():
             raise AdapterFileError(f"{path}.{name} is {tensor.dtype}; expected a float dtype")
         if tuple(tensor.shape) != shape:
-            hint = " (transposed?)" if tuple(tensor.shape) == shape[::-1] else ""
+            wrong = [size for own, size in zip(tensor.shape, shape, strict=False) if own != size]
+            hint = (
+                ""
+                if r in wrong or len(shape) != tensor.dim()
+                else " (a model of other sizes, or before it was resized?)"
+            )
+            hint = " (transposed?)" if tuple(tensor.shape) == shape[::-1] else hint
             expected = f"expected {list(shape)}, as {CONFIG_FILE} says r={r}{hint}"
             raise AdapterFileError(f"{path}.{name} is {list(tensor.shape)}; {expected}")
         check_finite(f"{path}.{name}", tensor)

@@ -33,13 +33,17 @@ class _Magnitude(NamedTuple):
     weight: torch.Tensor
 
     def row_scale(self, base: Any, matrix: Any, A: torch.Tensor, B: torch.Tensor, scaling: Any) -> torch.Tensor:
-        """magnitude / ‖W + scaling · B A‖ [N], the norm without a gradient (arXiv 2402.09353, section 4.3)."""
+        """magnitude / ‖W + scaling · B A‖ [N], the norm without a gradient (arXiv 2402.09353, section 4.3).
+
+        A row of zeros, as some checkpoints have, stays one; PEFT divides by its norm, and answers NaN.
+        """
         adapters = self.layer._modules["lora_A"]._modules
         known, cache = _norms.get(self.layer, ({}, None))
         if cache is None or known != adapters:  # a new one's start may edit W through `.data`, as OLoRA's does
             _, cache = _norms[self.layer] = (dict(adapters), NormCache())
         # A and B are edited through `.data` at any time.
         norm = cache.norm(base, matrix, A, B, scaling, keep=False)
+        norm = torch.where(norm > 0, norm, 1)
         return self.weight / norm.to(torch.promote_types(base.dtype, torch.float32))
 
 

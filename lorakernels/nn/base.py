@@ -157,6 +157,12 @@ class LoRABase(nn.Module):
         return parameter_of(self._modules["base_layer"], "bias")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_layer" and "base_layer" in getattr(value, "_modules", ()):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise TypeError(
+                f"a base layer with adapters of its own ({kind}): they would have no effect, since its weight is read "
+                "and it is not called; call lorakernels.unload first"
+            )
         if name not in ("weight", "bias"):
             return super().__setattr__(name, value)
         # Tying a weight, `head.weight = table.weight`, goes on meaning what it did.

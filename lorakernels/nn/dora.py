@@ -32,7 +32,7 @@ class NormCache:
     ‖W‖ is kept from one call to the next, and the whole norm where `keep` says so: until a tensor that they come
     from is another, lies elsewhere or was edited in place, or the CUDA stream is another. What comes from one that
     trains is not kept: a fused optimizer's step is not seen. An edit through `.data` shows in neither version nor
-    address: on a CPU a sum over some of the base weight tells; elsewhere, where reading one would wait for the device,
+    address: on a CPU sums over some of the base weight tell; elsewhere, where reading one would wait for the device,
     nothing is kept while there are gradients. No tensor but the norms is kept alive.
     """
 
@@ -81,7 +81,7 @@ class NormCache:
         for t in sources:
             stamps += t._cdata, t._version, t.untyped_storage()._cdata, t.data_ptr(), t.dtype
         if on_cpu:  # of the base weight alone: adapters are edited between steps, when nothing is kept
-            stamps.append(_some_of(sources[0]))
+            stamps += _some_of(sources[0])
         kept = self._kept.get(what)
         if kept is not None and kept.stamps == stamps:
             return kept.norm
@@ -156,9 +156,16 @@ def scale_product(
 
 
 @torch.no_grad()
-def _some_of(tensor: torch.Tensor) -> float:
-    """A sum over at most some 64 numbers of a matrix, from all over it: 8 µs."""
-    return tensor[tuple(slice(None, None, max(1, size // 8)) for size in tensor.shape[:2])].sum().item()
+def _some_of(tensor: torch.Tensor) -> list[float]:
+    """Sums over some whole rows and over two numbers of each: an edit of one row or of one column shows. 20 to 150 µs.
+
+    In float64, where the change of one number among thousands is not rounded away.
+    """
+    steps = [max(1, -(-size // parts)) for size, parts in zip(tensor.shape, (8, 2), strict=False)]
+    return [
+        tensor[(slice(None),) * dim + (slice(None, None, step),)].sum(dtype=torch.float64).item()
+        for dim, step in enumerate(steps)
+    ]
 
 
 def _owner(tensor: torch.Tensor) -> torch.Tensor:

@@ -168,6 +168,20 @@ def test_the_new_adapter_is_off_and_frozen_and_goes_into_files(tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize("fields", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}], ids=str)
+def test_one_adapter_alone_stays_what_it_is(fields: dict[str, Any], tmp_path: Path) -> None:
+    """With every type, and its file is PEFT's too, whose own of these are wrong or cannot be read back."""
+    ours, _ = pair(tmp_path, **fields)
+    for kind in ("linear", "cat", "svd", "ties", "magnitude_prune_svd"):
+        density = None if kind in ("linear", "cat", "svd") else 1.0
+        lk.add_weighted_adapter(ours, ["two"], [1.0], kind, kind, density=density)
+        for path, delta in deltas(ours, kind).items():
+            assert_close(delta, deltas(ours, "two")[path])
+        lk.set_adapter(ours, kind)
+        folder = lk.save_adapter(ours, tmp_path / kind, kind)
+        assert_close(peft.PeftModel.from_pretrained(net(), folder)(IDS), ours(IDS))
+
+
 def test_a_grouped_convolution_is_added_group_by_group() -> None:
     model = net()
     for name, r in (("one", 4), ("two", 2)):

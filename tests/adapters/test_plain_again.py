@@ -215,9 +215,14 @@ def test_unload_gives_an_encoder_its_fast_path_back() -> None:
     assert not any(module._forward_pre_hooks for module in encoder.modules())
 
 
-def test_unload_of_what_was_put_into_a_part() -> None:
+def test_what_was_put_into_a_part(tmp_path: Path) -> None:
+    """As trainers of vision models do with the language model: merged, the whole is saved as a plain model."""
     model = llama()
-    lk.inject(model.model, lk.LoRAConfig(target_modules=["q_proj"]))
+    adapted(model.model, target_modules=["q_proj"])
+    expected = logits(model)
+    lk.merge(model.model)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(again(tmp_path)), expected)
     lk.unload(model)
     assert not any("_lora_configs" in vars(module) or module._forward_pre_hooks for module in model.modules())
 

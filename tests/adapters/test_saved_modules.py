@@ -179,6 +179,11 @@ def test_embeddings_that_were_resized(dtype: torch.dtype, tmp_path: Path) -> Non
         lk.load_adapter(llama(32), tmp_path, base_weights="file")
     with pytest.raises(lk.AdapterFileError, match=r'load_adapter\(..., base_weights="file"\)'):
         lk.load_adapter(other, tmp_path)
+    for fields in ({"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}):
+        of_head = peft.get_peft_model(llama(35), peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **fields}))
+        of_head.save_pretrained(tmp_path / "head", save_embedding_layers=False)
+        with pytest.raises(lk.AdapterFileError, match=r"lm_head.*(that it was trained with|before it was resized)"):
+            lk.load_adapter(llama(32), tmp_path / "head")
     lk.load_adapter(llama(35), tmp_path)  # the same numbers, in the file's dtype
     ours = lk.load_adapter(other, tmp_path, base_weights="file").double()
     own = dict(theirs.base_model.model.named_parameters())

@@ -116,11 +116,24 @@ def test_a_store_over_a_wrapped_model(way: str, tmp_path: Path, one_process: Non
     torch.testing.assert_close(found, expected)
 
 
-def test_the_inside_of_pefts_layers_is_closed() -> None:
+@pytest.mark.parametrize("method", ["LoraConfig", "LoHaConfig", "VeraConfig", "IA3Config"])
+def test_the_inside_of_pefts_layers_is_closed(method: str) -> None:
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["2"]))
-    lk.inject(model, lk.LoRAConfig(r=2, target_modules="all-linear"), "own")
+    fields: dict[str, Any] = {"feedforward_modules": []} if method == "IA3Config" else {"r": 2}
+    fields |= {"modules_to_save": ["2"]} if method == "LoraConfig" else {}
+    model = peft.get_peft_model(plain(), getattr(peft, method)(target_modules=["q_proj"], **fields))
+    lk.inject(model, lk.LoRAConfig(r=2, target_modules="all-linear", exclude_modules=["2"]), "own")
     adapted = [name for name, module in model.named_modules() if isinstance(module, lk.LoRALinear)]
     assert adapted == ["base_model.model.0.k_proj", "base_model.model.1.k_proj"]
     with pytest.raises(ValueError, match="matches 0 modules"):
         lk.inject(model, lk.LoRAConfig(r=2, target_modules=["default"]), "inner")
+
+
+def test_the_inside_of_our_layers_is_closed_to_peft() -> None:
+    """Which would adapt the base layer, and that is not called."""
+    peft = pytest.importorskip("peft")
+    model, x = lk.inject(plain(), CONFIG), torch.randn(4, WIDTH, dtype=torch.float64)
+    before = model(x)
+    with pytest.raises(TypeError, match=r"peft\.tuners\.lora\..*would have no effect"):
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert torch.equal(model(x), before)

@@ -137,7 +137,7 @@ PEFT_FAULTS: dict[str, tuple[Edit, str]] = {
         "has lora_magnitude_vector too",
     ),
     "lora_bias": (lambda c, t: c.update(lora_bias=True), r"no lora_B\.bias"),
-    "unknown field": (lambda c, t: c.update(twist=2), "twist=2 changes what the adapter computes"),
+    "unknown field": (lambda c, t: c.update(twist=2), "twist=2 is a field that is not known"),
     "bad pattern": (lambda c, t: c.update(alpha_pattern={"(": 2}), "alpha_pattern"),
     "endless pattern": (lambda c, t: c.update(alpha_pattern={"(a|aa)+!": 2}), "takes too long"),
     "loha": (lambda c, t: c.update(peft_type="LOHA"), "expected 'LORA'"),

@@ -121,6 +121,12 @@ def peft_tensors(infix: str = "", paths: Sequence[str] = PATHS) -> Tensors:
     return {f"{PEFT}{path}.lora_{half}{infix}.weight": pair[at] for path, pair in pairs for at, half in enumerate("AB")}
 
 
+def wrapped_tensors() -> Tensors:
+    """As of a model inside torch.compile and DistributedDataParallel, with blocks that are checkpointed."""
+    inside = ("attentions.", "attentions._fsdp_wrapped_module._checkpoint_wrapped_module.")
+    return {f"module._orig_mod.{key.replace(*inside)}": tensor for key, tensor in peft_tensors().items()}
+
+
 def peft_folder(tensors: Tensors, shards: bool = False, **fields: Any) -> Make:
     def make(folder: Path) -> Path:
         folder.mkdir()
@@ -249,6 +255,9 @@ FORMATS: dict[str, Format] = {
     ),
     "PEFT, keys of a state dict": Format(
         "the same with `lora_A.default.weight`", peft_folder(peft_tensors(".default")), OWN
+    ),
+    "PEFT, keys of a wrapped model": Format(
+        "the same with `_orig_mod.base_model.….lora_A.weight`", peft_folder(wrapped_tensors()), OWN
     ),
     "PEFT, an adapter inside `modules_to_save`": Format(
         "the same with `classifier.dense.base_layer.weight`",

@@ -61,7 +61,12 @@ def test_dora_sees_an_edit_of_the_base_weight(x: torch.Tensor, fused: list[dict[
     plain = peft_model(config(use_dora=True))
     model = accelerated_copy(plain)
     assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x))
-    edits = (lambda w: w.mul_(1.5), lambda w: setattr(w, "data", w.data * 2), lambda w: w.data.mul_(0.7))
+    edits = (
+        lambda w: w.mul_(1.5),
+        lambda w: setattr(w, "data", w.data * 2),
+        lambda w: w.data.mul_(0.7),
+        lambda w: w.data[-1].mul_(0.7),
+    )
     for edit in edits:
         for m in (plain, model):
             with torch.no_grad():
@@ -71,7 +76,20 @@ def test_dora_sees_an_edit_of_the_base_weight(x: torch.Tensor, fused: list[dict[
         m.merge_adapter()
         m.unmerge_adapter()
     assert_equal(values_and_gradients(model, x), values_and_gradients(plain, x))
-    assert len(fused) == 10
+    assert len(fused) == 12
+
+
+def test_a_row_of_zeros_stays_one(x: torch.Tensor, fused: list[dict[str, Any]]) -> None:
+    """As in checkpoints that have such rows; PEFT divides 0 by 0 there."""
+    base = Two().to(x.dtype)
+    with torch.no_grad():
+        base.up.weight[1] = 0
+    expected = base(x)
+    model = get_peft_model(base, config(use_dora=True))
+    accelerate(model)
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
 def test_dora_sees_what_a_new_adapters_start_did_to_the_base_weight(x: torch.Tensor) -> None:

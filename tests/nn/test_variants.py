@@ -452,6 +452,8 @@ CHANGES: dict[str, Callable[[LoRALayer], Any]] = {
     "scaling": lambda layer: setattr(layer, "scaling", 0.3),
     "trained through .data": _trained_through_data,
     "weight edited through .data": lambda layer: layer.weight.data.mul_(1.5),
+    "a row edited through .data": lambda layer: layer.weight.data[-1].mul_(1.5),
+    "a column edited through .data": lambda layer: layer.weight.data[:, -1].mul_(1.5),
 }
 
 
