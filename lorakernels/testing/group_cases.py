@@ -27,7 +27,7 @@ class GroupCase(LinearCase):
 
 _FLOAT32 = (torch.float32,) * 5
 GROUP_CASES = (
-    GroupCase("plain"),
+    GroupCase("plain", Ns=(24, 16, 8)),
     GroupCase("two", Ns=(40, 40), ranks=(4, 4)),
     GroupCase("one", Ns=(40,), ranks=(8,)),
     GroupCase("five", Ns=(24, 8, 16, 16, 8), ranks=(4, 8, 2, 1, 3)),

@@ -48,6 +48,8 @@ PATHS = ["torch", "triton", *HEIGHTS]
 IN_ALL_FORMS = ("mixed_ranks", "pages", "empty", "spare_slots")
 # One token's form has no dropout, and adapters there are of a token or two.
 NOT_BY_TOKEN = ("dropout", "dropout_by_slot", "dropout_pages", "all_one_adapter", "several_blocks", "grouped", "only_A")
+# Where offsets are what counts.
+BY_TILES = ("pages_slices_odd", "huge_strides")
 SEED = 1234
 
 
@@ -145,7 +147,7 @@ def _table() -> Iterator[tuple[MultiCase, str, torch.dtype]]:
 def _marked() -> Iterator[Any]:
     """In the interpreter every third case by default, in turn, and all of them with `-m slow`: they take minutes."""
     for i, (case, way, dtype) in enumerate(_table()):
-        often = way == "torch" or COMPILED or i % 3 == 0
+        often = way == "torch" or COMPILED or i % 3 == 0 or (way == "triton-tiles" and case.name in BY_TILES)
         yield pytest.param(case, way, dtype, marks=() if often else pytest.mark.slow)
 
 
