@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lorakernels.configs.device import assume
 from lorakernels.dropout import LEVELS, drop_threshold
 from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.kernels import lora_linear as kernels_lora_linear
-from lorakernels.kernels.launch import record_launches, side_stream
+from lorakernels.kernels.launch import launch, record_launches, side_stream
 from lorakernels.member import Member, training_step
 from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.budget import assert_within_budget, error
@@ -270,6 +271,12 @@ def test_what_one_thread_records_another_runs(device: str) -> None:
         found = pool.submit(step).result()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not launches and not asked
+
+
+def test_a_grid_without_programs_starts_nothing() -> None:
+    """CUDA refuses it, and the interpreter does not."""
+    kernel = SimpleNamespace(fn=None, arg_names=())
+    launch(kernel, (1, 0), {"x_ptr": torch.empty(1)}, {}, KernelConfig())
 
 
 @pytest.mark.parametrize("way", ["triton-few-tiny", "triton-general-tiny"])
