@@ -48,6 +48,14 @@ def command(*arguments: Argument) -> Callable[[Run], Run]:
     return add
 
 
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in text.split(","))
+
+
+def _after_dashes(rest: list[str]) -> list[str]:
+    return rest[rest[:1] == ["--"] :]
+
+
 @command(
     argument("--out", default="lorakernels-demo", metavar="FOLDER", help="for adapters and picture (%(default)s)"),
     argument("--seed", type=int, default=0, metavar="N", help="same seed, same numbers (%(default)s)"),
@@ -107,7 +115,7 @@ def bench(arguments: argparse.Namespace) -> int:
 
 
 @command(
-    argument("adapter", metavar="ADAPTER", help="folder (PEFT, mlx-lm) or .safetensors file (kohya)"),
+    argument("adapter", metavar="ADAPTER", help="folder (PEFT, mlx-lm) or .safetensors file (kohya, diffusers)"),
     argument("--plot", metavar="FILE.png", help="draw the singular values of every update"),
     argument("--json", action="store_true", help="print JSON, with every module and singular value"),
 )
@@ -126,23 +134,27 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 @command(
-    argument("source", metavar="SOURCE", help="a kohya .safetensors file, or an mlx-lm folder"),
+    argument("source", metavar="SOURCE", help="a .safetensors file (kohya, diffusers), or an mlx-lm folder"),
     argument("--to", required=True, metavar="OUT", help="new folder for PEFT's files"),
     argument("--model", metavar="DIR", help="the model's folder, which tells a kohya file's module names"),
-    argument("--prefix", metavar="NAME", help="part of a kohya file to take, such as lora_unet"),
+    argument("--prefix", metavar="NAME", help="part of a file to take, such as lora_unet or transformer"),
 )
 def convert(arguments: argparse.Namespace) -> int:
-    """write a kohya or mlx-lm adapter as PEFT's folder, number for number"""
+    """write a kohya, diffusers or mlx-lm adapter as PEFT's folder, number for number"""
     from lorakernels.files.convert import convert as convert_files
+    from lorakernels.integrations.transformers_names import import_transformers
 
+    if arguments.model is not None:
+        import_transformers()
     print(convert_files(arguments.source, arguments.to, model=arguments.model, prefix=arguments.prefix))
     return 0
 
 
 @command(
     argument("--model", required=True, metavar="DIR", help="folder with config.json and safetensors"),
-    argument("--adapter", required=True, metavar="DIR", help="the adapter's folder"),
+    argument("--adapter", required=True, metavar="ADAPTER", help="the adapter's folder or .safetensors file"),
     argument("--out", required=True, metavar="DIR", help="new folder for the merged model"),
+    argument("--prefix", metavar="NAME", help="part of a file that the model is, such as lora_unet or transformer"),
     argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="of every weight (as they are)"),
 )
 def merge(arguments: argparse.Namespace) -> int:
@@ -150,15 +162,19 @@ def merge(arguments: argparse.Namespace) -> int:
     import torch
 
     from lorakernels.files.merge import merge_files
+    from lorakernels.integrations.transformers_names import import_transformers
 
+    import_transformers()
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    print(merge_files(arguments.model, arguments.adapter, arguments.out, dtype=dtype, progress=True))
+    prefix = arguments.prefix
+    print(merge_files(arguments.model, arguments.adapter, arguments.out, dtype=dtype, prefix=prefix, progress=True))
     return 0
 
 
 @command(
     argument("--model", required=True, metavar="DIR", help="the model's folder"),
     argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="an adapter's folder; repeatable"),
+    argument("--adapter-root", metavar="DIR", help="load and reload adapters at run time, from under this folder only"),
     argument("--max-adapters", type=int, metavar="N", help="adapters in one batch (as there are, up to 8)"),
     argument("--max-rank", type=int, metavar="R", help="the largest rank (the adapters' largest)"),
     argument("--host", help="the address to listen at (vLLM's)"),
@@ -170,16 +186,46 @@ def serve(arguments: argparse.Namespace) -> int:
     """start vLLM's OpenAI server, its LoRA by these kernels"""
     from lorakernels.tools import serve as launcher
 
-    command = launcher.vllm_command(
+    server = launcher.server(
         arguments.model,
         arguments.adapter,
+        root=arguments.adapter_root,
         max_adapters=arguments.max_adapters,
         max_rank=arguments.max_rank,
         options={name: getattr(arguments, name) for name in ("host", "port", "dtype")},
-        own=arguments.own[arguments.own[:1] == ["--"] :],
+        own=_after_dashes(arguments.own),
     )
-    launcher.serve(command)
+    launcher.serve(server)
     return 0
+
+
+@command(
+    argument("--url", help="a server of this machine that runs, such as http://127.0.0.1:8000"),
+    argument("--model", metavar="DIR", help="a model's folder, to start a server with"),
+    argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="an adapter's folder; repeatable"),
+    argument("--adapters", type=int, default=8, metavar="N", help="without --adapter: random ones (%(default)s)"),
+    argument("--ranks", type=_numbers, default=(8, 16, 32, 64), metavar="R,R", help="of those (8,16,32,64)"),
+    argument("--max-adapters", type=int, metavar="N", help="adapters in one batch (as there are, up to 8)"),
+    argument("--beside", default="", metavar="NAMES", help="the same without LoRA (none) and with vLLM's own (vllm)"),
+    argument("--requests", type=int, default=200, metavar="N", help="how many (%(default)s)"),
+    argument("--rate", type=float, default=8.0, metavar="R", help="arrivals a second, 0: all at once (%(default)s)"),
+    argument("--concurrency", type=int, default=64, metavar="N", help="the most requests at once (%(default)s)"),
+    argument("--zipf", type=float, default=1.0, metavar="S", help="adapters are as popular as 1/k^S (%(default)s)"),
+    argument("--base-share", type=float, default=0.1, metavar="P", help="requests of the base model (%(default)s)"),
+    argument("--prompt-tokens", type=_numbers, default=(64,), metavar="N,N", help="lengths of prompts (64)"),
+    argument("--output-tokens", type=_numbers, default=(16,), metavar="N,N", help="lengths of answers (16)"),
+    argument("--seed", type=int, default=0, metavar="N", help="same seed, same requests (%(default)s)"),
+    argument("--cached", action="store_true", help="let prefixes come from the server's cache"),
+    argument("--dtype", help="what is computed in (the model's)"),
+    argument("--out", metavar="FILE.json", help="write every answer's times"),
+    argument("--plot", metavar="FILE.png", help="draw how long clients wait"),
+    argument("own", nargs=argparse.REMAINDER, metavar="-- OPTIONS", help="vLLM's own options, after --"),
+)
+def load_test(arguments: argparse.Namespace) -> int:
+    """measure a server of many adapters under a load, and whether its answers are right"""
+    from lorakernels.tools.load_test.command import main as load
+
+    return load(arguments, _after_dashes(arguments.own))
 
 
 @command(
@@ -268,7 +314,7 @@ def precompile(arguments: argparse.Namespace) -> int:
 
     from lorakernels.tools.precompile import precompile as fill
 
-    command = arguments.command[arguments.command[:1] == ["--"] :]
+    command = _after_dashes(arguments.command)
     work = Path(arguments.work).resolve() if arguments.work else None
     found = fill(Path(arguments.out), arguments.arch, arguments.python, arguments.triton, command, work)
     return 0 if found else FAILED

@@ -31,6 +31,7 @@ class PlanTensors(NamedTuple):
     page_table: torch.Tensor | None  # [num_slots + 1, max_rank] int32; the last row, the base's, is 0
     num_slots: int
     max_tokens: int
+    unit: int = 0  # tokens that plain torch multiplies at a time; 0: all of an adapter
 
     @property
     def layout(self) -> PlanLayout:
@@ -52,6 +53,10 @@ class BatchPlan:
         max_tokens: the largest batch.
         max_rank: the largest rank of a slot; stacks of adapters must hold as many.
         num_pages: makes a plan for paged adapters, whose rank rows are pages 0 … num_pages - 1 of a pool.
+        invariant: what is added to a token does not depend, to the bit, on the adapters of the others: it is slower in
+            plain torch, which multiplies each token by itself then; or each row where this is the number of tokens of a
+            row. The kernels' blocks are chosen by the sizes of the plan and of the batch alone, so that for them every
+            plan is. Not where dropout is drawn.
         device: where; torch's default device if None.
 
     Raises:
@@ -65,6 +70,7 @@ class BatchPlan:
         *,
         max_rank: int = 64,
         num_pages: int | None = None,
+        invariant: bool | int = False,
         device: torch.device | str | int | None = None,
     ) -> None:
         sizes = {"num_slots": num_slots, "max_tokens": max_tokens, "max_rank": max_rank}
@@ -74,6 +80,9 @@ class BatchPlan:
             if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 30:
                 raise ValueError(f"{name} is {size!r}; expected a positive integer below 2³⁰")
         self.num_slots, self.max_tokens, self.max_rank, self.num_pages = num_slots, max_tokens, max_rank, num_pages
+        if not isinstance(invariant, int) or invariant < 0:
+            raise ValueError(f"invariant is {invariant!r}; expected True, False or the number of tokens of a row")
+        self.unit = int(invariant)
         self.layout = plan_layout(num_slots, max_tokens)
         tiles = num_tiles(max_tokens, num_slots, TILE_HEIGHTS[0])
         most = max(num_slots + 2, max_tokens, max_rank, tiles)
@@ -109,7 +118,8 @@ class BatchPlan:
         with torch.inference_mode(False):
             self._buffer = self._whole[: self.layout.size]
             self._scales = self._whole[self.layout.size :].view(torch.float32)
-        self.tensors = PlanTensors(self._buffer, self._scales, self._page_table, self.num_slots, self.max_tokens)
+        sizes = self.num_slots, self.max_tokens, self.unit
+        self.tensors = PlanTensors(self._buffer, self._scales, self._page_table, *sizes)
         """The plan as it is now and will be after every update: the same memory."""
 
     def __repr__(self) -> str:
@@ -330,7 +340,8 @@ class BatchPlan:
 
     def _copied(self) -> PlanTensors:
         page_table = None if self._page_table is None else self._page_table.clone()
-        return PlanTensors(self._buffer.clone(), self._scales.clone(), page_table, self.num_slots, self.max_tokens)
+        buffer, scales = self._buffer.clone(), self._scales.clone()
+        return self.tensors._replace(buffer=buffer, scales=scales, page_table=page_table)
 
     def _is_capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

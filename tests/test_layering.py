@@ -46,7 +46,7 @@ class Beside:
 BESIDE: dict[str, Beside] = {
     # Files know configurations, tensors, names and shapes, how weights are packed, and no model.
     "files": Beside(
-        frozenset({"config", "formula", "quant"}), frozenset({"adapters", "serving", "cli", "lorakernels"})
+        frozenset({"config", "formula", "quant"}), frozenset({"adapters", "serving", "tools", "cli", "lorakernels"})
     ),
     "testing": Beside(LIBRARY, frozenset({"tools"})),
 }

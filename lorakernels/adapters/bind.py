@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import sys
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +17,13 @@ from lorakernels.adapters.saved_modules import SavedModule, state_of
 from lorakernels.adapters.targets import find_modules_to_save, plain_modules, why_without_effect
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.config_file import check_start, not_supported
+from lorakernels.files.naming import Model, own_names, renamings_of
 from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, updates_of
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
 from lorakernels.files.update import Shapes, Update
 from lorakernels.nn.layer import LoRALayer
-from lorakernels.nn.modules import named_parameters, unwrapped
+from lorakernels.nn.modules import named_parameters
+from lorakernels.quant.layers import is_transposed
 
 Values = list[tuple[torch.Tensor, torch.Tensor]]  # of the model, and beside it what is to be in it
 
@@ -54,8 +55,6 @@ def bind(
     """
     config = file.config
     check_start(file.fields, file.source)
-    if file.fields.get("fan_in_fan_out"):
-        raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
     with as_file_error(file.source):
         to_save = find_modules_to_save(model, config.modules_to_save)
     modules, others = dict(plain_modules(model)), _with_own_names(file.others, model)
@@ -63,8 +62,16 @@ def bind(
     biases = _take_biases(others, model) if config.bias != "none" else []
     base = _take_base(others, model, file.source, base_weights)
     # Before ranks and shapes: how many modules there can be is the model's.
-    own_names = _own_names(model, file.layers, modules)
-    found = {path: _layer(modules, own_names[path], bases) for path in file.layers}
+    weights = own_names(
+        [f"{path}.weight" for path in file.layers],
+        {f"{path}.weight": None for path in modules},
+        partial(renamings_of, model),
+    )
+    own = {path: weights[f"{path}.weight"].removesuffix(".weight") for path in file.layers}
+    found = {path: _layer(modules, own[path], bases) for path in file.layers}
+
+    if file.fields.get("fan_in_fan_out") and not any(is_transposed(base) for base, _ in found.values()):
+        raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
 
     def shapes_of(path: str, r: int, alpha: float) -> tuple[str, Shapes]:
         (base, kind), variant = found[path], (config.use_dora, config.lora_bias, config.pooled)
@@ -72,7 +79,7 @@ def bind(
             kind.check_adapter(base, of_one_layer(config, r, alpha, init_lora_weights=True))
             return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
 
-    layers = {own_names[path]: update for path, update in updates_of(file, shapes_of).items()}
+    layers = {own[path]: update for path, update in updates_of(file, shapes_of).items()}
     if file.fields.get("ensure_weight_tying"):  # where nothing is tied it says nothing
         trained = [base for base, _ in found.values()] + list(to_save.values())
         with as_file_error(file.source):
@@ -165,35 +172,17 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(name): parameter for name, parameter in named_parameters(model)}
 
 
-def _own_names(
-    model: nn.Module, names: Iterable[str], known: Container[str], ending: str = ".weight"
-) -> dict[str, str]:
-    """What the model calls each of a file's names, which are older ones where transformers has renamed modules since.
-
-    Raises AdapterFileError where two of them are one.
-    """
-    own = {name: name for name in names}
-    missing = [name for name in own if name not in known]
-    mapping: Any = sys.modules.get("transformers.conversion_mapping")  # imported by whoever has made such a model
-    if missing and hasattr(mapping, "get_model_conversion_mapping"):
-        every = mapping.get_model_conversion_mapping(unwrapped(model))
-        renamings = [one for one in every if not getattr(one, "operations", ())]  # others change tensors too
-        for name in missing:
-            renamed = f"{name}{ending}"
-            for renaming in renamings:
-                renamed, _ = renaming.rename_source_key(renamed)
-            if renamed.removesuffix(ending) in known:
-                own[name] = renamed.removesuffix(ending)
-    first: dict[str, str] = {}
-    for name, one in own.items():
-        if first.setdefault(one, name) != name:
-            raise AdapterFileError(f"{first[one]!r} and {name!r} are both {one!r} of the model; expected one of them")
-    return own
+def as_named(model: nn.Module) -> Model:
+    """What the names in files are looked up in: the layers of a model, each by all of its names."""
+    layers = [path for path, module in plain_modules(model) if isinstance(module, LoRALayer) or not module._modules]
+    return Model(
+        {f"{path}.weight": None for path in layers}, f"the {type(model).__name__}", partial(renamings_of, model)
+    )
 
 
 def _with_own_names(tensors: Tensors, model: nn.Module) -> Tensors:
     plain = {key: plain_name(key.removeprefix(PREFIX)) for key in tensors if key.startswith(PREFIX)}
-    own = _own_names(model, plain.values(), _parameters(model) if plain else (), "")
+    own = own_names(plain.values(), _parameters(model) if plain else (), partial(renamings_of, model))
     renamed = {key: f"{PREFIX}{own[name]}" for key, name in plain.items() if own[name] != name}
     return {renamed.get(key, key): tensor for key, tensor in tensors.items()}
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakernels.adapters import held
-from lorakernels.adapters.bind import Contents, bind
+from lorakernels.adapters.bind import Contents, as_named, bind
 from lorakernels.adapters.load import copy_whole
 from lorakernels.adapters.rank_slices import smaller, used_part
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.config import check_rank
-from lorakernels.files.peft import local_folder, read_peft
+from lorakernels.files.convert import read_for
+from lorakernels.files.peft import local_path
 from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.files.update import Update
 from lorakernels.nn.base import DEFAULT, MAGNITUDE
@@ -61,6 +63,7 @@ def hotswap_adapter(
     *,
     hub: bool = False,
     revision: str | None = None,
+    prefix: str | None = None,
 ) -> nn.Module:
     """Put the adapter in `folder` in the place of one that `model` has, in the same parameters.
 
@@ -71,7 +74,7 @@ def hotswap_adapter(
 
     Args:
         model: has the adapter `adapter_name`; compiled or not.
-        folder, hub, revision: as for `load_adapter`.
+        folder, hub, revision, prefix: as for `load_adapter`.
         adapter_name: the slot.
 
     Returns:
@@ -87,7 +90,7 @@ def hotswap_adapter(
     held.config_of(original, adapter_name)
     held.refuse_merged(original)
     held.refuse_changed_base(original)
-    contents = bind(original, read_peft(local_folder(folder, hub, revision)))
+    contents = bind(original, read_for(local_path(folder, hub, revision), partial(as_named, original), prefix))
     _check_fits(original, adapter_name, contents)
 
     updates = {contents.modules[path]: update for path, update in contents.layers.items()}

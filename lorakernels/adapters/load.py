@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
 from lorakernels.adapters import held
-from lorakernels.adapters.bind import Contents, bind
+from lorakernels.adapters.bind import Contents, as_named, bind
 from lorakernels.adapters.inject import adding, freeze_all_but_adapters
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.adapters.switch import set_adapter
 from lorakernels.adapters.transformers_methods import give_methods
 from lorakernels.adapters.uncalled import watch
 from lorakernels.config import of_one_layer
-from lorakernels.files.peft import local_folder, read_peft
+from lorakernels.files.convert import read_for
+from lorakernels.files.peft import local_path
 from lorakernels.files.reading import AdapterFileError, as_file_error
 from lorakernels.nn.base import DEFAULT, check_adapter_name
 from lorakernels.nn.modules import unwrapped
@@ -30,9 +32,13 @@ def load_adapter(
     trainable: bool = False,
     hub: bool = False,
     revision: str | None = None,
+    prefix: str | None = None,
     base_weights: str = "model",
 ) -> nn.Module:
     """Put the adapter in `folder` into `model`, in place, and make it the active one.
+
+    `folder` is PEFT's or mlx-lm's, or a file of kohya's or diffusers' format (docs/coming-from.md). The last three have
+    no configuration of PEFT's: it is inferred from names, shapes and what they say, and a warning says what came of it.
 
     The file's tensors say which layers are adapted, and keep their dtype; whole modules (modules_to_save) keep the
     model's. An adapter of that name which has the same layers and ranks gets the new weights; otherwise it is added.
@@ -41,12 +47,14 @@ def load_adapter(
 
     Args:
         model: plain, or with adapters from `inject` or `load_adapter`; compiled or not.
-        folder: holds adapter_config.json and adapter_model.safetensors. With `hub`, when there is no such folder, the
-            name of a repository on the Hugging Face hub, "organisation/name".
+        folder: holds adapter_config.json and adapter_model.safetensors, or is a .safetensors file. With `hub`, when it
+            is not there, the name of a repository on the Hugging Face hub, "organisation/name".
         adapter_name: the name it gets in the model.
         trainable: whether its parameters need gradients.
         hub: whether the hub may be asked.
         revision: a branch, tag or commit on the hub; implies `hub`.
+        prefix: which part of a file for several models, such as "lora_unet" or "text_encoder"; left out, the one part
+            that fits `model`.
         base_weights: of base weights in the file, which PEFT saves where the vocabulary was resized or embeddings are
             targets: "model", they must be the model's; "file", they replace the model's, which then stay changed.
 
@@ -62,7 +70,9 @@ def load_adapter(
     compiled, model = model, unwrapped(model)
     if base_weights not in ("model", "file"):
         raise ValueError(f"base_weights is {base_weights!r}; expected 'model' or 'file'")
-    contents = bind(model, read_peft(local_folder(folder, hub, revision)), base_weights=base_weights)
+    contents = bind(
+        model, read_for(local_path(folder, hub, revision), partial(as_named, model), prefix), base_weights=base_weights
+    )
     config = contents.config
     _check_name_is_free(model, adapter_name, contents)
     earlier = held.names(model)

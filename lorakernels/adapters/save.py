@@ -19,6 +19,7 @@ from lorakernels.files.reading import Tensors
 from lorakernels.nn.base import DEFAULT
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import named_parameters, unwrapped
+from lorakernels.quant.layers import is_transposed
 
 
 def save_adapter(
@@ -49,7 +50,8 @@ def save_adapter(
     updates: dict[str, Tensors] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, layer in held.layers_of(model, adapter_name).items():
+    layers = held.layers_of(model, adapter_name)
+    for path, layer in layers.items():
         updates[path], ranks[path], alphas[path] = _plain(layer, adapter_name, values)
     sharded = any(hasattr(tensor, "full_tensor") for own in (others, *updates.values()) for tensor in own.values())
     if sharded and state_dict is not None:
@@ -57,7 +59,8 @@ def save_adapter(
     others, updates = _whole(others), {path: _whole(own) for path, own in updates.items()}
     if not sharded or torch.distributed.get_rank() == 0:
         base = getattr(model, "name_or_path", None) or None  # of a transformers model
-        write_peft(Path(folder), with_ranks(config, ranks, alphas), updates, others, base)
+        transposed = any(is_transposed(layer.base_layer) for layer in layers.values())
+        write_peft(Path(folder), with_ranks(config, ranks, alphas), updates, others, base, transposed)
     if sharded:
         torch.distributed.barrier()  # every process may read the files when the call returns
     return Path(folder)

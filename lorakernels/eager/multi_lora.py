@@ -219,7 +219,7 @@ def _add_rank_rows(
         gradient.index_add_(0, plan.page_table[segment.slot, : segment.rank], rows.to(gradient.dtype))
     else:
         stack = gradient[segment.slot]
-        (stack.t() if is_B else stack)[: segment.rank] = rows
+        (stack.t() if is_B else stack)[: segment.rank] += rows  # an adapter's units are several segments
 
 
 def _draw(seed: torch.Tensor, where: Route, thresholds: list[int], x: torch.Tensor) -> torch.Tensor:

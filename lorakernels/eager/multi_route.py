@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -14,10 +15,11 @@ class Route:
     """The adapted tokens of a batch, by adapter, and where they are: None if each lot lies together already."""
 
     def __init__(
-        self, segments: list[Segment], tokens: torch.Tensor | None, order: list[int], page_table: torch.Tensor | None
+        self, segments: list[Segment], tokens: torch.Tensor | None, order: list[int], plan: PlanTensors
     ) -> None:
-        """`order` has all tokens, those of the segments first; `page_table` is the plan's."""
-        self.segments, self.tokens, self._order, self._page_table = segments, tokens, order, page_table
+        """`order` has all tokens, those of the segments first."""
+        self.segments, self.tokens, self._order = segments, tokens, order
+        self._page_table, self._in_units = plan.page_table, plan.unit > 0
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.tokens is None else x.index_select(0, self.tokens)
@@ -36,7 +38,7 @@ class Route:
 
     def grid_for(self, x: torch.Tensor, columns: int) -> Grid | None:
         """How to take all adapters at once, where that is faster. torch's float16 products of a CPU are not."""
-        if not x.is_cpu or x.dtype is torch.float16:
+        if not x.is_cpu or x.dtype is torch.float16 or self._in_units:
             return None
         grid = self.grid
         return grid if grid is not None and grid.fits(columns) else None
@@ -56,7 +58,9 @@ def route(plan: PlanTensors, num_tokens: int) -> Route:
     order = plan.part(layout.order, num_tokens)
     tokens = order.tolist()
     spans = [(slot, starts[slot], starts[slot + 1]) for slot in range(S) if starts[slot] < starts[slot + 1]]
-    together = all(tokens[end - 1] - tokens[first] == end - 1 - first for _, first, end in spans)
+    if plan.unit:
+        spans = [(slot, *span) for slot, first, end in spans for span in _units(tokens, first, end, plan.unit)]
+    together = not plan.unit and all(tokens[end - 1] - tokens[first] == end - 1 - first for _, first, end in spans)
     segments = [
         Segment(
             slot,
@@ -66,4 +70,13 @@ def route(plan: PlanTensors, num_tokens: int) -> Route:
         )
         for slot, first, end in spans
     ]
-    return Route(segments, None if together else order[: starts[S]].long(), tokens, plan.page_table)
+    return Route(segments, None if together else order[: starts[S]].long(), tokens, plan)
+
+
+def _units(order: list[int], first: int, end: int, unit: int) -> Iterator[tuple[int, int]]:
+    """The spans of order[first:end] whose tokens are of one unit: how long they are is up to it alone."""
+    begin = first
+    for i in range(first + 1, end + 1):
+        if i == end or order[i] // unit != order[begin] // unit:
+            yield begin, i
+            begin = i

@@ -8,7 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from lorakernels.files import reading
 from lorakernels.files.reading import AdapterFileError, as_file_error, open_weights, read_json, write_json
+from lorakernels.files.update import Update, of_kernel
 from lorakernels.quant import nf4
 from lorakernels.quant.packed import Form, PackedWeight
 
@@ -26,6 +27,8 @@ INDEX_SUFFIX = ".safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BYTES = {"C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+# Their linear layers are transformers' Conv1D, whose weight is [in, out].
+_CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 # What a quantised weight has beside it, in the formats of bitsandbytes, GPTQ, AWQ, fp8 and MLX.
 _QUANT_STATE = ("qweight", "qzeros", "scales", "SCB", "weight_scale", "weight_scale_inv", "weight_packed")
 _QUANTISED = ("quantization_config", "quantization")  # in config.json
@@ -65,7 +68,7 @@ class Checkpoint:
         if len(indices) > 1 or (not indices and len(single) != 1):
             self._refuse(here, len(single))
         self.index_file = indices[0] if indices else None
-        weight_map = _weight_map(self.folder / indices[0]) if indices else {}
+        weight_map = weight_map_of(self.folder / indices[0]) if indices else {}
         self.tensors: dict[str, TensorInfo] = {}
         self._records: dict[str, torch.Tensor] = {}
         self.metadata: dict[str, dict[str, str]] = {}
@@ -146,6 +149,19 @@ class Checkpoint:
             )
         return info
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights of its linear layers are [in, out], but for a head's."""
+        return self.config.get("model_type") in _CONV1D_MODELS
+
+    def fitted(self, module: str, update: Update, fan_in_fan_out: bool = False) -> Update:
+        """An update with as many dimensions as its weight; raises as `check_holds` does unless that has its shape."""
+        weight = f"{module}.weight"
+        if weight in self.tensors and not update.embedding:
+            update = replace(update, tensors=of_kernel(update.tensors, self.tensors[weight].shape[2:]))
+        self.check_holds(weight, update.shape[::-1] if fan_in_fan_out else update.shape, "updates")
+        return update
+
     def quantised(self, module: str) -> str | None:
         """Why the weight of a module is taken for a quantised one, or None."""
         config = next((self.config[name] for name in _QUANTISED if self.config.get(name)), None)
@@ -162,7 +178,7 @@ class Checkpoint:
         return f"it is {info.dtype}" if info is not None and info.dtype not in DTYPES else None
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def weight_map_of(path: Path) -> dict[str, str]:
     index = read_json(path)
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(weight_map, dict) or not weight_map:

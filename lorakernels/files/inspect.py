@@ -51,6 +51,7 @@ class AdapterReport:
     bytes: int
     dtypes: tuple[str, ...]
     others: tuple[str, ...]
+    assumed: tuple[str, ...]
     updates: tuple[UpdateReport, ...]
 
 
@@ -81,13 +82,14 @@ def inspect_adapter(source: str | os.PathLike[str]) -> AdapterReport:
         source=str(adapter.source),
         format=adapter.format,
         init=str(adapter.fields.get("init_lora_weights", True)) if adapter.format == "peft" else None,
-        use_rslora=bool(adapter.fields.get("use_rslora")),
+        use_rslora=any(on for name, on in adapter.fields.items() if name.rpartition(".")[2] == "use_rslora"),
         use_dora=any(MAGNITUDE in update.tensors for update in adapter.updates.values()),
         lora_bias=any(BIAS in update.tensors for update in adapter.updates.values()),
         parameters=sum(tensor.numel() for tensor in tensors),
         bytes=sum(tensor.nbytes for tensor in tensors),
         dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
         others=tuple(adapter.others),
+        assumed=tuple(f"{what}{f' of {part}' if part else ''}" for part, what in adapter.assumed.items()),
         updates=tuple(_report(name, update) for name, update in adapter.updates.items()),
     )
 
@@ -130,6 +132,8 @@ def print_report(report: AdapterReport, console: Any = None) -> None:
     }
     if report.others:
         facts["replaces"] = f"{len(report.others)} whole tensors, such as {report.others[0]}"
+    if report.assumed:
+        facts["assumed"] = "; ".join(report.assumed)
     for label, fact in facts.items():
         console.print(Text(f"{label}: ", "bold") + Text(fact), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)

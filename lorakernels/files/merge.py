@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,12 @@ import torch
 from lorakernels.files.checkpoint import DTYPES, Changes, Checkpoint, new_folder, write_changed
 from lorakernels.files.config_file import check_start
 from lorakernels.files.formats import AdapterFile, read_adapter
-from lorakernels.files.reading import AdapterFileError
-from lorakernels.files.update import BIAS, MAGNITUDE, Update
+from lorakernels.files.naming import HEADS, of_files, place
+from lorakernels.files.one_file import fields_of_part
+from lorakernels.files.reading import AdapterFileError, Tensors
+from lorakernels.files.update import BIAS, Update, merged_bias, merged_weight
 from lorakernels.quant.packed import Form
 
-# Their linear layers are transformers' Conv1D, whose weight is [in, out].
-CONV1D_MODELS = ("decision_transformer", "gpt2", "imagegpt", "openai-gpt")
-_HEADS = ("lm_head", "embed_out", "output_projection")
 _WORD_EMBEDDINGS = (
     *("embed_tokens", "embed_in", "embedding", "embeddings", "shared", "tok_embeddings", "token_embedding"),
     *("tokens_embed", "w", "word_embedding", "word_embeddings", "wte"),
@@ -51,6 +51,7 @@ def merge_files(
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    prefix: str | None = None,
     progress: bool = False,
 ) -> Merged:
     """Write the model in the folder `model` with `adapter` merged into the new folder `out`.
@@ -63,7 +64,9 @@ def merge_files(
     Args:
         model: one .safetensors file or several with their index, and config.json.
         adapter: PEFT's folder (rsLoRA, DoRA, lora_bias, trained biases and modules_to_save included), or mlx-lm's.
+            A file of kohya's or diffusers' format too; a warning says what was taken as usual since it leaves it open.
         out: does not exist yet, or is an empty folder.
+        prefix: which part of a file for several models ("lora_unet", "transformer", ...) `model` is.
         progress: a bar over the shards on stderr, where that is a terminal.
 
     Raises:
@@ -71,68 +74,45 @@ def merge_files(
             there.
     """
     read = read_adapter(adapter)
-    if read.format == "kohya":
-        raise AdapterFileError(f"{adapter} is a kohya file; convert it first: lorakernels convert FILE --model DIR")
     checkpoint = Checkpoint(model)
     if dtype is not None and dtype not in DTYPES.values():
         raise AdapterFileError(f"dtype is {dtype}; expected float64, float32, bfloat16 or float16")
-    check_start(read.fields, str(read.source))
-    changes = _changes(read, checkpoint)
+    changes = _changes(read, checkpoint, prefix)
     with new_folder(out, sources=[checkpoint.folder, read.source]) as folder:
         write_changed(checkpoint, folder, changes, dtype, progress)
     return Merged(Path(out), checkpoint.packed)
 
 
-def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool = False) -> torch.Tensor:
-    """weight + scaling · B A, for DoRA with every row brought to its length (arXiv 2402.09353, eq. 5).
-
-    Args:
-        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`.
-
-    Returns:
-        The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
-    """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    A, B = (factor.to(dtype).flatten(1) for factor in update.factors)
-    merged = weight.to(dtype, copy=True).contiguous()
-    rows = merged.T if fan_in_fan_out or update.embedding else merged.flatten(1)
-    rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
-    if MAGNITUDE in update.tensors:
-        norm = rows.norm(dim=1)
-        # A row of zeros stays one, where the formula says 0 / 0.
-        rows *= torch.where(norm == 0, 1, update.tensors[MAGNITUDE].to(dtype).flatten() / norm)[:, None]
-    return merged
-
-
-def _merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
-    """bias + scaling · (the bias of lora_B), as `merged_weight` rounds."""
-    dtype = torch.promote_types(bias.dtype, torch.float32)
-    return bias.to(dtype) + update.scaling * update.tensors[BIAS].to(dtype)
-
-
-def _changes(adapter: AdapterFile, checkpoint: Checkpoint) -> dict[str, Change]:
+def _changes(adapter: AdapterFile, checkpoint: Checkpoint, prefix: str | None) -> dict[str, Change]:
     """What happens to which tensor; everything that can be wrong is found here, before anything is written."""
-    rename = _renaming(adapter, checkpoint)
-    transposed = bool(adapter.fields.get("fan_in_fan_out"))
+    for path in adapter.updates:
+        _refuse_quantised(path, checkpoint)  # whose weight may have another name
+    part, names = place(adapter, of_files(checkpoint), prefix)
+    if part in adapter.assumed:
+        warnings.warn(f"{adapter.source}: {adapter.assumed[part]}, as files without it mean", stacklevel=3)
+    fields = adapter.fields if adapter.format in ("peft", "mlx") else fields_of_part(adapter.fields, part)
+    check_start(fields, str(adapter.source))
+    # Other formats than PEFT's do not say how a weight lies.
+    transposed = bool(fields.get("fan_in_fan_out")) if adapter.format == "peft" else checkpoint.transposed
     changes: dict[str, Change] = {}
-    for path, update in adapter.updates.items():
-        module = rename(path)
-        _check_weight(module, update, checkpoint, transposed)
+    updates = {names[name]: update for name, update in adapter.updates.items() if name in names}
+    for module, found in updates.items():
+        update = _fitted(module, found, checkpoint, transposed)
         changes[f"{module}.weight"] = partial(merged_weight, update=update, fan_in_fan_out=transposed)
         if BIAS in update.tensors:
             checkpoint.check_holds(f"{module}.bias", update.tensors[BIAS].shape, "has lora_bias, which goes into")
-            changes[f"{module}.bias"] = partial(_merged_bias, update=update)
-    _check_tied(changes, adapter, checkpoint, rename)
+            changes[f"{module}.bias"] = partial(merged_bias, update=update)
+    others = {names[name]: value for name, value in adapter.others.items()}
+    _check_tied(changes, updates, others, checkpoint)
     for name in checkpoint.tensors if checkpoint.packed else ():
         _refuse_quantised(name.rpartition(".")[0], checkpoint)  # config.json can no longer say how they are packed
-    for name, value in adapter.others.items():
-        target = rename(name)
+    for target, value in others.items():
         _refuse_quantised(target.rpartition(".")[0], checkpoint)
         info = checkpoint.check_holds(target, value.shape, "replaces")
         if value.is_floating_point() != (info.dtype in DTYPES):
-            raise AdapterFileError(f"the adapter's {name} is {value.dtype}, and {checkpoint.folder} has {info.dtype}")
+            raise AdapterFileError(f"the adapter's {target} is {value.dtype}, and {checkpoint.folder} has {info.dtype}")
         if target in changes and not target.endswith(".bias"):
-            raise AdapterFileError(f"the adapter both replaces and updates {name}; expected one of them")
+            raise AdapterFileError(f"the adapter both replaces and updates {target}; expected one of them")
         changes[target] = partial(_replaced, value=value, then=changes.get(target))
     return changes
 
@@ -148,48 +128,11 @@ def _replaced(old: torch.Tensor, value: torch.Tensor, then: Change | None) -> to
     return value if then is None else then(value)
 
 
-def _renaming(adapter: AdapterFile, checkpoint: Checkpoint) -> Callable[[str], str]:
-    """The one way in which the adapter's paths mean the checkpoint's names.
-
-    A checkpoint of the inner model lacks the first part of a path ("model."), one of an outer model has one more. The
-    names as they are win; otherwise exactly one other way must place every module.
-    """
-    paths = list(adapter.updates)
-    names = checkpoint.tensors
-    ways: list[tuple[str, str]] = [("", "")]  # the prefix that goes, the prefix that comes
-    parts = paths[0].split(".")
-    for count in range(1, len(parts)):
-        gone = ".".join(parts[:count]) + "."
-        if all(path.startswith(gone) for path in paths):
-            ways.append((gone, ""))
-    suffix = f".{paths[0]}.weight"
-    ways += [("", name[: len(name) - len(suffix) + 1]) for name in names if name.endswith(suffix)]
-
-    def apply(way: tuple[str, str], path: str) -> str:
-        return way[1] + path.removeprefix(way[0])
-
-    placed = [way for way in ways if all(f"{apply(way, path)}.weight" in names for path in paths)]
-    if ("", "") in placed:
-        placed = [("", "")]
-    if len(placed) > 1:
-        meanings = " or ".join(apply(way, paths[0]) for way in placed[:4])
-        raise AdapterFileError(f"{paths[0]} can mean {meanings} of {checkpoint.folder}; expected one meaning")
-    if not placed:
-        for path in paths:
-            _refuse_quantised(path, checkpoint)
-        missing = [path for path in paths if f"{path}.weight" not in names]
-        tied = " (a head tied to the embedding has no tensor of its own)" if _leaf(missing[0]) in _HEADS else ""
-        raise AdapterFileError(
-            f"{checkpoint.folder} has no weight for {len(missing)} of the adapter's {len(paths)} modules, such as "
-            f"{missing[0]}.weight{tied}; expected the model that it was trained on"
-        )
-    return partial(apply, placed[0])
-
-
-def _check_weight(module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool) -> None:
+def _fitted(module: str, update: Update, checkpoint: Checkpoint, fan_in_fan_out: bool) -> Update:
+    """An update with as many dimensions as the weight that it is checked to fit."""
     _refuse_quantised(module, checkpoint)
     model_type = checkpoint.config.get("model_type")
-    conv1d, head = model_type in CONV1D_MODELS, _leaf(module) in _HEADS
+    conv1d, head = checkpoint.transposed, _leaf(module) in HEADS
     if not update.embedding and not head and fan_in_fan_out != conv1d:
         raise AdapterFileError(
             f"the adapter says fan_in_fan_out={fan_in_fan_out}, and config.json model_type={model_type!r}, whose "
@@ -202,11 +145,10 @@ def _check_weight(module: str, update: Update, checkpoint: Checkpoint, fan_in_fa
             f"{module} is a convolution with {update.groups} groups, whose adapter reads the channels of all of them: "
             "no weight of the layer does that; keep the adapter unmerged"
         )
-    shape = update.shape[::-1] if fan_in_fan_out else update.shape
-    checkpoint.check_holds(f"{module}.weight", shape, "updates")
+    return checkpoint.fitted(module, update, fan_in_fan_out)
 
 
-def _check_tied(changes: Changes, adapter: AdapterFile, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:
+def _check_tied(changes: Changes, updates: Mapping[str, Update], others: Tensors, checkpoint: Checkpoint) -> None:
     """Refuse to change one end of an embedding and head that are one tensor: the other end would change too."""
     config = checkpoint.config
     inner = config.get("text_config")
@@ -214,19 +156,18 @@ def _check_tied(changes: Changes, adapter: AdapterFile, checkpoint: Checkpoint, 
     flag, vocabulary = both.get("tie_word_embeddings"), both.get("vocab_size")
     # Only where the model ends in words can an embedding be tied.
     has_head = any(part in str(name) for name in config.get("architectures") or ["LM"] for part in _ENDS_IN_WORDS)
-    embeddings = {f"{rename(path)}.weight" for path, update in adapter.updates.items() if update.embedding}
-    replaced = {rename(name) for name in adapter.others}
-    for name in sorted({*changes, *replaced}):
+    embeddings = {f"{path}.weight" for path, update in updates.items() if update.embedding}
+    for name in sorted({*changes, *others}):
         info = checkpoint.tensors.get(name)
         leaf = _leaf(name)
         if info is None or len(info.shape) != 2 or leaf in _POSITIONS:
             continue
-        whole = name in replaced and (leaf in _WORD_EMBEDDINGS or info.shape[0] == vocabulary)
-        if not (leaf in _HEADS or name in embeddings or whole):
+        whole = name in others and (leaf in _WORD_EMBEDDINGS or info.shape[0] == vocabulary)
+        if not (leaf in HEADS or name in embeddings or whole):
             continue
         # Configurations leave the flag out where it is their class's default; then a head of its own tells.
         alike = [other for other, has in checkpoint.tensors.items() if other != name and has.shape == info.shape]
-        twins = [other for other in alike if leaf in _HEADS or _leaf(other) not in (*_WORD_EMBEDDINGS, *_POSITIONS)]
+        twins = [other for other in alike if leaf in HEADS or _leaf(other) not in (*_WORD_EMBEDDINGS, *_POSITIONS)]
         if flag or (flag is None and not twins and has_head):
             raise AdapterFileError(
                 f"the adapter changes {name}, which is tied (tie_word_embeddings): embedding and head are one tensor, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,15 +15,43 @@ from safetensors.torch import save_file
 
 from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.files import reading
+from lorakernels.files.checkpoint import weight_map_of
 from lorakernels.files.config_file import config_from_fields, fields_of
 from lorakernels.files.patterns import by_pattern
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
-from lorakernels.files.update import CONFIG_FILE, LINEAR, MAGNITUDE, SUFFIXES, Shapes, Update, check_tensors, own_shapes
+from lorakernels.files.update import (
+    BIAS,
+    CONFIG_FILE,
+    LINEAR,
+    MAGNITUDE,
+    SUFFIXES,
+    Shapes,
+    Update,
+    check_tensors,
+    merged_bias,
+    merged_weight,
+    of_kernel,
+    own_shapes,
+)
 from lorakernels.formula import spread_over_groups
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+WEIGHTS_INDEX = f"{WEIGHTS_FILE}.index.json"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
+ON_HUB = [CONFIG_FILE, "adapter_model*.safetensors", WEIGHTS_INDEX, DIFFUSERS_FILE]
 PREFIX = "base_model.model."
 _KEY = re.compile(rf"(?P<path>.+)\.(?P<suffix>{'|'.join(map(re.escape, SUFFIXES))})(?:(?<={MAGNITUDE})\.weight)?")
+# As a model's own state dict has them: the adapter's name behind that of the part.
+_INFIX = re.compile(
+    r"(?P<path>.+\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))"
+    r"\.(?P<adapter>(?!(?:weight|bias)$)[^.]+)(?P<rest>\.weight|\.bias|)"
+)
+# What PEFT trains whole where the task says so and the configuration, of its first versions, does not.
+_HEADS_OF_TASKS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # What an adapted or a saved module has inside, where the plain model has nothing.
 _INSIDE = re.compile(r"\.(base_layer|original_module)(?=\.)")
 _SAVED_WITH_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT saves these whole where the vocabulary has grown
@@ -30,7 +59,6 @@ _SAVED_WITH_EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT saves these whole w
 _OTHER_KINDS = {
     "hada_w": "LoHa (LyCORIS)",
     "lokr_w": "LoKr (LyCORIS)",
-    "dora_scale": "DoRA of LyCORIS, which has two layouts",
     "lora_mid": "LoCon with a Tucker core (LyCORIS)",
     "oft_": "OFT",
     "diff": "a full difference (LyCORIS)",
@@ -54,49 +82,117 @@ class PeftFile:
     others: Tensors
 
 
+def files_of(folder: Path) -> list[Path]:
+    """The configuration's file and those of the weights: one, or an index and its shards."""
+    index = folder / WEIGHTS_INDEX
+    if not os.path.exists(index):  # Path.exists raises for a name that is too long
+        return [folder / CONFIG_FILE, folder / WEIGHTS_FILE]
+    if (folder / WEIGHTS_FILE).exists():
+        raise AdapterFileError(f"{folder} has {WEIGHTS_FILE} and {WEIGHTS_INDEX}; expected one of them")
+    return [folder / CONFIG_FILE, index, *(folder / shard for shard in sorted(set(weight_map_of(index).values())))]
+
+
 def read_peft(folder: Path) -> PeftFile:
     """The adapter in a folder; raises AdapterFileError, with what is there, where a file is missing or broken."""
-    return parse(reading.read_json(folder / CONFIG_FILE), reading.read_tensors(folder / WEIGHTS_FILE)[0], str(folder))
+    config, first, *shards = files_of(folder)
+    fields = reading.read_json(config)
+    found = {file.name: reading.read_tensors(file)[0] for file in shards or [first]}
+    if shards and weight_map_of(first) != {name: shard for shard, tensors in found.items() for name in tensors}:
+        raise AdapterFileError(f"{first} and its shards disagree on where tensors are; download all of them again")
+    return parse(fields, {name: tensor for own in found.values() for name, tensor in own.items()}, str(folder))
 
 
-def local_folder(folder: str | os.PathLike[str], hub: bool, revision: str | None) -> Path:
-    """`folder` itself where it is one, otherwise the hub's copy of its two files, if the hub may be asked.
+def local_path(folder: str | os.PathLike[str], hub: bool, revision: str | None) -> Path:
+    """`folder` itself where it is there, otherwise the hub's copy of an adapter's files, if the hub may be asked.
 
     Raises ImportError without huggingface_hub, ValueError for a revision of a local folder, and AdapterFileError
     when there is no such folder and the hub may not be asked, or cannot give the files.
     """
     path = Path(folder)
-    if path.is_dir():
+    if path.exists():
         if revision is not None:
             raise ValueError(f"{folder} is a local folder, which has no revision {revision!r}; leave revision out")
         return path
     if not hub and revision is None:
         raise AdapterFileError(
-            f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}, or hub=True for a name on "
-            "the Hugging Face hub"
+            f"{folder} is not a folder; expected one with {CONFIG_FILE} and {WEIGHTS_FILE}, a .safetensors file that "
+            "is there, or hub=True for a name on the Hugging Face hub"
         )
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError("loading from the hub needs huggingface_hub: pip install huggingface_hub") from error
     try:
-        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=ON_HUB))
     except Exception as error:  # its errors and those of its HTTP client have no common base
         raise AdapterFileError(f"{folder} cannot be had from the hub: {error}") from error
 
 
 def parse(fields: Mapping[str, Any], tensors: Tensors, source: str) -> PeftFile:
     """A configuration's fields, and tensors by PEFT's keys."""
-    config = config_from_fields(fields, source)
+    tensors = without_infix(tensors, source)
+    config = _with_heads(config_from_fields(fields, source), fields, tensors, source)
     layers: dict[str, Tensors] = {}
     others: Tensors = {}
+    inside: dict[str, Tensors] = {}  # what is adapted in a module that was trained whole
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else None
-        if match is not None and not _is_saved(f"{match['path']}.", config):
-            layers.setdefault(match["path"], {})[match["suffix"]] = tensor
+        path = match["path"] if match is not None else ""
+        saved = bool(path) and _is_saved(f"{path}.", config)
+        within = saved and f"{PREFIX}{path}.base_layer.weight" in tensors and ".original_module." not in key
+        if match is not None and (within or not saved):
+            (inside if within else layers).setdefault(path, {})[match["suffix"]] = tensor
         elif not _is_repeated(key, tensors):
             others[key] = tensor
+    if inside:
+        others = _merged_inside(PeftFile(source, fields, config, inside, {}), others)
     return PeftFile(source, fields, config, layers, others)
+
+
+def without_infix(tensors: Tensors, source: str) -> Tensors:
+    """By the keys that PEFT's files have, where they are those of a model's state dict: `lora_A.default.weight`."""
+    matches = {key: _INFIX.fullmatch(key) for key in tensors}
+    names = sorted({match["adapter"] for match in matches.values() if match is not None})
+    if not names:
+        return tensors
+    if len(names) > 1:
+        raise AdapterFileError(f"{source} holds the adapters {', '.join(names)}; expected one in a file")
+    plain: Tensors = {}
+    for key, match in matches.items():
+        own = key.replace(f".modules_to_save.{names[0]}.", ".") if match is None else match["path"] + match["rest"]
+        if own in plain:
+            raise AdapterFileError(f"{source}: {key} and another key are both {own}; expected one of them")
+        plain[own] = tensors[key]
+    return plain
+
+
+def _with_heads(config: LoRAConfig, fields: Mapping[str, Any], tensors: Tensors, source: str) -> LoRAConfig:
+    """With the head that the task trains whole, where there is one in the file and no modules_to_save."""
+    heads = _HEADS_OF_TASKS.get(str(fields.get("task_type")), ()) if not config.modules_to_save else ()
+    found = [head for head in heads if any(f".{head}." in key and ".lora_" not in key for key in tensors)]
+    if not found:
+        return config
+    said = f"modules_to_save={found!r} of task_type={fields['task_type']!r}, which the configuration leaves out"
+    warnings.warn(f"{source}: taken for {said}", stacklevel=2)
+    return replace(config, modules_to_save=found)
+
+
+def _merged_inside(inside: PeftFile, others: Tensors) -> Tensors:
+    """Whole modules as plain ones, where PEFT has adapted a layer in their copies: what trained is the sum."""
+    plain = dict(others)
+    for path, update in updates_of(inside).items():
+        weight, bias = (plain.pop(f"{PREFIX}{path}.base_layer.{name}", None) for name in ("weight", "bias"))
+        if weight is None or weight.shape != update.shape or (bias is None and BIAS in update.tensors):
+            raise AdapterFileError(
+                f"{inside.source}: the adapter of {path} does not fit the whole module that it is in"
+            )
+        plain[f"{PREFIX}{path}.weight"] = merged_weight(weight, update).to(weight.dtype)
+        if bias is not None:
+            own = merged_bias(bias, update).to(bias.dtype) if BIAS in update.tensors else bias
+            plain[f"{PREFIX}{path}.bias"] = own
+    what = ", ".join(inside.layers)
+    warnings.warn(f"{inside.source}: adapters inside modules_to_save are merged into these: {what}", stacklevel=2)
+    return plain
 
 
 def _is_repeated(key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
@@ -145,6 +241,7 @@ def updates_of(
             kind, shapes = "its own", own_shapes(path, tensors, r, config.use_dora, config.lora_bias)
         else:
             kind, shapes = shapes_of(path, r, alpha)
+            tensors = of_kernel(tensors, shapes[LINEAR[0]][2:]) if LINEAR[0] in shapes else tensors
         means = f"{kind}, use_dora={config.use_dora}, lora_bias={config.lora_bias}"
         means += f", use_qalora=True with groups of {config.pooled}" if config.pooled else ""
         check_tensors(path, tensors, shapes, means, r)
@@ -200,10 +297,12 @@ def write_peft(
     updates: Mapping[str, Tensors],
     others: Tensors | None = None,
     base: str | None = None,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Write both files, whole or not at all: a reader never meets half a file.
 
-    `updates` is by module path and PEFT's suffix, `others` by the model's names; `base` says where the model came from.
+    `updates` is by module path and PEFT's suffix, `others` by the model's names; `base` says where the model came from,
+    and `fan_in_fan_out` that its linear layers are GPT-2's.
     """
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in (others or {}).items()}
     tensors |= {f"{PREFIX}{path}.{suffix}": t for path, own in updates.items() for suffix, t in own.items()}
@@ -211,7 +310,9 @@ def write_peft(
     weights, fields = folder / f".{WEIGHTS_FILE}.partial", folder / f".{CONFIG_FILE}.partial"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
-        reading.write_json(fields, fields_of(config) | {"base_model_name_or_path": base})
+        reading.write_json(
+            fields, fields_of(config) | {"base_model_name_or_path": base, "fan_in_fan_out": fan_in_fan_out}
+        )
         os.replace(weights, folder / WEIGHTS_FILE)
         os.replace(fields, folder / CONFIG_FILE)
     except BaseException:  # a full disk, an interrupt

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,44 @@ class Update:
         A, B = self.factors
         shape = torch.Size((B.shape[0], *A.shape[1:]))
         return shape[::-1] if self.embedding else shape
+
+
+def of_kernel(tensors: Tensors, kernel: Sequence[int]) -> Tensors:
+    """The same for a weight [N, K, *kernel], where a linear layer's is that of a convolution with a kernel of 1."""
+    A = tensors.get(LINEAR[0])
+    if A is None or A.dim() < 2 or {*A.shape[2:], *kernel} - {1} or A.dim() == 2 + len(kernel):
+        return tensors
+    shaped = {name: tensors[name].reshape(*tensors[name].shape[:2], *kernel) for name in LINEAR if name in tensors}
+    if MAGNITUDE in tensors:
+        shaped[MAGNITUDE] = tensors[MAGNITUDE].reshape((1, -1, *kernel) if kernel else (-1,))
+    return tensors | shaped
+
+
+def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool = False) -> torch.Tensor:
+    """weight + scaling · B A, for DoRA with every row brought to its length (arXiv 2402.09353, eq. 5).
+
+    Args:
+        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`.
+
+    Returns:
+        The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
+    """
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    A, B = (factor.to(dtype).flatten(1) for factor in update.factors)
+    merged = weight.to(dtype, copy=True).contiguous()
+    rows = merged.T if fan_in_fan_out or update.embedding else merged.flatten(1)
+    rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
+    if MAGNITUDE in update.tensors:
+        norm = rows.norm(dim=1)
+        # A row of zeros stays one, where the formula says 0 / 0.
+        rows *= torch.where(norm == 0, 1, update.tensors[MAGNITUDE].to(dtype).flatten() / norm)[:, None]
+    return merged
+
+
+def merged_bias(bias: torch.Tensor, update: Update) -> torch.Tensor:
+    """bias + scaling · (the bias of lora_B), as `merged_weight` rounds."""
+    dtype = torch.promote_types(bias.dtype, torch.float32)
+    return bias.to(dtype) + update.scaling * update.tensors[BIAS].to(dtype)
 
 
 def check_pair(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakernels import ops
-from lorakernels.integrations.peft_mixed import forget_packs, mixed_forward
+from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_forward
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
@@ -87,7 +87,7 @@ class AccelerationReport:
 
 
 def accelerate(
-    model: nn.Module, *, group: bool | None = None, groups: Sequence[Sequence[str]] = ()
+    model: nn.Module, *, group: bool | None = None, groups: Sequence[Sequence[str]] = (), invariant: bool = False
 ) -> AccelerationReport:
     """Give every PEFT LoRA layer of `model` the fused forward, in place.
 
@@ -103,6 +103,8 @@ def accelerate(
             `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one mask
             for all; False, never. They are found by the names that models give them.
         groups: further groups, each a list of names of one module's children: [["query_key", "value"]].
+        invariant: in mixed batches (`adapter_names=`) what a row gets does not depend, to the bit, on which adapters
+            the other rows have. That is slower on a CPU, where each row is then multiplied by itself.
 
     Returns:
         Every LoRA layer, whether it is accelerated as the adapters stand now, and why not. Print it.
@@ -123,6 +125,7 @@ def accelerate(
                 module.__class__ = _fused(kind)
             if is_fused(module):
                 forget_packs(module)
+                module.__dict__[INVARIANT] = invariant
             reason = _why_not(module)
             rows.append(LayerReport(name, not reason, reason))
     siblings.declare(found, group)
@@ -149,6 +152,7 @@ def restore(model: nn.Module) -> None:
         if is_fused(module):
             forget_packs(module)
             forget_norm(module)
+            module.__dict__.pop(INVARIANT, None)
             module.__class__ = type(module).__base__  # type: ignore[assignment]
 
 

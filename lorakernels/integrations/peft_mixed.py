@@ -21,6 +21,7 @@ from lorakernels.plan import BASE, BatchPlan
 from lorakernels.quant.packed import Weight
 
 BASE_NAME = "__base__"  # PEFT's, for rows without an adapter
+INVARIANT = "_lora_invariant"  # of a layer: no row's bits are to depend on the other rows' adapters
 
 # By the hook that hands a layer its names. PEFT registers one for each layer and each call of the model, or of
 # `generate`, which is when adapters do not change; with the hook its pack goes.
@@ -52,7 +53,9 @@ class _Pack:
         self.names, self.weight, self.weight_dtype, self.autocast = names[:], weight, weight.dtype, autocast
         self.slots = tuple(there.index(name) if name in there else BASE for name in names)  # of each row
         self.ranks = tuple(term.A.shape[0] for term in terms)
-        R = max(self.ranks, default=0)
+        self.is_invariant = layer.__dict__.get(INVARIANT, False)
+        # Kernels choose their blocks by the largest rank.
+        R = max(layer.r.values() if self.is_invariant else self.ranks, default=0)
         empty = [torch.empty((0, 0), dtype=dtype, device=weight.device)]
         As = [_padded(cast(term.A, dtype), R) for term in terms]
         Bs = [cast(term.B, dtype).t() for term in terms]
@@ -60,6 +63,8 @@ class _Pack:
         into_B = [isinstance(term.scaling, torch.Tensor) or dtype is torch.float64 for term in terms]
         Bs = [B * term.scaling if into else B for B, term, into in zip(Bs, terms, into_B, strict=True)]
         self.scalings = tuple(1.0 if into else float(term.scaling) for term, into in zip(terms, into_B, strict=True))
+        if self.is_invariant:  # and by the number of slots, of which each row then has one
+            As, Bs = ([*each, *each[:1] * (len(names) - len(each))] for each in (As, Bs))
         self.A = torch.stack(As or empty)  # [S, R, K], zero past an adapter's rank
         # [S, N, R], views of [S, R, N]: a product of S small matrices is a third faster so.
         self.B = torch.stack([_padded(B, R) for B in Bs] or empty).mT
@@ -88,8 +93,8 @@ class _Pack:
     def is_for(self, layer: Any, x: torch.Tensor, names: Sequence[str], weight: Weight) -> bool:
         if self.names != names or weight.dtype is not self.weight_dtype:
             return False
-        # A packed one is read anew at each call; of neither is anything kept.
-        if weight is not self.weight and (isinstance(weight, torch.Tensor) or weight.device != self.weight.device):
+        # A packed one is read anew at each call, and so is a view; of none is anything kept.
+        if weight.device != self.weight.device or weight.shape != self.weight.shape:
             return False
         if torch.is_grad_enabled() or self.autocast != autocast_is_on(x):
             return False
@@ -113,11 +118,11 @@ class _Pack:
         before, plan = self.planned
         if plan is None or before != tokens:
             ranks = self.ranks
-            if self.A.is_cpu and self._pads_little(tokens):
+            if self.A.is_cpu and not self.is_invariant and self._pads_little(tokens):
                 ranks = (max(ranks),) * len(ranks)
             device = self.A.device
             stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-            plan = _plan(self.slots, tokens, ranks, self.scalings, device, stream)
+            plan = _plan(self.slots, tokens, ranks, self.scalings, self.A.shape[1], self.is_invariant, device, stream)
             self.planned = tokens, plan
         return plan
 
@@ -166,7 +171,7 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
 def _run(pack: _Pack, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     if not pack.ranks:
         return ops.frozen_linear(x, weight, bias)
-    if len(pack.ranks) == 1 and BASE not in pack.slots:
+    if len(pack.ranks) == 1 and BASE not in pack.slots and not pack.is_invariant:
         y = lora_linear(x, weight, pack.A[0], pack.B[0], bias=bias, scaling=pack.scalings[0])
     else:
         if pack.autocast:
@@ -250,6 +255,8 @@ def _plan(
     tokens: int,
     ranks: tuple[int, ...],
     scalings: tuple[float, ...],
+    max_rank: int,
+    invariant: bool,
     device: torch.device,
     stream: int,
 ) -> BatchPlan:
@@ -258,6 +265,8 @@ def _plan(
     Of each stream its own, on which it is written and read.
     """
     with torch.inference_mode(False):
-        plan = BatchPlan(len(ranks), len(slots) * tokens, max_rank=max(ranks), device=device)
-        plan.update([slot for slot in slots for _ in range(tokens)], ranks, scalings)
+        spare = [0] * (len(slots) - len(ranks) if invariant else 0)
+        sizes: dict[str, Any] = {"max_rank": max_rank, "invariant": tokens if invariant else False}
+        plan = BatchPlan(len(ranks) + len(spare), len(slots) * tokens, **sizes, device=device)
+        plan.update([slot for slot in slots for _ in range(tokens)], [*ranks, *spare], [*scalings, *spare])
     return plan

@@ -12,7 +12,7 @@ from torch import nn
 from lorakernels.nn.dora import NormCache
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.nn.terms import Call, Term
-from lorakernels.quant.layers import kind_of, read
+from lorakernels.quant.layers import is_transposed, kind_of, read
 from lorakernels.quant.packed import PackedWeight
 
 # Of other types are DTensors, quantised weights (torchao keeps nn.Linear and swaps its weight) and the like.
@@ -63,6 +63,8 @@ def linear_call(layer: Any, x: torch.Tensor) -> Call | None:
 
 def base_weight(base: Any) -> Any:
     """Of a base layer that `adapter_terms` takes."""
+    if is_transposed(base):
+        return parameter_of(base, "weight").t()
     weight = parameter_of(base, "weight") if type(base) is nn.Linear else None
     return weight if is_plain(weight) else read(base)
 
@@ -94,10 +96,10 @@ def adapter_terms(layer: Any, names: Sequence[str] | None = None) -> list[Term] 
     """
     modules = layer._modules
     base = modules["base_layer"]
-    is_linear = type(base) is nn.Linear
+    is_linear = type(base) is nn.Linear or is_transposed(base)
     is_packed = not (is_linear and is_plain(parameter_of(base, "weight"))) and bool(kind_of(base))
     if not (is_linear or is_packed):
-        return f"the base layer is {type_name(base)}, not exactly torch.nn.Linear, nor one with a packed weight"
+        return f"the base layer is {type_name(base)}, not exactly torch.nn.Linear, nor another that is known"
     if runs_more_than_forward(base):
         return "the base layer has hooks or a replaced forward, which run only when it is called"
     bias = parameter_of(base, "bias")
@@ -112,8 +114,8 @@ def adapter_terms(layer: Any, names: Sequence[str] | None = None) -> list[Term] 
             return f"the base weight is a {type_name(weight)} ({weight.layout}), not a plain tensor"
         if bias is not None and not (is_plain(bias) and bias.dtype is weight.dtype):
             return "the base bias is not a plain tensor of the weight's dtype"
-    if getattr(layer, "fan_in_fan_out", False):
-        return "fan_in_fan_out is set"
+    if getattr(layer, "fan_in_fan_out", False) != is_transposed(base):
+        return "fan_in_fan_out is not as the base layer's weight"
     lora_A, lora_B, dropouts = modules["lora_A"]._modules, modules["lora_B"]._modules, modules["lora_dropout"]._modules
     terms: list[Term] = []
     for name in layer.active_adapters if names is None else names:

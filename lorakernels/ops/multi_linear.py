@@ -222,7 +222,8 @@ def multi_lora_linear(
     seed = thresholds = None
     if isinstance(dropout_p, torch.Tensor) or dropout_p > 0:
         thresholds = _thresholds(dropout_p, planned.scales)
-        planned = planned._replace(scales=planned.scales * (LEVELS / (LEVELS - thresholds)))
+        # A unit's mask would be drawn as its adapter's.
+        planned = planned._replace(scales=planned.scales * (LEVELS / (LEVELS - thresholds)), unit=0)
         seed = torch.randint(-(2**62), 2**62, (1,), dtype=torch.int64, device=x.device)
     # Dropout changes the scales, which are part of the route.
     where = on_host(plan, impl, x, call is MULTI.body and seed is None)

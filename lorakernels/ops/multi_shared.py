@@ -25,7 +25,7 @@ class PlanOperator(Operator):
         self, schema: str, body: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None = None
     ) -> None:
         at = schema.partition("PLAN")[0].count(",")
-        fields = "Tensor plan, Tensor scales, Tensor? page_table, int num_slots, int max_tokens"
+        fields = "Tensor plan, Tensor scales, Tensor? page_table, int num_slots, int max_tokens, int unit"
         end = at + fields.count(",") + 1
 
         def packed(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Which layers hold a packed weight, and that weight: by the names of their types, so that nothing is imported."""
+"""Which layers are linear, and their weights: by the names of their types, so that nothing is imported."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ _ROUNDS = (
     "its forward rounds the activations too, so that an adapter would train beside another layer; "
     'lorakernels.quantize(model, "{}") makes it a layer of the same weight that leaves them as they are'
 )
+# Whose weight is [K, N]: GPT-2's and its kin's.
+_TRANSPOSED = "transformers.pytorch_utils.Conv1D"
 # Layers that are known and cannot be taken, and why.
 _REFUSED = {
     **{name: _ROUNDS.format(kind) for name, (kind, _) in _BY_REQUEST.items()},
@@ -27,6 +29,24 @@ _REFUSED = {
     "gptqmodel": "GPTQ's integer zeros and its order of columns are not read; use a bitsandbytes, HQQ or plain model",
     "awq": "AWQ's packing is not read; use a bitsandbytes, HQQ or plain model",
 }
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a layer is x Wᵀ + bias with a weight that `weight_of` gives: exactly torch's, GPT-2's, or packed."""
+    return type(layer) is nn.Linear or is_transposed(layer) or bool(kind_of(layer))
+
+
+def is_transposed(layer: Any) -> bool:
+    """Whether a linear layer holds its weight as [K, N]."""
+    kind: Any = type(layer)
+    return _is_transposed(kind)
+
+
+@lru_cache(maxsize=1024)
+def _is_transposed(layer: type) -> bool:
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in layer.__mro__)
+    # A store's subclass of it is one; another may hold its weight in any form.
+    return next((name for name in names if not name.startswith("lorakernels.")), "") == _TRANSPOSED
 
 
 def kind_of(layer: Any) -> str:
@@ -74,8 +94,10 @@ def read_on_request(layer: Any, kind: str) -> PackedWeight | None:
 
 
 def weight_of(layer: Any) -> torch.Tensor | PackedWeight:
-    """The weight of any layer as a value."""
-    return read(layer) if kind_of(layer) else layer.weight
+    """The weight of any layer as a value; a linear one's is [N, K], however it is held."""
+    if kind_of(layer):
+        return read(layer)
+    return layer.weight.t() if is_transposed(layer) else layer.weight
 
 
 def keep_packing(model: torch.nn.Module) -> None:

@@ -11,11 +11,12 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
+from lorakernels.adapters.folder import Source
 from lorakernels.plan import BASE
 from lorakernels.serving.errors import CapacityError, StaleBatchError
 from lorakernels.serving.pools import Pool, Site
 from lorakernels.serving.served import Routing
-from lorakernels.serving.sources import Parts, Rows, Source
+from lorakernels.serving.sources import Parts, Rows
 
 
 class Version:

@@ -17,7 +17,7 @@ from lorakernels import ops
 from lorakernels.functional import multi_lora_embedding, multi_lora_linear
 from lorakernels.nn.modules import parameter_of
 from lorakernels.plan import BatchPlan
-from lorakernels.quant.layers import kind_of, read
+from lorakernels.quant.layers import is_linear, weight_of
 from lorakernels.serving.errors import StaleBatchError
 from lorakernels.serving.pools import Pool, Site
 
@@ -32,19 +32,22 @@ Routing = Mapping[Pool, tuple[tuple[int, ...], float]]
 class _Route:
     """The adapters of a batch in pools where they have the same pages and scalings, and the plans made for them."""
 
-    def __init__(self, device: torch.device, adapters: Sequence[tuple[Sequence[int], float]]) -> None:
-        self.device, self.adapters = device, adapters
+    def __init__(
+        self, device: torch.device, adapters: Sequence[tuple[Sequence[int], float]], least_rank: int = _LEAST_RANK
+    ) -> None:
+        self.device, self.adapters, self.least_rank = device, adapters, least_rank
         self.plans: dict[torch.Size, BatchPlan] = {}
 
-    def plan(self, token_slots: torch.Tensor) -> BatchPlan:
+    def plan(self, token_slots: torch.Tensor, unit: int) -> BatchPlan:
         ranks = [len(pages) for pages, _ in self.adapters]
-        width = max(_LEAST_RANK, 1 << (max(ranks) - 1).bit_length())
+        width = max(self.least_rank, 1 << (max(ranks) - 1).bit_length())
         on_gpu = self.device.type == "cuda"
         table = torch.zeros(len(ranks), width, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         for slot, (pages, _) in enumerate(self.adapters):
             table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
         num_pages = int(table.max()) + 1
-        plan = BatchPlan(len(ranks), len(token_slots), max_rank=width, num_pages=num_pages, device=self.device)
+        sizes: dict[str, Any] = {"max_rank": width, "num_pages": num_pages, "invariant": unit}
+        plan = BatchPlan(len(ranks), len(token_slots), **sizes, device=self.device)
         token_slots = token_slots.pin_memory() if on_gpu else token_slots
         on_device = [tensor.to(self.device, non_blocking=on_gpu) for tensor in (token_slots, table)]
         plan.update(on_device[0], ranks, [scaling for _, scaling in self.adapters], on_device[1])
@@ -54,12 +57,25 @@ class _Route:
 class Batch:
     """Which row has which adapter, and until its end the plans for every shape of x that has come by."""
 
-    def __init__(self, slots: Sequence[int], adapters: Sequence[Routing], lengths: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        slots: Sequence[int],
+        adapters: Sequence[Routing],
+        lengths: Sequence[int] | None,
+        max_rank: int | None = None,
+    ) -> None:
+        """With the store's `max_rank` no row's bits depend on which adapters the others have."""
         self.closed = False
         self.called: set[Site] | None = None  # where somebody asks
         self.outer: Batch | None = None  # the one that counts when this has ended
         self.slots = torch.tensor(slots, dtype=torch.int32, device="cpu")
         self.lengths = None if lengths is None else list(lengths)
+        self.is_invariant = max_rank is not None
+        if max_rank is not None:  # kernels choose their blocks by the number of adapters and by the largest rank
+            adapters = [*adapters, *[{}] * (len(slots) - len(adapters))]
+            least_rank = max(_LEAST_RANK, 1 << (max_rank - 1).bit_length())
+        else:
+            least_rank = _LEAST_RANK
         self._whole: torch.Size | None = None  # the last leading shape that was not flat
         self._flat: dict[int, str] = {}  # numbers of tokens of flat x before that, and who got them
         self._routes: dict[Pool, _Route] = {}
@@ -67,7 +83,7 @@ class Batch:
         for pool in dict.fromkeys(pool for adapter in adapters for pool in adapter):
             found = [adapter.get(pool, ((), 0.0)) for adapter in adapters]
             key = (pool.writer.device, *found)
-            self._routes[pool] = shared.setdefault(key, _Route(pool.writer.device, found))
+            self._routes[pool] = shared.setdefault(key, _Route(pool.writer.device, found, least_rank))
 
     def check_open(self, site: Site) -> None:
         if self.closed:
@@ -93,7 +109,10 @@ class Batch:
         if plan is None and lead.numel():
             token_slots = self._token_slots(site, lead)
             same = (plan for plan in route.plans.values() if plan.num_tokens == len(token_slots))
-            plan = next(same, None) or route.plan(token_slots)
+            unit = 0
+            if self.is_invariant:  # rows of one length are multiplied whole
+                unit = len(token_slots) // len(self.slots) if self.lengths is None else 1
+            plan = next(same, None) or route.plan(token_slots, unit)
             if len(route.plans) >= _KEPT_PLANS:
                 del route.plans[next(iter(route.plans))]
             route.plans[lead] = plan
@@ -215,12 +234,14 @@ class ServedEmbedding(_Served, nn.Embedding):
         return _within(multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan), site)
 
 
-class _ServedPacked(_Served):
-    """A linear with a packed weight that a store has switched; its class is made by `know`."""
+class _ServedOther(_Served):
+    """A linear of another class, packed or GPT-2's, that a store has switched; its own class is made by `know`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
-        plan, weight, bias = _plan(site, x.shape[:-1]), read(self), parameter_of(self, "bias")
+        plan, weight, bias = _plan(site, x.shape[:-1]), weight_of(self), parameter_of(self, "bias")
+        if plan is None and isinstance(weight, torch.Tensor):
+            return BASES[type(self)].forward(self, x)  # as ServedLinear, to the bit
         bias = None if bias is None else bias.to(x.dtype)
         if plan is None:
             return ops.frozen_linear(x, weight, bias)
@@ -242,9 +263,9 @@ BASES = {base: base for base in _SERVED} | {served: base for base, served in _SE
 
 
 def know(model: nn.Module) -> None:
-    """Make the classes for the layers of a model whose weights are packed."""
-    for base in {type(module) for module in model.modules() if kind_of(module)} - set(BASES):
-        served = type(f"Served{base.__name__}", (_ServedPacked, base), {})
+    """Make the classes for the linear layers of a model that are not torch's."""
+    for base in {type(module) for module in model.modules() if is_linear(module)} - set(BASES):
+        served = type(f"Served{base.__name__}", (_ServedOther, base), {})
         if "torch._dynamo" in sys.modules:
             served.forward = torch.compiler.disable(served.forward)  # type: ignore[attr-defined]
         _SERVED[base] = served

@@ -1,4 +1,4 @@
-"""Where adapters come from: names, folders under a root, what the files hold, and the same packed into rank rows."""
+"""Where adapters come from: names, what their files hold, and the same packed into rank rows."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakernels.adapters.bind import Contents, bind
+from lorakernels.adapters.folder import Source, check_inside, stamps_of
 from lorakernels.config import LoRAConfig
 from lorakernels.files.config_file import fields_of
-from lorakernels.files.peft import WEIGHTS_FILE, parse, read_peft
+from lorakernels.files.peft import parse, read_peft
 from lorakernels.files.reading import AdapterFileError
-from lorakernels.files.update import CONFIG_FILE
 from lorakernels.quant.layers import kind_of
 from lorakernels.serving.errors import CapacityError
 from lorakernels.serving.pools import Pool, Site
@@ -67,31 +66,6 @@ def check_given(given: Any) -> None:
             raise TypeError(f"tensor {key!r} is {what}; expected a torch.Tensor with its numbers")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A folder, and its files as they were when they were first read: size, times and inode of each."""
-
-    folder: Path
-    root: Path | None
-    stamps: tuple[tuple[int, ...] | None, ...]
-
-
-def find_source(name: str, folder: str | os.PathLike[str] | None, root: Path | None) -> Source:
-    """The source that a name and a folder mean; `root`, where there is one, is already resolved.
-
-    Raises AdapterFileError for a folder outside the root, however it gets there.
-    """
-    if folder is None:
-        if root is None:
-            raise ValueError(f"adapter {name!r} has no folder; expected load(name, folder), or a store with root=")
-        folder = name
-    if "\0" in os.fspath(folder):
-        raise AdapterFileError(f"folder {os.fspath(folder)!r} has a NUL in it")
-    path = (Path(folder) if root is None else root / folder).resolve()
-    _check_inside(path, root)
-    return Source(path, root, _stamps(path))
-
-
 def read(
     model: nn.Module, sites: Mapping[str, Site], max_rank: int, source: Source | tuple[LoRAConfig, Tensors]
 ) -> tuple[Contents, Parts, Rows]:
@@ -101,9 +75,9 @@ def read(
     rank over `max_rank`.
     """
     if isinstance(source, Source):
-        _check_inside(source.folder, source.root)
+        check_inside(source.folder, source.root)
         contents = bind(model, read_peft(source.folder), BASES)
-        if _stamps(source.folder) != source.stamps:
+        if stamps_of(source.folder) != source.stamps:
             mend = "replace(name, folder) takes the new ones"
             raise AdapterFileError(f"the files in {source.folder} have changed since the adapter was loaded; {mend}")
     else:
@@ -112,24 +86,6 @@ def read(
         contents = bind(model, parse(fields_of(config), given, "the adapter"), BASES)
     parts = _find_parts(contents, {"": model, **contents.modules}, sites, max_rank)
     return contents, parts, _pack(contents, parts, sites)
-
-
-def _check_inside(folder: Path, root: Path | None) -> None:
-    for path in (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE):
-        if root is not None and not path.resolve().is_relative_to(root):
-            raise AdapterFileError(f"{path} leads out of the store's root {root}; expected a folder and files in it")
-
-
-def _stamps(folder: Path) -> tuple[tuple[int, ...] | None, ...]:
-    stamps: list[tuple[int, ...] | None] = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        try:
-            found = (folder / name).stat()
-            # Copies that keep the time (cp -p, rsync -t) have another inode, or change ctime.
-            stamps.append((found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino))
-        except OSError:  # the reader says it better
-            stamps.append(None)
-    return tuple(stamps)
 
 
 def _find_parts(

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from lorakernels.adapters.folder import find_source
 from lorakernels.config import check_rank
 from lorakernels.nn.modules import unwrapped
 from lorakernels.serving import sources
@@ -48,6 +49,8 @@ class AdapterStore:
             of `max_adapters`, and never fewer than `max_rank`. A pool of them is made when a module is first reached.
         host_bytes: how much of main memory keeps adapters that may come to the device again.
         root: where folders must lie, after every symbolic link; relative ones are meant from there.
+        invariant: what a row gets does not depend, to the bit, on which adapters the other rows of its batch have. That
+            is slower on a CPU, where the same adapter's rows are then no longer multiplied together.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
@@ -62,6 +65,7 @@ class AdapterStore:
         num_pages: int | None = None,
         host_bytes: int = 4 << 30,
         root: str | os.PathLike[str] | None = None,
+        invariant: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -75,7 +79,7 @@ class AdapterStore:
         if isinstance(host_bytes, bool) or not isinstance(host_bytes, int) or host_bytes < 0:
             raise ValueError(f"host_bytes is {host_bytes!r}; expected a number of bytes, 0 for none")
         self.model: nn.Module = unwrapped(model)
-        self.max_rank = max_rank
+        self.max_rank, self.invariant = max_rank, invariant
         self.root = None if root is None else Path(root).resolve(strict=True)
         self._owner = object()
         know(self.model)
@@ -235,7 +239,8 @@ class AdapterStore:
             for version in versions:
                 for writer, written in version.written.items():
                     writer.before_reads(written)
-            batch = Batch(slots, [version.routing() for version in versions], numbers)
+            most = self.max_rank if self.invariant else None
+            batch = Batch(slots, [version.routing() for version in versions], numbers, most)
             with watched(self.model, versions, batch), running(self._owner, batch):
                 yield
         finally:
@@ -287,7 +292,7 @@ class AdapterStore:
             if must_exist:
                 books.find(name)
         start = time.perf_counter()
-        source = given if isinstance(given, tuple) else sources.find_source(name, given, self.root)
+        source = given if isinstance(given, tuple) else find_source(name, given, self.root)
         contents, parts, rows = books.read(source)
         with books.lock:
             books.check_open()

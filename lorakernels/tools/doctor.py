@@ -22,6 +22,7 @@ from lorakernels.backend import ENVIRONMENT, IMPLS, TRITON_DTYPES, explain_impl,
 from lorakernels.configs.table_file import CACHE
 from lorakernels.functional import lora_linear
 from lorakernels.integrations import vllm
+from lorakernels.integrations.vllm_sources import installed_version
 from lorakernels.tools.bench.environment import cpu_name, version_of
 
 VARIABLES = (ENVIRONMENT, CACHE, "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
@@ -46,7 +47,7 @@ def examine() -> Row:
     versions: dict[str, str | None] = {"lorakernels": __version__, "python": platform.python_version()}
     versions |= {"platform": platform.platform(), **{name: version_of(name) for name in (*PACKAGES, *OPTIONAL)}}
     versions |= {"torch": torch.__version__, "torch_cuda": torch.version.cuda, "torch_rocm": torch.version.hip}
-    versions["vllm"] = vllm.installed_version()
+    versions["vllm"] = installed_version()
     cpu = {"name": "cpu", "model": cpu_name(), "threads": torch.get_num_threads()}
     found = [cpu, *(_gpu(index) for index in range(torch.cuda.device_count()))]
     devices: list[Row] = [{"name": "", **dict.fromkeys(_FACTS)} | device for device in found]

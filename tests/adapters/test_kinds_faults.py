@@ -149,7 +149,7 @@ def test_the_hub_is_asked_only_when_it_is_wanted(tmp_path: Path, monkeypatch: py
     with pytest.raises(lk.AdapterFileError, match=r"org/name is not a folder; .* hub=True"):
         lk.load_adapter(net(), "org/name")
     assert not asked
-    files = [CONFIG, WEIGHTS]
+    files = [CONFIG, "adapter_model*.safetensors", f"{WEIGHTS}.index.json", "pytorch_lora_weights.safetensors"]
     assert torch.equal(lk.load_adapter(net(), "org/name", hub=True)(IDS), model(IDS))
     assert torch.equal(lk.load_adapter(net(), "org/name", revision="v2")(IDS), model(IDS))
     lk.hotswap_adapter(lk.load_adapter(net(), there), "org/name", revision="v3")

@@ -53,7 +53,11 @@ KOHYA_FAULTS: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
     "vector": ({f"{Q}__lora_up__weight": randn(8)}, "expected two dimensions"),
     "loha": ({f"{Q}__hada_w1_a": randn(2, 2)}, "LoHa"),
     "lokr": ({f"{Q}__lokr_w1": randn(2, 2)}, "LoKr"),
-    "dora": ({f"{Q}__dora_scale": randn(8, 1)}, "DoRA of LyCORIS"),
+    "dora": ({f"{Q}__dora_scale": randn(8, 1)}, "1 of 5 modules have lora_magnitude_vector; expected all or none"),
+    "dora of columns": (
+        {f"{Q}__dora_scale": randn(1, 6)},
+        r"a length for each column of the weight; expected \[8, 1\]",
+    ),
     "tucker": ({f"{Q}__lora_mid__weight": randn(2, 2, 3, 3)}, "Tucker"),
     "unknown": ({f"{Q}__lora_side__weight": randn(2, 2)}, "unknown key"),
     "peft's keys": ({f"{PREFIX}q__lora_A__weight": randn(2, 2)}, "PEFT's keys and no adapter_config.json"),

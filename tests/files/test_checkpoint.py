@@ -33,9 +33,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorakernels as lk
-from lorakernels.files.merge import merge_files, merged_weight
+from lorakernels.files.convert import convert
+from lorakernels.files.merge import merge_files
 from lorakernels.files.peft import PREFIX
-from lorakernels.files.update import LINEAR, MAGNITUDE, Update
+from lorakernels.files.update import LINEAR, MAGNITUDE, Update, merged_weight
 from lorakernels.quant.packed import CODES
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -174,6 +175,22 @@ def test_fan_in_fan_out(tmp_path: Path) -> None:
         assert (tensor - expected[name]).abs().max() < 1e-10, name
     edit_config(adapter, fan_in_fan_out=False)
     refused(base, adapter, r"fan_in_fan_out=False, and config.json model_type='gpt2'")
+
+
+def test_another_format_into_gpt2(tmp_path: Path) -> None:
+    """It does not say how the weights lie, and config.json does."""
+    base, path = save_model(tmp_path / "base", gpt2()), "transformer.h.1.attn.c_attn"
+    torch.manual_seed(1)
+    A, B = torch.randn(2, 16).double(), torch.randn(48, 2).double()
+    file = tmp_path / "d.safetensors"
+    save_file({f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B, f"{path}.alpha": torch.tensor(6.0)}, file)
+    merge_files(base, file, tmp_path / "merged")
+    difference = state_of(tmp_path / "merged")[f"{path}.weight"] - gpt2().state_dict()[f"{path}.weight"]
+    assert (difference - 3 * (B @ A).T).abs().max() < 1e-10
+    theirs = PeftModel.from_pretrained(gpt2(), convert(file, tmp_path / "converted", model=base))
+    assert theirs.peft_config["default"].fan_in_fan_out
+    layer = theirs.base_model.model.get_submodule(path)
+    assert (layer.get_delta_weight("default") - difference).abs().max() < 1e-10
 
 
 def test_fan_in_fan_out_of_a_model_without(tmp_path: Path) -> None:

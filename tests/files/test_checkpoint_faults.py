@@ -180,12 +180,3 @@ def test_an_overflow_leaves_nothing(tmp_path: Path) -> None:
     edit_tensors(adapter / "adapter_model.safetensors", **{late: torch.full((16, 2), 1e5)})
     refused(base, adapter, r"layers\.2\.mlp\.down_proj\.weight would not be finite in torch\.float16")
     merge_files(base, adapter, tmp_path / "wider", dtype=torch.float32)
-
-
-def test_kohya_is_sent_to_convert(tmp_path: Path) -> None:
-    base = save_model(tmp_path / "base")
-    half = torch.ones(16, 2)
-    save_file(
-        {"lora_te_q.lora_up.weight": half, "lora_te_q.lora_down.weight": torch.ones(2, 16)}, tmp_path / "k.safetensors"
-    )
-    refused(base, tmp_path / "k.safetensors", "convert it first")

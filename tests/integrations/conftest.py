@@ -1,14 +1,17 @@
-"""Which calls took the fused path, which the multi-adapter product, and an x."""
+"""Which calls took the fused path, which the multi-adapter product, an x, and a stand-in for vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from vllm_stand_in import METHODS, SOURCES
 
-from lorakernels.integrations import peft_mixed
+from lorakernels.integrations import peft_mixed, vllm
 from lorakernels.nn import adapted
 
 
@@ -48,3 +51,24 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
     monkeypatch.setattr(peft_mixed, "_product", spy)
     return calls
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package `vllm` of `vllm_stand_in`."""
+    root = tmp_path / "vllm"
+    sources = SOURCES | {
+        f"lora/punica_wrapper/{module}.py": METHODS.format(name=name) for name, module in vllm.PARENTS.items()
+    }
+    for name, source in sources.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = set(sys.modules)
+    yield root
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "vllm":
+            del sys.modules[name]
+    vllm.wrapper_over.cache_clear()

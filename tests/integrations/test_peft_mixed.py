@@ -248,3 +248,25 @@ def test_disabled_adapters_and_restore(products: list[tuple[Any, ...]]) -> None:
         fast(x, adapter_names=names)
     assert len(products) == 2
     assert not any("lorakernels" in str(value) for module in fast.modules() for value in module.__dict__.values())
+
+
+def test_a_rows_bits_do_not_depend_on_the_others_adapters() -> None:
+    _, fast = models(*ADAPTERS["mixed ranks"])
+    x = torch.randn(len(MIXED), 3, 24, dtype=torch.float64)
+    others = (["a0"] * 11, [BASE] * 11, MIXED[1:], ["a4", "a0"] * 5 + ["a1"])
+    found: dict[bool, list[torch.Tensor]] = {}
+    for invariant in (True, False):
+        lk.accelerate(fast, invariant=invariant)
+        with torch.no_grad():
+            found[invariant] = [fast(x, adapter_names=["a0", *rest])[0] for rest in others]
+    assert all(torch.equal(each, found[True][0]) for each in found[True])
+    names = ["a0", *others[-1]]
+    lk.accelerate(fast, invariant=True)
+    values = fast(x.requires_grad_(), adapter_names=names)
+    values.sum().backward()
+    gradients = [p.grad.clone() for p in fast.parameters() if p.grad is not None]
+    fast.zero_grad()
+    lk.accelerate(fast)
+    fast(x, adapter_names=names).sum().backward()
+    for one, other in zip(gradients, [p.grad for p in fast.parameters() if p.grad is not None], strict=True):
+        torch.testing.assert_close(one, other)

@@ -569,3 +569,32 @@ def test_what_has_no_gradient_says_so(device: str) -> None:
     )
     with pytest.raises(RuntimeError, match="differentiated twice"):
         torch.autograd.grad(y[0].sum(), inputs.lora_A[0], create_graph=True)
+
+
+@pytest.mark.parametrize("way", ["torch", "triton-token", "triton-tiles"])
+@pytest.mark.parametrize("unit", [1, 3])
+def test_a_rows_bits_do_not_depend_on_the_others_adapters(unit: int, way: str, device: str) -> None:
+    """With `invariant`, forward and dx; without it torch's products of an adapter's tokens do."""
+    S, R, K, N, rows = 4, 8, 72, 40, 8
+    torch.manual_seed(0)
+    dtype = torch.float64 if way == "torch" else torch.float32
+    x, weight, dy = (torch.randn(*shape, dtype=dtype, device=device) for shape in ((rows * unit, K), (N, K), (rows, N)))
+    x, dy = x.requires_grad_(), dy.repeat_interleave(unit, 0)
+    A, B = torch.randn(S, R, K, dtype=dtype, device=device), torch.randn(S, N, R, dtype=dtype, device=device)
+    others = ([-1] * 6, [0] * 6, [1, 0, 1, 0, 1, 0], [2, 3, -1, 1, 0, 2], [3, 3, 2, 2, 2, 0])
+
+    def of_two_rows(slots: list[int], invariant: bool | int) -> torch.Tensor:
+        """y and dx of the rows 1 and 6, whose adapters are 0 and 1."""
+        slots = [slots[0], 0, *slots[1:5], 1, slots[5]]
+        plan = lk.BatchPlan(S, rows * unit, max_rank=R, invariant=invariant, device=device)
+        plan.update([slot for slot in slots for _ in range(unit)], [8, 5, 8, 3], [1.0, 0.5, 2.0, 1.0])
+        with path(way) as impl:
+            y = lk.multi_lora_linear(x, weight, A, B, plan, impl=impl)
+            [dx] = torch.autograd.grad(y, x, dy)
+        return torch.stack([t.view(rows, -1)[[1, 6]] for t in (y.detach() @ y.new_ones(N, K), dx)])
+
+    first, *rest = (of_two_rows(slots, unit) for slots in others)
+    assert all(torch.equal(first, other) for other in rest)
+    if way == "torch":
+        first, *rest = (of_two_rows(slots, False) for slots in others)
+        assert not all(torch.equal(first, other) for other in rest)

@@ -342,3 +342,18 @@ def test_generate_mixed_rows(tmp_path: Path) -> None:
     assert found == [row for pair in expected for row in pair]
     with store.batch(rows[:1]):
         assert tokens(model, ids[:1], use_cache=False) == each[0]
+
+
+def test_a_rows_bits_do_not_depend_on_the_others_adapters(net: Net, three: dict[str, Adapter]) -> None:
+    others = ([None] * 3, ["alice"] * 3, ["bob", "carol", None], ["carol", "bob", "bob"])
+    for lengths, ids in ((None, make_ids(4)), ([2, 4, 1, 3], make_ids(1, 10))):
+        found = {}
+        for invariant in (True, False):
+            store = make_store(net, three, invariant=invariant)
+            found[invariant] = []
+            for rows in others:
+                with store.batch(["alice", *rows], lengths=lengths), torch.no_grad():
+                    found[invariant].append(net(ids)[0, : 2 if lengths else 3])
+            store.close()
+        assert all(torch.equal(each, found[True][0]) for each in found[True])
+        torch.testing.assert_close(found[True][0], found[False][0])
