@@ -65,7 +65,7 @@ LINEAR_CASES = (
     LinearCase("adapter_float16", adapter_dtype=torch.float16),
     LinearCase("transposed", layout="transposed"),
     LinearCase("every_second", layout="every_second"),
-    LinearCase("huge_strides", tokens=(3,), K=5, N=4, r=2, layout="huge_strides"),
+    LinearCase("huge_strides", tokens=(3,), K=26, N=4, r=2, layout="huge_strides"),
     LinearCase("expanded", tokens=(6, 5), layout="expanded"),
     LinearCase("only_x", needs=("x",)),
     LinearCase("only_A", needs=("lora_A",), dropout_p=0.1),

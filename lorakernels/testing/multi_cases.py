@@ -69,7 +69,7 @@ MULTI_CASES = (
     MultiCase("every_second", Ns=(24, 16), layout="every_second"),
     MultiCase("layered_stacks", layout="layered"),
     MultiCase("spare_slots", spare=2),
-    MultiCase("huge_strides", T=5, ranks=(2, 1, 2), R=2, K=5, Ns=(4,), layout="huge_strides"),
+    MultiCase("huge_strides", T=5, ranks=(2, 1, 2), R=2, K=61, Ns=(4,), layout="huge_strides"),
     MultiCase("pages", paged=True),
     MultiCase("pages_slices_odd", T=19, K=29, Ns=(23, 5), paged=True, adapter_dtype=torch.float32),
     MultiCase("dropout", dropout_p=0.3),
