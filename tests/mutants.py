@@ -116,7 +116,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(arguments.jobs) as pool:
         copies: queue.Queue[Path] = queue.Queue()
         for job in range(arguments.jobs):
-            copies.put(shutil.copytree(ROOT, Path(folder, str(job)), ignore=shutil.ignore_patterns(".git", ".*_cache")))
+            copies.put(shutil.copytree(ROOT, Path(folder, str(job)), ignore=shutil.ignore_patterns(".*")))
         every = sorted({test for mutant in mutants for test in mutant.tests})
         if status_of(copies.queue[0], every, SECONDS + 5 * len(every)):
             print((copies.queue[0] / "log").read_text(encoding="utf-8")[-3000:])
