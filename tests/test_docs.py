@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 WITH_CODE = [ROOT / "README.md", *DOCS]
 PAGES = [*WITH_CODE, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+NEEDS_RAY = ROOT / "examples" / "ray_serve.py"  # run by integrations/test_ray.py
+EXAMPLES = sorted(path for path in (ROOT / "examples").glob("*.py") if path != NEEDS_RAY)
 
 NOT_RUN = "<!-- not run -->"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
