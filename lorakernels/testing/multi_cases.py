@@ -145,7 +145,9 @@ def make_multi_inputs(
     num_pages = None
     if case.paged:
         num_pages = S * R + 3
-        table = torch.randperm(num_pages, generator=generator)[: S * R].view(S, R).int()
+        # Page 0, which a plan has past a rank, is somebody's.
+        others = torch.randperm(num_pages - 1, generator=generator)[: S * R - 1] + 1
+        table = torch.cat([torch.zeros(1), others]).view(S, R).int()
         table.masked_fill_(torch.arange(R) >= ranks[:, None], 1 << 30)
     plan = BatchPlan(S, T + 5, max_rank=R, num_pages=num_pages, device=device)
     lead = (T,) if case.lead is None else case.lead

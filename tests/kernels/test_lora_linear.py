@@ -223,11 +223,14 @@ def test_any_shape(way: str, tokens: int, K: int, N: int, r: int, dropout_p: flo
 def test_scaling_zero_is_the_base_layer_to_the_bit(way: str, device: str) -> None:
     inputs = make_inputs(LinearCase("off", scaling=0.0), torch.float32, device)
     inputs.lora_A.fill_(float("inf"))
+    inputs.x.requires_grad_()
     with path(way) as impl:
         y = lk.lora_linear(
             inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, bias=inputs.bias, scaling=0.0, impl=impl
         )
+        [dx] = torch.autograd.grad(y, inputs.x, inputs.dy)
     assert torch.equal(y, torch.nn.functional.linear(inputs.x, inputs.weight, inputs.bias))
+    torch.testing.assert_close(dx, inputs.dy @ inputs.weight)
 
 
 @pytest.mark.parametrize("tokens", [1, 512])
