@@ -88,6 +88,17 @@ def test_pages_neither_leak_nor_fragment(net: Net) -> None:
     assert all(not pool.memory.any() for pool in store._pools if pool.memory is not None), "pages are zeroed"
 
 
+def test_pages_that_do_not_lie_together(net: Net, base: Net) -> None:
+    adapters = {name: make_adapter(net, seed, r=seed) for seed, name in ((2, "first"), (3, "second"), (5, "third"))}
+    store, ids = make_store(net, {name: adapters[name] for name in ("first", "second")}), make_ids(2)
+    store.evict("first")
+    store.load("third", adapters["third"])
+    assert (0, 1, 5, 6, 7) in store._books.current["third"].pages.values()
+    with store.batch(["second", "third"]):
+        expected = alone(base, [adapters["second"], adapters["third"]], ids)
+        torch.testing.assert_close(net(ids), expected, rtol=0, atol=1e-10)
+
+
 def test_what_is_in_use_is_not_replaced(net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore) -> None:
     ids, new = make_ids(1), make_adapter(net, 9, r=5)
     before, after = alone(base, [three["alice"]], ids), alone(base, [new], ids)
