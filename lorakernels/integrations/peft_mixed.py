@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from lorakernels import ops
-from lorakernels.functional import lora_linear
 from lorakernels.integrations.peft_terms import adapter_terms, autocast_is_on, base_weight, is_plain, takes_dtypes
 from lorakernels.member import cast
+from lorakernels.nn.adapted import adapted_linear
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.nn.terms import Term
 from lorakernels.plan import BASE, BatchPlan
@@ -68,6 +68,9 @@ class _Pack:
         self.A = torch.stack(As or empty)  # [S, R, K], zero past an adapter's rank
         # [S, N, R], views of [S, R, N]: a product of S small matrices is a third faster so.
         self.B = torch.stack([_padded(B, R) for B in Bs] or empty).mT
+        self.only = None  # all rows' term, where there is one: looked up here, each view takes 1.5 µs
+        if len(terms) == 1 and BASE not in self.slots and not self.is_invariant:
+            self.only = Term(self.A[0], self.B[0], None, self.scalings[0], 0.0, None)
         biases: list[Any] = [None if term.bias is None else (term.bias * term.scaling).to(dtype) for term in terms]
         # What lora_bias adds to rows: [N] each.
         slots = enumerate(self.slots)
@@ -171,8 +174,8 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
 def _run(pack: _Pack, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     if not pack.ranks:
         return ops.frozen_linear(x, weight, bias)
-    if len(pack.ranks) == 1 and BASE not in pack.slots and not pack.is_invariant:
-        y = lora_linear(x, weight, pack.A[0], pack.B[0], bias=bias, scaling=pack.scalings[0])
+    if pack.only is not None:
+        y = adapted_linear(x, weight, bias, [pack.only])
     else:
         if pack.autocast:
             x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(x.device.type))
