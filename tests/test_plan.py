@@ -267,6 +267,14 @@ def test_a_plan_made_in_inference_mode_is_updated_outside() -> None:
     assert plan.num_tokens == 12 and plan.tensors.page_table.any()
 
 
+def test_a_snapshot_made_in_inference_mode_is_not_for_a_backward() -> None:
+    plan = BatchPlan(5, 64, max_rank=4)
+    plan.update(*arguments(10, 5))
+    with torch.inference_mode():
+        plan.snapshot()
+    assert not plan.snapshot().buffer.is_inference()
+
+
 def test_a_snapshot_is_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = BatchPlan(5, 64, max_rank=4)
     plan.update(*arguments(10, 5))

@@ -27,7 +27,7 @@ class GroupCase(LinearCase):
 
 _FLOAT32 = (torch.float32,) * 5
 GROUP_CASES = (
-    GroupCase("plain"),
+    GroupCase("plain", Ns=(8, 24, 40)),
     GroupCase("two", Ns=(40, 40), ranks=(4, 4)),
     GroupCase("one", Ns=(40,), ranks=(8,)),
     GroupCase("five", Ns=(24, 8, 16, 16, 8), ranks=(4, 8, 2, 1, 3)),
@@ -45,7 +45,7 @@ GROUP_CASES = (
     GroupCase("dropout_half_odd", tokens=(21,), K=43, Ns=(21, 5), ranks=(3, 4), dropout_p=0.5),
     GroupCase("adapter_float32", adapter_dtypes=_FLOAT32),
     GroupCase("adapter_float32_dropout", adapter_dtypes=_FLOAT32, dropout_p=0.2),
-    GroupCase("adapter_dtypes_differ", adapter_dtypes=(torch.float32, torch.float16, None)),
+    GroupCase("adapter_dtypes_differ", adapter_dtypes=(torch.float16, torch.float32, None)),
     GroupCase("transposed", layout="transposed"),
     GroupCase("every_second", layout="every_second"),
     GroupCase("expanded", tokens=(6, 5), layout="expanded"),

@@ -69,7 +69,7 @@ MULTI_CASES = (
     MultiCase("every_second", Ns=(24, 16), layout="every_second"),
     MultiCase("layered_stacks", layout="layered"),
     MultiCase("spare_slots", spare=2),
-    MultiCase("huge_strides", T=5, ranks=(2, 1, 2), R=2, K=5, Ns=(4,), layout="huge_strides"),
+    MultiCase("huge_strides", T=5, ranks=(2, 1, 2), R=2, K=61, Ns=(4,), layout="huge_strides"),
     MultiCase("pages", paged=True),
     MultiCase("pages_slices_odd", T=19, K=29, Ns=(23, 5), paged=True, adapter_dtype=torch.float32),
     MultiCase("dropout", dropout_p=0.3),
@@ -145,7 +145,9 @@ def make_multi_inputs(
     num_pages = None
     if case.paged:
         num_pages = S * R + 3
-        table = torch.randperm(num_pages, generator=generator)[: S * R].view(S, R).int()
+        # Page 0, which a plan has past a rank, is somebody's.
+        others = torch.randperm(num_pages - 1, generator=generator)[: S * R - 1] + 1
+        table = torch.cat([torch.zeros(1), others]).view(S, R).int()
         table.masked_fill_(torch.arange(R) >= ranks[:, None], 1 << 30)
     plan = BatchPlan(S, T + 5, max_rank=R, num_pages=num_pages, device=device)
     lead = (T,) if case.lead is None else case.lead

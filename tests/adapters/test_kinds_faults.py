@@ -116,6 +116,14 @@ def test_a_failure_in_the_middle_is_undone(tmp_path: Path, monkeypatch: pytest.M
                 attempt()
         assert set(model.state_dict()) == names and model.q_proj.active_adapters == ["first"]
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    plain = net()
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(lk.LoRALinear, "_add_parameters", no_memory)
+        with pytest.raises(MemoryError):
+            lk.inject(plain, lk.LoRAConfig(**kind))
+    assert len(calls) == 2 and plain.state_dict().keys() == net().state_dict().keys()
+    assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
 def test_a_base_weight_that_peft_saves_beside_embeddings_is_read_over(tmp_path: Path) -> None:

@@ -38,6 +38,12 @@ def test_a_saved_module_switches_with_its_adapter() -> None:
     assert list(model.head.modules_to_save) == ["default"]
 
 
+def test_a_name_that_only_begins_as_a_saved_ones_is_adapted() -> None:
+    model: Any = nn.ModuleDict({"head": nn.Linear(4, 4), "header": nn.Linear(4, 4)})
+    lk.inject(model, lk.LoRAConfig(target_modules=["header"], modules_to_save=["head"]))
+    assert isinstance(model["header"], lk.LoRALinear) and isinstance(model["head"], SavedModule)
+
+
 def test_a_second_adapters_copy_waits_for_it() -> None:
     model = lk.inject(net(), lk.LoRAConfig(target_modules=["q_proj"]))
     lk.inject(model, lk.LoRAConfig(target_modules=["q_proj"], modules_to_save=["head"]), "second")

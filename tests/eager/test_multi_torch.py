@@ -191,6 +191,15 @@ def test_a_probability_that_nobody_checks_is_clamped() -> None:
     assert thresholds.tolist() == [0, 0, LEVELS - 1, LEVELS - 1, LEVELS // 2, 0]
 
 
+def test_each_slot_has_a_mask_of_its_own() -> None:
+    """Of one seed, for jobs of the same numbers too."""
+    plan = lk.BatchPlan(2, 32, max_rank=8)
+    plan.update([0] * 16 + [1] * 16, [8, 8], [1.0, 1.0])
+    A, B = torch.randn(1, 8, 40).expand(2, 8, 40), torch.randn(1, 24, 8).expand(2, 24, 8)
+    y = lk.multi_lora_linear(torch.ones(32, 40), torch.zeros(24, 40), A, B, plan, dropout_p=0.5, impl="torch")
+    assert y[:16].any() and not torch.equal(y[:16], y[16:])
+
+
 @pytest.mark.parametrize("of_embedding", [False, True])
 def test_a_plan_updated_before_a_checkpoint_is_recomputed_is_an_error(of_embedding: bool) -> None:
     case = MultiCase("checkpointed", ranks=EQUAL)

@@ -46,6 +46,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
     "biases": {"bias": "lora_only", "target_modules": ["q_proj"]},
+    "biases_and_lora_bias": {"bias": "lora_only", "lora_bias": True, "target_modules": ["q_proj"]},
     "all biases": {"bias": "all", "target_modules": ["q_proj"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
     "dora embedding": {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},

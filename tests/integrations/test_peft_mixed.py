@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -81,6 +82,20 @@ def test_parity_without_a_gradient(products: list[tuple[Any, ...]]) -> None:
                 )
     assert len(products) == 8
     assert not peft_mixed._packs
+
+
+def test_reentrant_checkpointing(products: list[tuple[Any, ...]]) -> None:
+    """The first run of a region has no gradients, and what is kept of it is not for the second."""
+    x, found = torch.randn(len(MIXED), 3, IN, dtype=torch.float64), []
+    for model in models(*ADAPTERS["mixed ranks"]):
+        model.requires_grad_()
+        leaf = x.clone().requires_grad_()
+        with model.base_model._enable_peft_forward_hooks(adapter_names=MIXED):
+            checkpoint(model.base_model.model, leaf, use_reentrant=True).square().sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append({"x": leaf.grad, **gradients})
+    assert_equal(found[1], found[0])
+    assert len(products) == 4
 
 
 @pytest.mark.parametrize("names", [tuple(MIXED), MIXED], ids=["tuple", "list"])

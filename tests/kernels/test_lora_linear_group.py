@@ -339,6 +339,17 @@ def test_checkpointing_draws_the_same_mask(reentrant: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_members_that_need_other_gradients(impl: str, device: str) -> None:
+    inputs, leaves = prepared(device=device)
+    dys = [member.dy for member in inputs.members]
+    wanted = [leaves["lora_A.1"], leaves["lora_B.0"]]
+    expected = torch.autograd.grad(call(SMALL_CASE, leaves, impl), wanted, dys)
+    for leaf in leaves.values():
+        leaf.requires_grad_(any(leaf is one for one in wanted))
+    torch.testing.assert_close(torch.autograd.grad(call(SMALL_CASE, leaves, impl), wanted, dys), expected)
+
+
 def test_outputs_may_be_edited_in_place_and_backward_runs_twice() -> None:
     inputs, leaves = prepared(torch.float64)
     for wanted in ([0], [1], [0, 1]):

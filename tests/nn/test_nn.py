@@ -110,6 +110,10 @@ def test_merge_keep_base_brings_the_base_back_to_the_bit() -> None:
     nn.init.normal_(layer.lora_A["default"].weight)  # does not matter: the base was kept
     layer.unmerge()
     assert torch.equal(layer.weight, base)
+    nn.init.constant_(layer.weight, 0.5)  # and is not kept for the next merge
+    layer.merge()
+    layer.unmerge()
+    assert (layer.weight - 0.5).abs().mean() < 0.1
 
 
 def test_merging_takes_care() -> None:

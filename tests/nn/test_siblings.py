@@ -302,6 +302,21 @@ def test_what_happens_between_leader_and_sibling(
         assert_equal(ours, theirs)
 
 
+def test_autocast_between_leader_and_sibling(x: torch.Tensor, groups: list[int]) -> None:
+    """In float32, for autocast leaves float64 alone."""
+
+    def in_bfloat16(block: Any, h: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return block.k(h).float()
+
+    ys = []
+    for model in pair("inject", dtype=torch.float32):
+        model.blocks[0].between = in_bfloat16
+        ys.append(model(x.float()))
+    assert groups
+    torch.testing.assert_close(*ys, rtol=0, atol=1e-5)
+
+
 def test_plain_modules_see_every_event(x: torch.Tensor) -> None:
     """So that the test above shows something: each event but these changes what the layers compute."""
     same = {without_grad, under_autocast, of_a_view, in_a_region, freeze, call_another, copy_and_pickle}

@@ -57,7 +57,7 @@ def test_what_is_no_name(store: lk.AdapterStore, method: str, name: Any) -> None
 
 
 def test_folders_stay_under_the_root(net: Net, three: dict[str, Adapter], tmp_path: Path) -> None:
-    root, outside = tmp_path / "root", write(tmp_path / "outside", three["alice"])
+    root, outside = tmp_path / "root", write(tmp_path / "root-beside", three["alice"])
     inside = write(root / "inside", three["alice"])
     (root / "link").symlink_to(outside)
     (root / "good").symlink_to(inside)
@@ -65,7 +65,16 @@ def test_folders_stay_under_the_root(net: Net, three: dict[str, Adapter], tmp_pa
     for file in outside.iterdir():
         (root / "halves" / file.name).symlink_to(file)
     store = lk.AdapterStore(net, root=root)
-    for folder in ("../outside", str(outside), "link", "halves", "inside/../../outside", "a\0b", "nothing", "."):
+    for folder in (
+        "../root-beside",
+        str(outside),
+        "link",
+        "halves",
+        "inside/../../root-beside",
+        "a\0b",
+        "nothing",
+        ".",
+    ):
         with pytest.raises(lk.AdapterFileError):
             store.load("one", folder)
     assert not store.names and all(type(module) is not ServedLinear for module in net.modules())

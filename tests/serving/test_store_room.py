@@ -6,6 +6,8 @@ import os
 import random
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,17 @@ def test_pages_neither_leak_nor_fragment(net: Net) -> None:
     stats = store.stats()
     assert (stats.used_bytes, stats.host_bytes, stats.on_device, stats.in_host) == (0, 0, 0, 0)
     assert all(not pool.memory.any() for pool in store._pools if pool.memory is not None), "pages are zeroed"
+
+
+def test_pages_that_do_not_lie_together(net: Net, base: Net) -> None:
+    adapters = {name: make_adapter(net, seed, r=seed) for seed, name in ((2, "first"), (3, "second"), (5, "third"))}
+    store, ids = make_store(net, {name: adapters[name] for name in ("first", "second")}), make_ids(2)
+    store.evict("first")
+    store.load("third", adapters["third"])
+    assert (0, 1, 5, 6, 7) in store._books.current["third"].pages.values()
+    with store.batch(["second", "third"]):
+        expected = alone(base, [adapters["second"], adapters["third"]], ids)
+        torch.testing.assert_close(net(ids), expected, rtol=0, atol=1e-10)
 
 
 def test_what_is_in_use_is_not_replaced(net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore) -> None:
@@ -286,14 +299,10 @@ def test_a_prefetch_takes_no_room_from_a_batch(net: Net, three: dict[str, Adapte
     store.close()
 
 
-def test_a_batch_waits_for_no_prefetch_that_has_not_begun(
-    net: Net, base: Net, three: dict[str, Adapter], tmp_path: Path
-) -> None:
-    adapters = {"first": three["alice"], **three}
-    folders = {name: write(tmp_path / name, adapter) for name, adapter in adapters.items()}
-    store, ids = make_store(net, folders, max_adapters=2, host_bytes=0), make_ids(1)
-    before, real = store.stats(), store._books.read
-    begun, go_on = threading.Event(), threading.Event()
+@contextmanager
+def slow_reads(store: lk.AdapterStore) -> Iterator[threading.Event]:
+    """Within the block reads of other threads do not end; the event tells that one has begun."""
+    real, begun, go_on = store._books.read, threading.Event(), threading.Event()
 
     def slow(source: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
@@ -302,17 +311,45 @@ def test_a_batch_waits_for_no_prefetch_that_has_not_begun(
         return real(source)
 
     store._books.read = slow
-    for name in adapters:  # of which bob and carol are on the device
-        store.prefetch(name)
-    assert begun.wait(10)
-    first = store._prefetches["first"]
     try:
+        yield begun
+    finally:
+        go_on.set()
+
+
+def test_a_version_that_is_replaced_while_a_prefetch_reads_it_takes_no_room(
+    net: Net, base: Net, three: dict[str, Adapter], tmp_path: Path
+) -> None:
+    folders = {name: write(tmp_path / name, adapter) for name, adapter in three.items()}
+    store, ids = make_store(net, folders, max_adapters=1, host_bytes=0), make_ids(1)
+    with slow_reads(store) as begun:
+        store.prefetch("alice")  # carol is on the device
+        assert begun.wait(10)
+        pending = store._prefetches["alice"]
+        store.replace("alice", folders["bob"])
+    assert pending.exception() is None
+    [version] = store._books.on_device
+    assert version is store._books.current["alice"] and store.stats().used_bytes == version.nbytes
+    with store.batch(["alice"]):
+        torch.testing.assert_close(net(ids), alone(base, [three["bob"]], ids), rtol=0, atol=1e-10)
+
+
+def test_a_batch_waits_for_no_prefetch_that_has_not_begun(
+    net: Net, base: Net, three: dict[str, Adapter], tmp_path: Path
+) -> None:
+    adapters = {"first": three["alice"], **three}
+    folders = {name: write(tmp_path / name, adapter) for name, adapter in adapters.items()}
+    store, ids = make_store(net, folders, max_adapters=2, host_bytes=0), make_ids(1)
+    before = store.stats()
+    with slow_reads(store) as begun:
+        for name in adapters:  # of which bob and carol are on the device
+            store.prefetch(name)
+        assert begun.wait(10)
+        first = store._prefetches["first"]
         for name in ("bob", "carol", "alice"):
             with store.batch([name]):
                 torch.testing.assert_close(net(ids), alone(base, [three[name]], ids), rtol=0, atol=1e-10)
         assert not first.done() and list(store._prefetches) == ["first"]
-    finally:
-        go_on.set()
     assert first.exception() is None
     stats = store.stats()
     assert (stats.hits - before.hits, stats.misses - before.misses, stats.reads - before.reads) == (2, 1, 2)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lorakernels as lk
+from lorakernels.serving import served
 from lorakernels.serving.errors import StaleBatchError
 
 ROWS = ["bob", None, "alice", "carol", "alice"]
@@ -283,6 +284,18 @@ def test_checkpointing_within_a_batch(
     if not use_reentrant:
         with pytest.raises((StaleBatchError, CheckpointError)):
             late.sum().backward()
+
+
+def test_plans_are_kept_of_the_last_shapes_alone(
+    net: Net, base: Net, three: dict[str, Adapter], store: lk.AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "_KEPT_PLANS", 2)
+    with store.batch(["alice", "bob"]):
+        for length in (1, 2, 3, 1, 3):
+            ids = make_ids(2, length)
+            torch.testing.assert_close(net(ids), alone(base, [three["alice"], three["bob"]], ids), rtol=0, atol=1e-10)
+        [batch] = served._batches.get().values()
+        assert {tuple(route.plans) for route in batch._routes.values()} == {((2, 3), (2, 1))}
 
 
 def test_a_compiled_model_is_compiled_once(
