@@ -21,6 +21,16 @@ def watch(model: nn.Module) -> None:
         model.register_forward_pre_hook(_first_pass)
 
 
+def uncalled(paths: list[str], model: nn.Module, mend: str) -> str:
+    """What is said of modules that adapters reach and that nobody calls."""
+    shown = ", ".join(paths[:5]) + (", …" if len(paths) > 5 else "")
+    return (
+        f"{len(paths)} adapted layers were not called while {type(model).__name__} ran: {shown}. A module that reads a "
+        "layer's weight and does not call it (fused projections, a kernel of its own) leaves the adapter without "
+        f"effect and without gradients: {mend}, or have them called"
+    )
+
+
 def unwatch(model: nn.Module) -> None:
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _first_pass]:
         del model._forward_pre_hooks[key]
@@ -53,13 +63,7 @@ def _first_pass(model: nn.Module, args: Any) -> None:
             return watch(module)
         left_out = [path for path, layer in layers.items() if layer not in ran and parents[path] in ran]
         if left_out:
-            shown = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
-            warnings.warn(
-                f"{len(left_out)} adapted layers were not called while {type(module).__name__} ran: {shown}. A module "
-                "that reads a layer's weight and does not call it (fused projections, a kernel of its own) leaves the "
-                "adapter without effect and without gradients: leave these out (exclude_modules), or have them called",
-                stacklevel=2,
-            )
+            warnings.warn(uncalled(left_out, module, "leave these out (exclude_modules)"), stacklevel=2)
 
     # On the layers themselves a hook would keep them out of their groups.
     hooks = [module.register_forward_pre_hook(called) for module in set(parents.values())]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from lorakernels.adapters.uncalled import uncalled
 from lorakernels.nn.modules import is_compiled, names_of
 from lorakernels.serving.books import Version
 from lorakernels.serving.served import Batch, is_running
@@ -43,9 +44,4 @@ def watched(model: nn.Module, versions: Iterable[Version], batch: Batch) -> Iter
         site.is_seen = True
     left_out = sorted(site.path for site, parent in parents.items() if parent in ran and not site.is_seen)
     if left_out:
-        shown = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
-        raise RuntimeError(
-            f"{len(left_out)} modules that adapters reach were not called while {type(model).__name__} ran: {shown}. A "
-            "module that reads a layer's weight and does not call it (fused projections, a kernel of its own) leaves "
-            "the adapter without effect: load adapters that leave these out, or have them called"
-        )
+        raise RuntimeError(uncalled(left_out, model, "load adapters that leave these out"))
