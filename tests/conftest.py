@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +13,14 @@ import torch
 
 from lorakernels.testing.device import COMPILED, DEVICE, STUB
 
+with contextlib.suppress(ImportError):  # not in every environment of the checks
+    from hypothesis import Phase, settings
+
+    # Of sequences of calls: the same few in every run, or many new ones by `--hypothesis-profile long`.
+    kinds = {"deadline": None, "phases": [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink]}  # explaining is slow
+    settings.register_profile("short", max_examples=6, stateful_step_count=16, derandomize=True, **kinds)
+    settings.register_profile("long", max_examples=1000, stateful_step_count=50, **kinds)
+    settings.load_profile("short")
 RESULTS = os.environ.get("LORAKERNELS_RESULTS")  # a file that gets a line of JSON for each test
 if not COMPILED:
     # Before anything imports the kernels: a kernel is made for the interpreter or for a GPU when it is defined.

@@ -85,7 +85,7 @@ def read_for(source: str | os.PathLike[str], model: Callable[[], Model], prefix:
         *([f"{left} modules of other models are left out"] if left else []),
     ]
     warnings.warn(
-        f"{adapter.source} has no {CONFIG_FILE} of PEFT's, and this is inferred: {'; '.join(said)}", stacklevel=3
+        f"{adapter.source} has no {CONFIG_FILE} of PEFT's, and this is inferred: {'; '.join(said)}", stacklevel=4
     )
     layers = {path: update.tensors for path, update in updates.items()}
     return PeftFile(str(adapter.source), {}, config, layers, {})
