@@ -17,9 +17,10 @@ with contextlib.suppress(ImportError):  # not in every environment of the checks
     from hypothesis import Phase, settings
 
     # Of sequences of calls: the same few in every run, or many new ones by `--hypothesis-profile long`.
-    kinds = {"deadline": None, "phases": [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink]}  # explaining is slow
-    settings.register_profile("short", max_examples=6, stateful_step_count=16, derandomize=True, **kinds)
-    settings.register_profile("long", max_examples=1000, stateful_step_count=50, **kinds)
+    # Without a deadline; and without explaining, which takes minutes.
+    common = settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
+    settings.register_profile("short", common, max_examples=6, stateful_step_count=16, derandomize=True)
+    settings.register_profile("long", common, max_examples=1000, stateful_step_count=50)
     settings.load_profile("short")
 RESULTS = os.environ.get("LORAKERNELS_RESULTS")  # a file that gets a line of JSON for each test
 if not COMPILED:
