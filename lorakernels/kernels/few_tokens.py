@@ -93,7 +93,9 @@ def few_tokens_kernel(
     s *= s_scale
     if pid_n == 0:
         store_tile(plane(s_ptr, pid_k, M, R), s, offs_m, offs_r)
-    rounded, b_tile = alike(cast_factor(s, x.ptr.dtype.element_ty), load_tile(b, offs_r, offs_n))
+    # Loaded first: after S is rounded it made one config spill 8 bytes on sm_100.
+    b_tile = load_tile(b, offs_r, offs_n)
+    rounded, b_tile = alike(cast_factor(s, x.ptr.dtype.element_ty), b_tile)
     low_rank = tl.dot(rounded, b_tile, input_precision=INPUT_PRECISION) * y_scale
     if seed_ptr is None and mask_ptr is not None:
         low_rank = drop(low_rank, mask_ptr, offs_m, pid_n, M, N)
