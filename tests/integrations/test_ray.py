@@ -80,7 +80,8 @@ def test_no_answer_is_lost_or_wrong_when_a_replica_is_killed(example: Any, tmp_p
     assert len(set(map(tuple, right.values()))) == 4
     serve.run(example.Replica.bind(base, root))
     handle = serve.get_deployment_handle("Replica", "default")
-    names = ["", *NAMES] * 16
+    names = ["", *NAMES] * 32  # more than two replicas take at once: some are in each when one is killed
+    assert serve.status().applications["default"].deployments["Replica"].replica_states == {"RUNNING": 2}
 
     async def under_load() -> list[tuple[int, int, list[int]]]:
         _, victim, _ = await ask(handle, NAMES[0])
@@ -92,4 +93,3 @@ def test_no_answer_is_lost_or_wrong_when_a_replica_is_killed(example: Any, tmp_p
     found = asyncio.run(under_load())
     assert [tokens for _, _, tokens in found] == [right[name] for name in names]
     assert any(attempts > 1 for attempts, _, _ in found)
-    assert len({process for _, process, _ in found}) > 1
