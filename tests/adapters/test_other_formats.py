@@ -219,7 +219,7 @@ def classifier() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.RobertaConfig(vocab_size=12, max_position_embeddings=12, **sizes)
-    return transformers.RobertaForSequenceClassification(config).eval()
+    return transformers.RobertaForSequenceClassification(config).double().eval()
 
 
 IDS = torch.arange(2, 8)[None]
@@ -236,7 +236,7 @@ def test_an_adapter_inside_a_head(tmp_path: Path) -> None:
     assert "base_model.model.classifier.dense.base_layer.weight" in keys
     with pytest.warns(UserWarning, match="inside modules_to_save are merged into these: classifier.dense"):
         model = lk.load_adapter(classifier(), tmp_path)
-    torch.testing.assert_close(model(IDS).logits, trained(IDS).logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(IDS).logits, trained(IDS).logits, rtol=0, atol=1e-12)
 
 
 def test_a_head_that_the_configuration_leaves_out(tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_a_head_that_the_configuration_leaves_out(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "modules_to_save": None}))
     with pytest.warns(UserWarning, match=r"modules_to_save=\['classifier'\] of task_type='SEQ_CLS'"):
         model = lk.load_adapter(classifier(), tmp_path)
-    torch.testing.assert_close(model(IDS).logits, trained(IDS).logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(IDS).logits, trained(IDS).logits, rtol=0, atol=1e-12)
 
 
 def test_shards(tmp_path: Path) -> None:
