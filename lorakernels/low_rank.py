@@ -1,7 +1,8 @@
 """Products with factors of rank r in plain torch: S = x Aᵀ, y += S Bᵀ and Sᵀ x.
 
-S and G = dy B have x's dtype, but for float16 float32: x of 1e3 overflows there, and gradients of 1e-6 vanish. A
-float16 matrix of tokens is then read in float32, a few rows at a time.
+S and G = dy B have x's dtype, but for float16 float32: x of 1e3 overflows there, and gradients of 1e-6 vanish. Their
+products with factors, and so the gradients of A and B, are then float32's, here and in the kernels, as PEFT's are. A
+float16 matrix of tokens is read in float32 for it, a few rows at a time.
 """
 
 from __future__ import annotations

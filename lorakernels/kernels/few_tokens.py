@@ -16,11 +16,11 @@ import triton.language as tl
 
 from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
-from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, launch, retried
 from lorakernels.kernels.packed import form_of, load_packed_kn, weight_matrix
 from lorakernels.kernels.tiles import (
-    alike,
     cast_factor,
+    dot_factor,
     draw,
     drop,
     epilogue,
@@ -31,6 +31,7 @@ from lorakernels.kernels.tiles import (
     sized,
     store_tile,
     sum_planes,
+    summed_columns,
     tall,
     transposed,
 )
@@ -87,16 +88,15 @@ def few_tokens_kernel(
         y = tl.dot(x_tile, w_tile, y, input_precision=INPUT_PRECISION)
         if seed_ptr is not None:
             x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_n == 0)
-        x_tile, a_tile = alike(x_tile, load_tile(a, offs_k, offs_r))
-        s = tl.dot(x_tile, a_tile, s, input_precision=INPUT_PRECISION)
+        s = dot_factor(x_tile, load_tile(a, offs_k, offs_r), s, INPUT_PRECISION)
 
     s *= s_scale
     if pid_n == 0:
         store_tile(plane(s_ptr, pid_k, M, R), s, offs_m, offs_r)
     # Loaded first: after S is rounded it made one config spill 8 bytes on sm_100.
     b_tile = load_tile(b, offs_r, offs_n)
-    rounded, b_tile = alike(cast_factor(s, x.ptr.dtype.element_ty), b_tile)
-    low_rank = tl.dot(rounded, b_tile, input_precision=INPUT_PRECISION) * y_scale
+    rounded = cast_factor(s, x.ptr.dtype.element_ty)
+    low_rank = tl.dot(rounded, b_tile.to(rounded.dtype), input_precision=INPUT_PRECISION) * y_scale
     if seed_ptr is None and mask_ptr is not None:
         low_rank = drop(low_rank, mask_ptr, offs_m, pid_n, M, N)
     y = finish(y + low_rank, epilogue, offs_n, N, pid_k)
@@ -126,6 +126,7 @@ def few_tokens(
     M, K = x.shape
     N, R = lora_B.shape
     config = choose("few_tokens", M, N, K, R, x.element_size(), x.device)
+    columns = summed_columns(x, lora_A, config)
     y = x.new_empty((M, N))
     s = x.new_empty((M, R), dtype=low_rank_dtype(x.dtype))
     y_planes, s_planes = planes_for(y, config.SPLIT), planes_for(s, config.SPLIT)
@@ -148,8 +149,7 @@ def few_tokens(
             "s_scale": s_scale * inverse_keep(threshold),
             "y_scale": y_scale,
         },
-        form_of(weight, x.dtype, config.BLOCK_N if isinstance(weight, Transposed) else config.BLOCK_K)
-        | {"INPUT_PRECISION": input_precision(x)},
+        form_of(weight, x.dtype, config.BLOCK_N if isinstance(weight, Transposed) else columns["BLOCK_K"]) | columns,
         config,
     )
     sum_planes(y_planes, y)

@@ -13,6 +13,7 @@ import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import device_of
 from lorakernels.configs.table import strike_out
 
 P = ParamSpec("P")
@@ -44,10 +45,11 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 def input_precision(x: torch.Tensor) -> str:
     """How float32 products are made: exactly, unless torch was told that TF32 will do.
 
-    Of float16 x those with float32 factors: as exactly as its own numbers are. Moot for bfloat16.
+    Of float16 x those with float32 factors: as exactly as its own numbers are, and for gradients `dot_factor` needs no
+    more. Moot for bfloat16.
     """
     if x.dtype is torch.float16:
-        return "tf32"
+        return "ieee" if device_of(x.device).arch.startswith("gfx") else "tf32"
     if x.dtype is not torch.float32 or not x.is_cuda:
         return "ieee"
     # The older reading raises once the newer setting was used.

@@ -22,7 +22,6 @@ from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.packed import unpack
 from lorakernels.kernels.tiles import (
     NO_MATRIX,
-    alike,
     descriptor,
     drop,
     epilogue,
@@ -71,8 +70,8 @@ def _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.c
     # Not pipelined: its buffers would come on top of the main loop's (r = 64: 304 KiB, where a block has 227).
     for r in tl.range(0, b.rows, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
-        s_tile, b_tile = alike(load_tile(s, offs_m, offs_r), load_tile(b, offs_r, offs_n))
-        acc = tl.dot(s_tile, b_tile, acc, input_precision=INPUT_PRECISION)
+        s_tile, b_tile = load_tile(s, offs_m, offs_r), load_tile(b, offs_r, offs_n)
+        acc = tl.dot(s_tile, b_tile.to(s_tile.dtype), acc, input_precision=INPUT_PRECISION)
     acc *= low_rank.scale
     if low_rank.mask is not None:
         acc = drop(acc, low_rank.mask, offs_m, pid_n, M, b.cols)

@@ -19,6 +19,7 @@ from lorakernels.kernels.linear_expand import linear_expand
 from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.packed import fits_kernel
 from lorakernels.kernels.shrink import shrink
+from lorakernels.low_rank import low_rank_dtype
 from lorakernels.member import Member, columns, grad_dtype, stacked, sum_rows
 
 Tensors = Sequence[torch.Tensor]
@@ -121,5 +122,5 @@ def grad_row_scale(
 
 def project(weight: torch.Tensor, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """W Aᵀ [N, r] float32, which DoRA's norm needs, W read as x is; and A as it was multiplied."""
-    lora_A = lora_A.to(weight.dtype)
+    lora_A = lora_A.to(low_rank_dtype(weight.dtype))
     return shrink(weight, lora_A, dtype=torch.float32)[0], lora_A

@@ -9,7 +9,7 @@ import triton.language as tl
 from lorakernels.kernels.adapters import Factor, pick_slice, rank_offsets, routes, tokens_from
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
-from lorakernels.kernels.tiles import alike, drop, load_tile, plane, planes_for, sum_planes, tall
+from lorakernels.kernels.tiles import dot_factor, drop, load_tile, plane, planes_for, sum_planes, tall
 from lorakernels.plan import PlanTensors
 
 
@@ -55,8 +55,7 @@ def multi_outer_kernel(
         z_tile = load_tile(z, tokens, offs_n)
         if mask_ptr is not None:
             z_tile = drop(z_tile, mask_ptr, tokens, pid_n, T, N)
-        z_tile, t_tile = alike(z_tile, load_tile(t, tokens, offs_r))
-        acc = tl.dot(tl.trans(z_tile), t_tile, acc, input_precision=INPUT_PRECISION)
+        acc = dot_factor(tl.trans(z_tile), load_tile(t, tokens, offs_r), acc, INPUT_PRECISION)
 
     # A stack's rows past the rank get zero, also where a NaN in z makes NaN of it; pages past it are not the slot's.
     acc = tl.where(offs_r[None, :] < rank, acc, 0.0)

@@ -20,9 +20,9 @@ from lorakernels.kernels.adapters import (
     tile_of_tokens,
     tokens_from,
 )
-from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, launch, retried
 from lorakernels.kernels.multi_config import choose_multi
-from lorakernels.kernels.tiles import alike, cast_factor, draw, load_tile, plane, store_tile, tall
+from lorakernels.kernels.tiles import cast_factor, dot_factor, draw, load_tile, plane, store_tile, summed_columns, tall
 from lorakernels.plan import PlanTensors
 from lorakernels.plan_layout import num_tiles
 
@@ -73,8 +73,7 @@ def multi_shrink_kernel(
             x_tile = draw(x_tile, mask_ptr, seed, threshold, tokens, k, T, x.cols, tl.program_id(1) == 0)
         inside = (offs_k[:, None] < x.cols) & loaded[None, :]
         a_tile = tl.load(a.ptr + offs_k.to(tl.int64)[:, None] * a.strides[2] + rows[None, :], mask=inside, other=0.0)
-        x_tile, a_tile = alike(x_tile, a_tile)
-        acc = tl.dot(x_tile, a_tile, acc, input_precision=INPUT_PRECISION)
+        acc = dot_factor(x_tile, a_tile, acc, INPUT_PRECISION)
     # Columns past the rank are of no meaning: each is its own sum.
     acc = tl.where(offs_r[None, :] < rank, acc * tl.load(scales_ptr + slot), 0.0)
     store_tile(plane(s_ptr, pid_k * NUM_SLICES + pid_s, T, R), acc, tokens, offs_r)
@@ -139,9 +138,8 @@ def multi_shrink(
     x = xs[0]
     T = x.shape[0]
     dropout = thresholds is not None
-    config = choose_multi(
-        "multi_shrink", x, plan.num_slots, max(f.cols for f in factors), width, len(xs), tiles=dropout
-    )
+    cols = max(f.cols for f in factors)
+    config = choose_multi("multi_shrink", x, plan.num_slots, cols, width, len(xs), tiles=dropout)
     s = x.new_empty((config.SPLIT, len(xs), T, width), dtype=torch.float32)
     mask = x.new_empty((T, cdiv(x.shape[1], 8)), dtype=torch.uint8) if dropout else None
     args = {
@@ -159,7 +157,7 @@ def multi_shrink(
         launch(multi_shrink_token_kernel, (T, blocks, config.SPLIT), args, constexprs, config)
     else:
         args |= {"mask_ptr": mask, "seed_ptr": seed if dropout else None, "thresholds_ptr": thresholds}
-        constexprs["INPUT_PRECISION"] = input_precision(x)
+        constexprs |= summed_columns(x, factors[0].ptr, config)
         tiles = num_tiles(T, plan.num_slots, config.BLOCK_M)
         launch(multi_shrink_kernel, (tiles, blocks, config.SPLIT), args, constexprs, config)
     return s, mask

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
-from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, launch, retried
 from lorakernels.kernels.tiles import (
-    alike,
+    dot_factor,
     draw,
     load_tile,
     plane,
@@ -18,6 +18,7 @@ from lorakernels.kernels.tiles import (
     sized,
     store_tile,
     sum_planes,
+    summed_columns,
     tall,
     transposed,
 )
@@ -55,8 +56,7 @@ def shrink_kernel(
         x_tile = load_tile(x, offs_m, offs_k)
         if seed_ptr is not None:
             x_tile = draw(x_tile, mask_ptr, seed, threshold, offs_m, k, M, K, pid_r == 0)
-        x_tile, a_tile = alike(x_tile, load_tile(a, offs_k, offs_r))
-        acc = tl.dot(x_tile, a_tile, acc, input_precision=INPUT_PRECISION)
+        acc = dot_factor(x_tile, load_tile(a, offs_k, offs_r), acc, INPUT_PRECISION)
     store_tile(plane(s_ptr, pid_k, M, R), acc * scale, offs_m, offs_r)
 
 
@@ -93,7 +93,7 @@ def shrink(
             "threshold": threshold,
             "scale": scale * inverse_keep(threshold),
         },
-        {"INPUT_PRECISION": input_precision(x)},
+        summed_columns(x, lora_A, config),
         config,
     )
     sum_planes(planes, s)

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorakernels.configs.config import KernelConfig
-from lorakernels.kernels.launch import cdiv, launch
+from lorakernels.kernels.launch import cdiv, input_precision, launch
 
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): seven rounds of
 # Philox4x32 are the fewest that pass BigCrush; the customary ten cost 40 % more.
@@ -98,10 +98,27 @@ def cast_factor(factor, dtype: tl.constexpr):
 
 
 @triton.jit
-def alike(tile, factor):
-    """A tile of tokens, or of S, and one of A, B or S in the dtype that multiplies them."""
-    factor = cast_factor(factor, tile.dtype)
-    return tile.to(factor.dtype), factor
+def dot_factor(tokens, factor, acc, INPUT_PRECISION: tl.constexpr):
+    """acc + tokens · factor, of a tile of tokens and one of A, B, S or G.
+
+    tf32 has float16's eleven bits, but of a float32 factor gradients need all 24: it is multiplied in two parts.
+    """
+    factor = cast_factor(factor, tokens.dtype)
+    if INPUT_PRECISION == "tf32" and tokens.dtype == tl.float16 and factor.dtype == tl.float32:
+        tokens = tokens.to(tl.float32)
+        # Rounded, not cut: what remains then has twelve bits, of which tf32 drops one.
+        high = ((factor.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        acc = tl.dot(tokens, factor - high, acc, input_precision=INPUT_PRECISION)
+        factor = high
+    return tl.dot(tokens.to(factor.dtype), factor, acc, input_precision=INPUT_PRECISION)
+
+
+def summed_columns(x: torch.Tensor, factor: torch.Tensor, config: KernelConfig) -> dict[str, Any]:
+    """INPUT_PRECISION and BLOCK_K for `dot_factor`: two parts have half as many columns, or their registers spill."""
+    precision, block_k = input_precision(x), config.BLOCK_K
+    if precision == "tf32" and x.dtype is torch.float16 and factor.dtype is torch.float32:
+        block_k = max(16, block_k // 2)
+    return {"INPUT_PRECISION": precision, "BLOCK_K": block_k}
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import triton.language as tl
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 
@@ -88,6 +89,28 @@ def shuffled_programs(seed: int) -> Iterator[None]:
         set_idx(self, *(int(i) for i in np.unravel_index(order[0][place], self.grid_dim)))
 
     with patch.multiple(builder, set_grid_dim=set_grid_dim, set_grid_idx=set_grid_idx):
+        yield
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Inside the block float32 is multiplied in tf32 where a kernel asks for it: without the bits past the eleventh.
+
+    The interpreter multiplies all of them.
+    """
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def cut(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.float32:
+            return operand
+        return interpreter.TensorHandle((operand.data.view(np.uint32) & 0xFFFFE000).view(np.float32), tl.float32)
+
+    def create_dot_tf32(self: Any, a: Any, b: Any, d: Any, input_precision: Any, *rest: Any) -> Any:
+        if input_precision == ir.INPUT_PRECISION.TF32:
+            a, b = cut(a), cut(b)
+        return create_dot(self, a, b, d, input_precision, *rest)
+
+    with patch.object(interpreter.InterpreterBuilder, "create_dot", create_dot_tf32):
         yield
 
 

@@ -157,7 +157,7 @@ def _compile(task: _Task) -> CompileRow:
     # Not the config's num_warps: warp specialisation adds some.
     threads = meta.num_warps * arch.target.warp_size
     # A kernel without a loop has none to judge. What float16 meets in float32 is loaded as tf32's operands lie.
-    if code.loads and _aligned(task.launch) and task.launch.tensor.dtype is not torch.float16:
+    if code.loads and _aligned(task.launch) and "fp16" not in str(task.source.signature):
         faults.append(narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
     return task.row(
         registers=code.registers,

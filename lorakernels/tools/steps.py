@@ -55,6 +55,7 @@ def shipped_launches() -> list[Any]:
             multi_step(torch.float32, T, slots, 16, 4096, (4096,), paged=T == 64, train=False)
         for dtype in DTYPES:
             multi_step(dtype, *BATCHES[-1], 16, 4096, (4096,), _THRESHOLD)
+        multi_step(torch.float16, *BATCHES[-1], 16, 4096, (4096,), _THRESHOLD, factor_dtype=single)
         multi_step(torch.bfloat16, *BATCHES[-1], 64, 4096, QKV)
         for T, slots in BATCHES:
             train = T > 64  # a program a token draws no dropout
@@ -114,6 +115,7 @@ def multi_step(
     Ns: Sequence[int],
     threshold: int = 0,
     *,
+    factor_dtype: torch.dtype | None = None,
     paged: bool = False,
     train: bool = True,
 ) -> None:
@@ -125,8 +127,9 @@ def multi_step(
 
     plan = BatchPlan(slots, T, max_rank=R, num_pages=slots * R if paged else None, device="meta").tensors
     x, weights, dys = meta(T, K), [meta(N, K) for N in Ns], [meta(T, N) for N in Ns]
-    As = [meta(slots * R, K) if paged else meta(slots, R, K) for _ in Ns]
-    Bs = [meta(slots * R, N) if paged else meta(slots, N, R) for N in Ns]
+    own = factor_dtype or dtype
+    As = [meta(slots * R, K, of=own) if paged else meta(slots, R, K, of=own) for _ in Ns]
+    Bs = [meta(slots * R, N, of=own) if paged else meta(slots, N, R, of=own) for N in Ns]
     seed, thresholds = (meta(1, of=torch.int64), meta(slots + 1, of=torch.int32)) if threshold else (None, None)
     _, s, mask = multi_lora.forward(
         x, weights, [None] * len(Ns), As, Bs, plan, keep_s=train, seed=seed, thresholds=thresholds

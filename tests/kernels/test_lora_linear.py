@@ -39,6 +39,7 @@ from lorakernels.testing.cases import (
 )
 from lorakernels.testing.device import COMPILED, NUMBERS, has_room
 from lorakernels.testing.guards import canaries
+from lorakernels.testing.interpreter import tf32_products
 from lorakernels.tools.steps import shipped_launches
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -387,16 +388,20 @@ def test_each_stream_forks_to_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("way", ["torch", "triton-few-tiny", "triton-general-tiny", "many-torch", "many-triton"])
-def test_float16_with_float32_adapters_neither_overflows_nor_vanishes(way: str, device: str) -> None:
-    """x of 1e3 gives S past 65504, and gradients of 1e-4 a G below 6e-8: float16 would have inf and 0 for them."""
-    M, K, N, r, scaling = 40, 272, 48, 5, 0.5
+@pytest.mark.parametrize(("size_B", "size_dy"), [(1e-6, 1e-4), (1e-3, 1e-2)], ids=["tiny", "mostly_update"])
+def test_float16_with_float32_adapters_is_as_near_as_peft(size_B: float, size_dy: float, way: str, device: str) -> None:
+    """x of 1e3 gives S past 65504, and gradients of 1e-4 a G below 6e-8: float16 would have inf and 0 for them.
+
+    The gradients of A and B have as many bits as PEFT's, which makes them of float32 alone: tf32 would have 11.
+    """
+    M, K, N, r, scaling = 24, 144, 40, 5, 0.5
 
     def leaf(rows: int, cols: int, scale: float, dtype: torch.dtype) -> torch.Tensor:
         return (torch.randn(rows, cols, device=device) * scale).to(dtype).requires_grad_()
 
     x, weight = leaf(M, K, 1e3, torch.float16), leaf(N, K, 1e-3, torch.float16).detach()
-    A, B = leaf(r, K, 10.0, torch.float32), leaf(N, r, 1e-6, torch.float32)
-    dy = leaf(M, N, 1e-4, torch.float16).detach()
+    A, B = leaf(r, K, 10.0, torch.float32), leaf(N, r, size_B, torch.float32)
+    dy = leaf(M, N, size_dy, torch.float16).detach()
 
     def as_peft(x: torch.Tensor, weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -421,14 +426,8 @@ def test_float16_with_float32_adapters_neither_overflows_nor_vanishes(way: str, 
         return [y.detach(), *[t.grad for t in leaves if t.grad is not None]]
 
     assert not (x @ A.half().t()).isfinite().all()
-    assert not (dy @ B.half()).count_nonzero()
-    found, peft, exact = results(ours), results(as_peft), results(as_peft, torch.float64)
-    for actual, eager, truth in zip(found[:2], peft[:2], exact[:2], strict=True):
-        assert_within_budget(actual, eager, truth, torch.float16)
-    # Two products of two factors each, which tf32 rounds by half of 2⁻¹⁰ of themselves.
-    for actual, truth, summed in (
-        (found[2], exact[2], (scaling * dy.double().abs() @ B.double().abs()).t() @ x.double().abs()),
-        (found[3], exact[3], scaling * dy.double().abs().t() @ (x.double().abs() @ A.double().abs().t())),
-    ):
-        assert ((actual.double() - truth).abs() <= 4 * 2**-11 * summed).all()
-        assert actual.count_nonzero()
+    assert size_B > 1e-6 or not (dy @ B.half()).count_nonzero()
+    with contextlib.nullcontext() if COMPILED else tf32_products():
+        found = results(ours)
+    for actual, eager, truth in zip(found, results(as_peft), results(as_peft, torch.float64), strict=True):
+        assert_within_budget(actual, eager, truth, actual.dtype)
