@@ -21,6 +21,7 @@ from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.tiles import (
     NO_MATRIX,
     Matrix,
+    cast_factor,
     dot_factor,
     drop,
     load_tile,
@@ -66,7 +67,7 @@ def outer_kernel(
     if sums_ptr is not None:
         sums = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if p_ptr is not None:
-        q_tile = load_tile(sized(q, N, R), offs_n, offs_r)
+        q_tile = cast_factor(load_tile(sized(q, N, R), offs_n, offs_r), z.ptr.dtype.element_ty)
 
     for m in range(pid_m * BLOCK_M, M, BLOCK_M * tl.num_programs(1)):
         offs_m = m + tl.arange(0, BLOCK_M)
@@ -74,7 +75,8 @@ def outer_kernel(
         if mask_ptr is not None:
             z_tile = drop(z_tile, mask_ptr, offs_m, pid_n, M, N)
         if out.ptr is not None:
-            acc = dot_factor(tl.trans(z_tile), load_tile(t, offs_m, offs_r), acc, INPUT_PRECISION)
+            t_tile = load_tile(t, offs_m, offs_r)
+            acc = dot_factor(tl.trans(z_tile), t_tile, acc, INPUT_PRECISION)
         if p_ptr is not None:
             p = dot_factor(z_tile, q_tile, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), INPUT_PRECISION)
             store_tile(plane(p_ptr, pid_n, M, R), p * scale, offs_m, offs_r)
