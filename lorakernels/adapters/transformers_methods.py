@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -99,8 +101,37 @@ class _Method:
         return _Method, (self._model(), self._name)
 
 
+def _refuse_outside() -> None:
+    """From now on transformers' save_pretrained raises where a part of the model was given adapters, and not the whole.
+
+    Only the part has `_save_pretrained`, and which models it is in, or will be, a part does not know.
+    """
+    loaded = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if loaded is None or hasattr(save_pretrained := loaded.save_pretrained, "_of_lorakernels"):
+        return
+
+    @functools.wraps(save_pretrained)
+    def save_whole(model: Any, *args: Any, **kwargs: Any) -> Any:
+        holders = held.holders(model)
+        names = [path for path, one in holders.items() if not getattr(one, "is_plain", one.in_merged_model)]
+        if names:
+            parts = [path for one, path in names_of(model).items() if path and held.configs(one)]
+            part = f"model.{parts[0]}" if parts else "part"
+            raise RuntimeError(
+                f"{len(names)} modules of this {type(model).__name__} are adapted ({names[0]}, …), by adapters that "
+                "were put into a part of it, and save_pretrained would write them under names that from_pretrained "
+                f"leaves out. Call lorakernels.save_adapter({part}, folder) for the adapters, or "
+                f"lorakernels.merge({part}) before it; or give lorakernels.inject the whole model"
+            )
+        return save_pretrained(model, *args, **kwargs)
+
+    save_whole._of_lorakernels = True  # type: ignore[attr-defined]
+    loaded.save_pretrained = save_whole
+
+
 def give_methods(model: Any) -> None:
     """Let a transformers model, and so a Trainer, call these while it has adapters."""
+    _refuse_outside()
     for name in _METHODS:
         if hasattr(type(model), name) and name not in model.__dict__:
             setattr(model, name, _Method(model, name))

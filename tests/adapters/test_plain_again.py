@@ -159,6 +159,60 @@ def test_what_an_adapted_model_saves_through_transformers(tmp_path: Path) -> Non
         model.save_pretrained(tmp_path / "half")
 
 
+def encoder_decoder() -> tuple[Any, str]:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 32}
+    encoder = transformers.BertConfig(num_attention_heads=2, **sizes)
+    decoder = transformers.BertConfig(num_attention_heads=2, is_decoder=True, add_cross_attention=True, **sizes)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 0, 0
+    return transformers.EncoderDecoderModel(config), "decoder"
+
+
+def llava() -> tuple[Any, str]:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    text = transformers.LlamaConfig(num_attention_heads=2, vocab_size=32, **sizes)
+    vision = transformers.CLIPVisionConfig(num_attention_heads=2, image_size=4, patch_size=2, **sizes)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=31)
+    return transformers.LlavaForConditionalGeneration(config), "model.language_model"
+
+
+def dual_encoder() -> tuple[Any, str]:
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    text = transformers.BertConfig(num_attention_heads=2, vocab_size=32, **sizes)
+    vision = transformers.CLIPVisionConfig(num_attention_heads=2, image_size=4, patch_size=2, **sizes)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=8)
+    return transformers.VisionTextDualEncoderModel(config), "vision_model"
+
+
+@pytest.mark.parametrize("made", [encoder_decoder, llava, dual_encoder])
+def test_a_model_in_whose_part_adapters_are(made: Any, tmp_path: Path) -> None:
+    """transformers knows nothing of them: its save_pretrained is refused, and writes nothing, until they are merged."""
+    torch.manual_seed(0)
+    model, path = made()
+    part = lk.inject(
+        model.get_submodule(path), lk.LoRAConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    )
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(tmp_path / "trainer", use_cpu=True))
+    for save in (model.save_pretrained, copy.deepcopy(model).save_pretrained, trainer.save_model):
+        with pytest.raises(RuntimeError, match=rf"lorakernels.save_adapter\(model\.{path}, folder\)"):
+            save(tmp_path / "whole")
+        assert not list((tmp_path / "whole").glob("*.safetensors"))
+    # torch's own ways are as they were.
+    again = made()[0]
+    lk.inject(again.get_submodule(path), lk.LoRAConfig(r=2, target_modules="all-linear"))
+    again.load_state_dict(model.state_dict())
+    lk.save_adapter(part, tmp_path / "part")
+    lk.merge(part)
+    model.save_pretrained(tmp_path / "whole")
+    loaded, told = type(model).from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    expected = lk.unload(part, merge=True).state_dict()
+    assert loaded.get_submodule(path).state_dict().keys() == expected.keys()
+    for name, value in loaded.get_submodule(path).state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    model.save_pretrained(tmp_path / "plain")
+
+
 def test_a_trainers_checkpoint(tmp_path: Path) -> None:
     model = adapted(llama())
     model.config._name_or_path = ""
