@@ -169,8 +169,11 @@ class PackedWeight(NamedTuple):
         first, last = col // block, -(-last_col // block)
         per_row, zero = -(-K // block), None
         if self.table is not None:
-            rows = torch.arange(row, last_row, dtype=torch.int32, device=self.device)[:, None] * per_row
-            scale = self._at(rows + torch.arange(first, last, dtype=torch.int32, device=self.device))
+            blocks: Any = slice(row * per_row, last_row * per_row)
+            if (first, last) != (0, per_row):
+                blocks = torch.arange(row, last_row, dtype=torch.int32, device=self.device)[:, None] * per_row
+                blocks = blocks + torch.arange(first, last, dtype=torch.int32, device=self.device)
+            scale = self._at(blocks).view(last_row - row, last - first)
         else:
             part: Any = slice(row, last_row)
             if block_rows > 1:
@@ -219,16 +222,21 @@ class PackedWeight(NamedTuple):
         zero = None if self.zero is None else self.zero.flatten()[blocks].float()
         return (numbers if zero is None else numbers - zero) * self._at(blocks)
 
-    def _at(self, blocks: torch.Tensor) -> torch.Tensor:
+    def _at(self, blocks: torch.Tensor | slice) -> torch.Tensor:
         """The scales of blocks by their places, in float32."""
+        scale = self.scale.flatten()
         if self.table is None:
-            return self.scale.flatten()[blocks].float()
+            return scale[blocks].float()
         assert self.absmax is not None and self.offset is not None
-        # index_select takes half the time of an index (65,536 scales: 0.25 ms for 0.7).
+        absmax = self.absmax.flatten()
+        # Half the time that an index by a tensor takes (65,536 scales: 0.25 ms for 0.7), and without one 0.1.
+        if isinstance(blocks, slice):
+            outer, skipped = absmax[blocks.start >> 8 : -(-blocks.stop >> 8)], blocks.start & ~255
+            outer = outer.repeat_interleave(256)[blocks.start - skipped : blocks.stop - skipped]
+            return self.table.index_select(0, scale[blocks].int()).mul_(outer).add_(self.offset).float()
         places = blocks.flatten()
-        table = self.table.index_select(0, self.scale.flatten().index_select(0, places).int())
-        absmax = self.absmax.flatten().index_select(0, places >> 8)
-        return (table * absmax + self.offset).float().view(blocks.shape)
+        table = self.table.index_select(0, scale.index_select(0, places).int())
+        return (table * absmax.index_select(0, places >> 8) + self.offset).float().view(blocks.shape)
 
 
 class Transposed(NamedTuple):
