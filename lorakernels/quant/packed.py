@@ -14,7 +14,7 @@ _AT_A_TIME = 1 << 18  # numbers that are unpacked together, which stay in a cach
 class Form(NamedTuple):
     """How the numbers of a packed weight [N, K] lie in its tensors. As text, "nf4 4096x4096 1x64 bfloat16"."""
 
-    kind: str  # a key of `CODES`, "int4", "int8" or "fp8"
+    kind: str  # a key of `CODES`, "int8" or "fp8"
     N: int
     K: int
     block_rows: int  # those and the columns that share a scale; 0: blocks run on over the rows of the flattened weight
@@ -54,14 +54,22 @@ _NF4 = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4 = (0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
-CODES = {"nf4": _NF4, "fp4": (*_FP4, *(-value for value in _FP4)), "int4": tuple(map(float, range(16)))}
+# E2M1 of the Open Compute Project's "Microscaling Formats (MX) Specification" 1.0: of a sign, two bits and one.
+_MXFP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+CODES = {
+    "nf4": _NF4,
+    "fp4": (*_FP4, *(-value for value in _FP4)),
+    "mxfp4": (*_MXFP4, *(-value for value in _MXFP4)),
+    "int4": tuple(map(float, range(16))),
+}
 
 
 class PackedWeight(NamedTuple):
     """A frozen weight [N, K]: number (n, k) is (code - zero) · scale, with the zero and the scale of its block.
 
-    `data` is uint8 of ⌈N K / 2⌉ pairs of numbers, or [N, K] of int8 or float8_e4m3fn. A scale is a float; or with
-    `table` [256], nested, it is table[scale] · absmax + offset, one absmax for 256 scales.
+    `data` is uint8 of ⌈N K / 2⌉ pairs of numbers, or [N, K] of int8 or float8_e4m3fn. A scale is a float; of "mxfp4"
+    it is a power of two, 2^(scale - 127); or with `table` [256], nested, it is table[scale] · absmax + offset, one
+    absmax for 256 scales.
     """
 
     text: str  # its form; numbers in a tuple would be symbols to torch.compile
@@ -178,7 +186,7 @@ class PackedWeight(NamedTuple):
             part: Any = slice(row, last_row)
             if block_rows > 1:
                 part = torch.arange(row, last_row, device=self.device) // block_rows
-            scale = self.scale.view(-1, per_row)[part, first:last].float()
+            scale = self._wide(self.scale.view(-1, per_row)[part, first:last])
             if self.zero is not None:
                 zero = self.zero.view(-1, per_row)[part, first:last].float()
         if (col, last_col) == (first * block, last * block):
@@ -226,7 +234,7 @@ class PackedWeight(NamedTuple):
         """The scales of blocks by their places, in float32."""
         scale = self.scale.flatten()
         if self.table is None:
-            return scale[blocks].float()
+            return self._wide(scale[blocks])
         assert self.absmax is not None and self.offset is not None
         absmax = self.absmax.flatten()
         # Half the time that an index by a tensor takes (65,536 scales: 0.25 ms for 0.7), and without one 0.1.
@@ -237,6 +245,10 @@ class PackedWeight(NamedTuple):
         places = blocks.flatten()
         table = self.table.index_select(0, scale.index_select(0, places).int())
         return (table * absmax.index_select(0, places >> 8) + self.offset).float().view(blocks.shape)
+
+    def _wide(self, scale: torch.Tensor) -> torch.Tensor:
+        """Scales that are not nested, in float32."""
+        return (scale.view(torch.float8_e8m0fnu) if self.form.kind == "mxfp4" else scale).float()
 
 
 class Transposed(NamedTuple):
