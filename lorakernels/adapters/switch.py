@@ -40,6 +40,7 @@ def set_adapter(model: nn.Module, names: str | list[str]) -> None:
     activate(model, wanted)
 
 
+@whole
 def set_scale(model: nn.Module, name: str, scale: float) -> None:
     """Multiply an adapter's own scaling (lora_alpha / r) by `scale`: 1 restores it, 0 switches it off.
 

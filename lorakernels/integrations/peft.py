@@ -21,6 +21,7 @@ from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_f
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
+from lorakernels.nn.whole import whole
 from lorakernels.quant.layers import keep_packing, why_refused
 
 
@@ -86,6 +87,7 @@ class AccelerationReport:
         return f"{self.num_accelerated} of {self.num_layers} LoRA layers accelerated"
 
 
+@whole
 def accelerate(
     model: nn.Module, *, group: bool | None = None, groups: Sequence[Sequence[str]] = (), invariant: bool = False
 ) -> AccelerationReport:
@@ -134,11 +136,12 @@ def accelerate(
         warnings.warn(
             f"{type(model).__name__} has no PEFT LoRA layer, so nothing is accelerated; call accelerate() after "
             "get_peft_model or inject_adapter_in_model",
-            stacklevel=2,
+            stacklevel=3,
         )
     return AccelerationReport(tuple(rows))
 
 
+@whole
 def restore(model: nn.Module) -> None:
     """Undo `accelerate`: every layer is of PEFT's own type again. Harmless where nothing is accelerated.
 

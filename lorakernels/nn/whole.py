@@ -27,13 +27,16 @@ class _Change:
 
     def __init__(self, module: nn.Module) -> None:
         self.contents: list[tuple[Any, Any]] = []  # dicts, lists and sets, with a copy of each
+        self.types: list[tuple[nn.Module, type]] = []
         self.needed_grad: list[tuple[torch.Tensor, bool]] = []
         self.own: set[int] = set()  # the tensors that are there
         self.steps: list[Step] = []
         self.done = False
         seen, left = {module}, [module]
         while left:  # `modules()` makes names too, which takes as long as all of this
-            attributes = left.pop().__dict__
+            one = left.pop()
+            attributes = one.__dict__
+            self.types.append((one, type(one)))
             self.contents.append((attributes, attributes.copy()))
             for value in attributes.values():
                 if type(value) in _CONTAINERS:
@@ -56,6 +59,9 @@ class _Change:
                 self.own.update(id(field) for field in fields.values() if isinstance(field, torch.Tensor))
 
     def restore(self) -> None:
+        for one, kind in self.types:
+            if type(one) is not kind:
+                one.__class__ = kind
         for container, before in self.contents:
             if not before:
                 container.clear()

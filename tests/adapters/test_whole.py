@@ -12,13 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 import lorakernels as lk
 from lorakernels.adapters import held
+from lorakernels.integrations import peft as peft_layers
 from lorakernels.nn import whole
+from lorakernels.nn.base import Adapter
 from lorakernels.testing.failing import FailAt
 
 PACKAGE = os.path.dirname(lk.__file__)
@@ -70,6 +73,11 @@ def net(*adapters: dict[str, Any]) -> Any:
     return model
 
 
+def peft_net() -> Any:
+    model = net()
+    return peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["embed", "q_proj", "k_proj"]), model)
+
+
 def packed(model: Any) -> Any:
     return lk.inject(lk.quantize(model, "nf4", block=32), config(target_modules=["q_proj", "k_proj"]))
 
@@ -115,6 +123,14 @@ ACTS: dict[str, tuple[Callable[[], Any], Act]] = {
     "hot swap, a head": (lambda: net(HEAD), lambda m, f: lk.hotswap_adapter(m, f["head"])),
     "prepare for hot swaps": (lambda: net({}), lambda m, f: lk.prepare_for_hotswap(m, 4)),
     "choose": (lambda: net({}, {}), lambda m, f: lk.set_adapter(m, ["default", "a1"])),
+    "scale": (lambda: net({}, {}), lambda m, f: lk.set_scale(m, "a1", 0.5)),
+    "scale, of hot swaps": (
+        lambda: after(net({}), lambda m: lk.prepare_for_hotswap(m, 4)),
+        lambda m, f: lk.set_scale(m, "default", 0.5),
+    ),
+    "accelerate": (peft_net, lambda m, f: lk.accelerate(m)),
+    "accelerate in groups": (peft_net, lambda m, f: lk.accelerate(m, groups=[["q_proj", "k_proj"]], invariant=True)),
+    "restore": (lambda: after(peft_net(), lk.accelerate), lambda m, f: lk.restore(m)),
     "combine": (lambda: net({}, {}), lambda m, f: lk.add_weighted_adapter(m, ["default", "a1"], [0.5, 2], "b")),
     "merge": (lambda: net({}, {}), lambda m, f: lk.merge(m, ["a1"])),
     "merge two, kept": (lambda: net({}, {}), lambda m, f: lk.merge(m, ["a1", "default"], keep_base=True)),
@@ -143,7 +159,16 @@ ACTS: dict[str, tuple[Callable[[], Any], Act]] = {
 }  # fmt: skip
 
 
-WITHOUT_OPERATORS = ("choose", "delete", "unload", "unmerge, packed")
+WITHOUT_OPERATORS = (
+    "choose",
+    "scale",
+    "accelerate",
+    "accelerate in groups",
+    "restore",
+    "delete",
+    "unload",
+    "unmerge, packed",
+)
 
 
 def value_of(one: Any) -> Any:
@@ -173,7 +198,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         for kind in ("_parameters", "_buffers"):
             state |= {f"{path}.{name}": value_of(tensor) for name, tensor in own.pop(kind).items()}
         flags = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
-        state[path] = [type(module).__name__, flags, list(module._modules), value_of(own)]
+        state[path] = [type(module).__qualname__, flags, list(module._modules), value_of(own)]
     state["configs"] = repr(held.configs(model))
     return state
 
@@ -250,6 +275,26 @@ def test_a_failure_at_every_operator(act: str, folders: dict[str, Path]) -> None
 @pytest.mark.parametrize("act", ACTS)
 def test_an_interrupt_at_many_lines(act: str, folders: dict[str, Path]) -> None:
     print(f"{act}: {points(act, folders, InterruptAt, KeyboardInterrupt, iter(range(0, 10**6, 37)))} lines, wrong: 0")
+
+
+@pytest.mark.parametrize(
+    ("act", "owner", "name"),
+    [
+        ("scale", Adapter, "rescale"),
+        ("accelerate", peft_layers, "forget_packs"),
+        ("restore", peft_layers, "forget_packs"),
+    ],
+)
+def test_a_failure_half_way_through_what_runs_no_operator(
+    act: str, owner: Any, name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, run = ACTS[act]
+    model, real, calls = make(), getattr(owner, name), iter("ok")
+    before = state_of(model)
+    monkeypatch.setattr(owner, name, lambda *args: real(*args) if next(calls) == "o" else int("injected"))
+    with pytest.raises(ValueError, match="injected"):
+        run(model, folders)
+    assert state_of(model) == before
 
 
 def test_an_interrupt_of_the_terminal_waits_for_the_end() -> None:
