@@ -10,6 +10,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import device_of
+from lorakernels.configs.heuristic import TMA_ARCHS
 from lorakernels.kernels.launch import cdiv, input_precision, launch
 
 # Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): seven rounds of
@@ -114,9 +116,13 @@ def dot_factor(tokens, factor, acc, INPUT_PRECISION: tl.constexpr):
 
 
 def summed_columns(x: torch.Tensor, factor: torch.Tensor, config: KernelConfig) -> dict[str, Any]:
-    """INPUT_PRECISION and BLOCK_K for `dot_factor`: two parts have half as many columns, or their registers spill."""
+    """INPUT_PRECISION and BLOCK_K for `dot_factor`: two parts have half as many columns, or their registers spill.
+
+    But not where eight warps share a tile whose factors lie in shared memory, as Hopper and Blackwell multiply them.
+    """
     precision, block_k = input_precision(x), config.BLOCK_K
-    if precision == "tf32" and x.dtype is torch.float16 and factor.dtype is torch.float32:
+    two_parts = precision == "tf32" and x.dtype is torch.float16 and factor.dtype is torch.float32
+    if two_parts and (config.num_warps < 8 or device_of(x.device).arch not in TMA_ARCHS):
         block_k = max(16, block_k // 2)
     return {"INPUT_PRECISION": precision, "BLOCK_K": block_k}
 
