@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakernels import ops
-from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_forward
+from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_call, mixed_forward
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
@@ -183,6 +183,7 @@ def _fused(kind: Any) -> type:
         """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
 
         linear_call = linear_call
+        mixed_call = mixed_call
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             y = None

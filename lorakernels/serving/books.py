@@ -45,8 +45,9 @@ class Version:
     def enter(self, rows: Rows) -> None:
         """Take pages on the device, which must be free, and write them."""
         try:
+            common = sorted(set.intersection(*(set(pool.free) for pool in self.parts))) if self.parts else ()
             for pool, part in self.parts.items():
-                self.pages[pool] = pool.take(part.rank)
+                self.pages[pool] = pool.take(part.rank, common)
                 pool.write(self.pages[pool], rows[pool])
             self.written = {pool.writer: pool.writer.written() for pool in self.parts}
         except BaseException:

@@ -1,0 +1,45 @@
+"""Linears of a batch in which each token has its own adapter, as slices of one launch: a store's, and PEFT's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lorakernels.backend import resolve_impl
+from lorakernels.functional import multi_lora_linear
+from lorakernels.nn.siblings import Part, Way
+from lorakernels.plan import BatchPlan
+from lorakernels.quant.packed import Weight
+
+# What a linear does with an x: its weight [N, K], its bias [N], A and B of all adapters, and which token is whose.
+Slice = tuple[Weight, torch.Tensor | None, torch.Tensor, torch.Tensor, BatchPlan]
+
+
+def slices_pay(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there are launches to save: plain torch has as many products for slices as for linears."""
+    return resolve_impl("auto", device, dtype) == "triton"
+
+
+def run_slices(x: torch.Tensor, slices: list[Part]) -> list[torch.Tensor]:
+    """The y [..., N] of each, of one plan. Raises what `multi_lora_linear` does."""
+    weights, biases, As, Bs, (plan, *_) = zip(*slices, strict=True)
+    biases = tuple(
+        bias if bias is None or isinstance(weight, torch.Tensor) else bias.to(x.dtype)
+        for weight, bias in zip(weights, biases, strict=True)
+    )
+    return multi_lora_linear(x, weights, As, Bs, plan, bias=biases)
+
+
+def _call_of(sibling: Any, x: torch.Tensor) -> Slice | None:
+    """Layers have `mixed_call(x)`, which says what they would do with x."""
+    return sibling.mixed_call(x) if hasattr(sibling, "mixed_call") else None
+
+
+def _part_of(x: torch.Tensor, call: Slice, with_dropout: bool) -> Part | None:
+    """None where an invariant row's bits would depend on whom the group's other members have, and with gradients, for
+    which the outputs of a group have one backward."""
+    return call if not (call[-1].unit or torch.is_grad_enabled()) and slices_pay(x.device, x.dtype) else None
+
+
+SLICES = Way(_call_of, _part_of, run_slices)
