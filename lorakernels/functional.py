@@ -334,7 +334,8 @@ def multi_lora_linear(
     within = arguments.biases_of(None, len(weights)) if apart else biases
     p = dropout_p if training else 0.0
     ys = ops.multi_lora_linear(ops.as_matrix(x), weights, within, lora_As, lora_Bs, plan, p, impl)
-    ys = [ops.as_output(y, x) for y in ys]
+    if x.dim() != 2:
+        ys = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
     if apart:
         ys = [y if bias is None else y + bias for y, bias in zip(ys, biases, strict=True)]
     return ys[0] if single else ys

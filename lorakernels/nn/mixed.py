@@ -23,12 +23,11 @@ def slices_pay(device: torch.device, dtype: torch.dtype) -> bool:
 
 def run_slices(x: torch.Tensor, slices: list[Part]) -> list[torch.Tensor]:
     """The y [..., N] of each, of one plan. Raises what `multi_lora_linear` does."""
-    weights, biases, As, Bs, (plan, *_) = zip(*slices, strict=True)
-    biases = tuple(
-        bias if bias is None or isinstance(weight, torch.Tensor) else bias.to(x.dtype)
-        for weight, bias in zip(weights, biases, strict=True)
-    )
-    return multi_lora_linear(x, weights, As, Bs, plan, bias=biases)
+    biases = [
+        bias if bias is None or isinstance(weight, torch.Tensor) else bias.to(x.dtype) for weight, bias, *_ in slices
+    ]
+    weights, _, As, Bs, plans = zip(*slices, strict=True)
+    return multi_lora_linear(x, weights, As, Bs, plans[0], bias=biases)
 
 
 def _call_of(sibling: Any, x: torch.Tensor) -> Slice | None:
