@@ -97,7 +97,7 @@ class Batch:
     def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
         self.check_open(site)
-        if self.called is not None:
+        if self.called is not None and not site.is_seen:
             self.called.add(site)
         site.pool.writer.check_no_capture()
         if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows

@@ -256,7 +256,7 @@ class AdapterStore:
                     writer.before_reads(written)
             most = self.max_rank if self.invariant else None
             batch = Batch(slots, [version.routing() for version in versions], numbers, most)
-            with watched(self.model, versions, batch), running(self._owner, batch):
+            with watched(self.model, self._books, versions, batch), running(self._owner, batch):
                 yield
         finally:
             with self._books.lock:
@@ -318,8 +318,10 @@ class AdapterStore:
             if must_exist:
                 books.find(name)
             kept = None if isinstance(source, tuple) else source
-            reached = [self._sites[path] for path in contents.layers]
-            books.add(Version(name, next(self._numbers), kept, parts, reached), rows)
+            parents = {"": self.model, **contents.modules}
+            reached = {self._sites[path]: parents[path.rpartition(".")[0]] for path in contents.layers}
+            books.add(Version(name, next(self._numbers), kept, parts, list(reached)), rows)
+            books.reach(reached)
             for site in reached:
                 serve(site)
             self._declare_groups(reached)
