@@ -101,7 +101,8 @@ def accelerate(
         model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
         group: whether projections that one module calls with the same x (q, k, v; gate, up) are computed together, as
             `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one mask
-            for all; False, never. They are found by the names that models give them.
+            for all; False, never. They are found by the names that models give them. In mixed batches on a GPU they are
+            slices of one launch.
         groups: further groups, each a list of names of one module's children: [["query_key", "value"]].
         invariant: in mixed batches (`adapter_names=`) what a row gets does not depend, to the bit, on which adapters
             the other rows have. That is slower on a CPU, where each row is then multiplied by itself.
