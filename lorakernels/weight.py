@@ -113,8 +113,9 @@ def parts_of(
     total, width = weight.shape
     by_columns = weight is not packed
     at_once = unpack is PackedWeight.unpack and packed.unpacks_at_once(dtype)
-    # Two such parts are there while the next one is made.
-    step = max(1, SCRATCH_BYTES // (2 if at_once else 1) // (max(1, width) * dtype.itemsize))
+    step = max(1, SCRATCH_BYTES // (max(1, width) * dtype.itemsize))
+    if at_once and step < total:  # two parts are there while the next one is made
+        step = max(1, step // 2)
     if by_columns and step < total:  # whole blocks
         step = max(packed.form.block, step // packed.form.block * packed.form.block)
     scratch = None if at_once else _scratch(min(step, total) * width, dtype, packed.device)

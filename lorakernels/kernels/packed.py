@@ -2,8 +2,8 @@
 
 Of pairs of 4 bits in blocks that do not cross rows, and of 8 bits. In bfloat16 on NVIDIA a word becomes eight numbers
 at once: those of a table by byte permutations in 23 operations, those of int4 as the low bits of 128 + code in 11. Of
-NF4 that is 5.3 issue slots a weight more than a dense loop takes (16 tokens, sm_90, Triton 3.9, counted in the machine
-code). Anything else is a load from a table of 16, which stays in a cache.
+NF4 that is 4.9 issue slots a weight more than a dense loop takes (16 tokens, sm_90, Triton 3.9, counted in the machine
+code), of int4 5.9. Anything else is a load from a table of 16, which stays in a cache.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def load_packed(
     if W_FORM >= 3 and w.zero is None:
         firsts = first_col + tl.arange(0, BLOCK // PER) * PER
         scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts, GROUP).to(tl.bfloat16)
-        numbers = _eight(w, offs_rows, first_col, BLOCK, W_FORM)
+        numbers = _eight(w, offs_rows, first_col, BLOCK, W_FORM, GROUP)
         blocks = tl.reshape(numbers, (offs_rows.shape[0], BLOCK // PER, PER)) * scale[:, :, None]
         tile = tl.reshape(blocks, (offs_rows.shape[0], BLOCK))
     else:
@@ -140,7 +140,7 @@ def load_packed(
             offs_cols = first_col + tl.arange(0, BLOCK)
             numbers = _load_packed(w.ptr, offs_rows, offs_cols, w.rows, w.cols).to(tl.float32)
         elif W_FORM >= 3:
-            numbers = _eight(w, offs_rows, first_col, BLOCK, W_FORM).to(tl.float32)
+            numbers = _eight(w, offs_rows, first_col, BLOCK, W_FORM, GROUP).to(tl.float32)
         else:
             offs = first_col // 2 + tl.arange(0, BLOCK // 2)
             pair = _load_packed(w.ptr, offs_rows, offs, w.rows, w.cols // 2).to(tl.int32)
@@ -163,10 +163,12 @@ def _assembly(form):
 
 
 @triton.jit
-def _eight(w, offs_rows, first_col, BLOCK: tl.constexpr, W_FORM: tl.constexpr):
+def _eight(w, offs_rows, first_col, BLOCK: tl.constexpr, W_FORM: tl.constexpr, GROUP: tl.constexpr):
     """The codes of words, not scaled, bfloat16: eight of a word."""
-    offs = first_col // 8 + tl.arange(0, BLOCK // 8)
-    word = _load_packed(w.ptr.to(tl.pointer_type(tl.uint32)), offs_rows, offs, w.rows, w.cols // 8)
+    offs, cols = first_col // 8 + tl.arange(0, BLOCK // 8), w.cols // 8
+    if GROUP % 32 == 0:  # rows are whole blocks; the compiler knows 16 columns, of which it makes loads of 8 bytes
+        cols = tl.multiple_of(cols, 4)
+    word = _load_packed(w.ptr.to(tl.pointer_type(tl.uint32)), offs_rows, offs, w.rows, cols)
     n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
         _assembly(W_FORM), _CONSTRAINTS, [word], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
     )
