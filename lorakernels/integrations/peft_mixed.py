@@ -92,8 +92,9 @@ class _Pack:
             or any(weight.is_inference() for weight in self.weights)
             or any(isinstance(scaling, torch.Tensor) for scaling in self.scaling.values())
         )
+        # Whether its product may be one of its group's.
         several = bool(self.ranks) and self.only is None
-        self.is_slice = self.may_be_kept and several and slices_pay(weight.device, dtype)  # and may be its group's
+        self.is_slice = self.may_be_kept and several and slices_pay(weight.device, dtype)
         if self.may_be_kept:
             self.versions = list(map(_version_of, self.weights))
 
