@@ -8,7 +8,7 @@ import torch
 
 from lorakernels.backend import resolve_impl
 from lorakernels.functional import multi_lora_linear
-from lorakernels.nn.siblings import Part, Way
+from lorakernels.nn.siblings import Part, Way, from_group
 from lorakernels.plan import BatchPlan
 from lorakernels.quant.packed import Weight
 
@@ -22,13 +22,24 @@ def slices_pay(device: torch.device, dtype: torch.dtype) -> bool:
     return resolve_impl("auto", device, dtype) == "triton"
 
 
-def run_slices(x: torch.Tensor, slices: list[Part]) -> list[torch.Tensor]:
-    """The y [..., N] of each, of one plan. Raises what `multi_lora_linear` does."""
-    biases = [
-        bias if bias is None or isinstance(weight, torch.Tensor) else bias.to(x.dtype) for weight, bias, *_ in slices
-    ]
-    weights, _, As, Bs, plans = zip(*slices, strict=True)
+def mixed_linear(x: torch.Tensor, call: Slice, layer: Any) -> torch.Tensor:
+    """y [..., N] of a layer's call, of its group if that has it. Raises what `multi_lora_linear` does."""
+    y = from_group(layer, x, call, SLICES)
+    if y is None:
+        weight, bias, A, B, plan = call
+        y = multi_lora_linear(x, weight, A, B, plan, bias=_added(bias, weight, x))
+    return y
+
+
+def _run(x: torch.Tensor, slices: list[Part]) -> list[torch.Tensor]:
+    weights, biases, As, Bs, plans = zip(*slices, strict=True)
+    biases = tuple(_added(bias, weight, x) for bias, weight in zip(biases, weights, strict=True))
     return multi_lora_linear(x, weights, As, Bs, plans[0], bias=biases)
+
+
+def _added(bias: torch.Tensor | None, weight: Weight, x: torch.Tensor) -> torch.Tensor | None:
+    """A packed weight is unpacked in x's dtype."""
+    return bias if bias is None or isinstance(weight, torch.Tensor) else bias.to(x.dtype)
 
 
 def _call_of(sibling: Any, x: torch.Tensor) -> Slice | None:
@@ -42,4 +53,4 @@ def _part_of(x: torch.Tensor, call: Slice, with_dropout: bool) -> Part | None:
     return call if not (call[-1].unit or torch.is_grad_enabled()) and slices_pay(x.device, x.dtype) else None
 
 
-SLICES = Way(_call_of, _part_of, run_slices)
+SLICES = Way(_call_of, _part_of, _run)

@@ -15,9 +15,8 @@ from torch import nn
 
 from lorakernels import ops
 from lorakernels.functional import multi_lora_embedding
-from lorakernels.nn.mixed import SLICES, Slice, run_slices
+from lorakernels.nn.mixed import Slice, mixed_linear
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
-from lorakernels.nn.siblings import from_group
 from lorakernels.plan import BatchPlan
 from lorakernels.quant.layers import is_linear, weight_of
 from lorakernels.serving.errors import StaleBatchError
@@ -240,20 +239,15 @@ def _slice(module: nn.Module, site: Any, plan: BatchPlan) -> Slice:
     return weight, parameter_of(module, "bias"), site.lora_A, site.lora_B, plan
 
 
-def _mixed(module: nn.Module, x: torch.Tensor, site: Any, plan: BatchPlan) -> torch.Tensor:
-    call = _slice(module, site, plan)
-    y = from_group(module, x, call, SLICES)
-    return _within(run_slices(x, [call])[0] if y is None else y, site)
-
-
 class ServedLinear(_ServedMatrix, nn.Linear):
     """A `torch.nn.Linear` that a store has switched."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, x.shape[:-1])
-        # Not super(): a kept bound forward may outlive the class.
-        return nn.Linear.forward(self, x) if plan is None else _mixed(self, x, site, plan)
+        if plan is None:
+            return nn.Linear.forward(self, x)  # not super(): a kept bound forward may outlive the class
+        return _within(mixed_linear(x, _slice(self, site, plan), self), site)
 
 
 class ServedEmbedding(_Served, nn.Embedding):
@@ -274,7 +268,7 @@ class _ServedOther(_ServedMatrix):
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, x.shape[:-1])
         if plan is not None:
-            return _mixed(self, x, site, plan)
+            return _within(mixed_linear(x, _slice(self, site, plan), self), site)
         weight, bias = weight_of(self), parameter_of(self, "bias")
         if isinstance(weight, torch.Tensor):
             return BASES[type(self)].forward(self, x)  # as ServedLinear, to the bit
