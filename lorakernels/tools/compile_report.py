@@ -75,8 +75,8 @@ class CompileRow:
 
     `narrowest_load_bytes` is the least that a thread takes with one load from global memory in the main loop: the
     innermost loop with the most matrix instructions. Copies by TMA have no width. Less than 16 is right where a
-    thread's share of a tile is less, and for dropout's mask, which is bytes. `bytes_in_flight` are the loop's tiles, one
-    set less than there are stages, of all programs that the architecture's largest device runs at once;
+    thread's share of a tile is less, and for dropout's mask, which is bytes. `bytes_in_flight` are a set of the loop's
+    tiles for each stage but one, of all programs that the architecture's largest device runs at once;
     `issue_per_byte` are the loop's instructions, of all warps, over the bytes that they load.
     """
 
@@ -198,9 +198,12 @@ _TALL = 8192
 
 
 def _starves(task: _Task, in_flight: int | None) -> str:
-    """What is wrong with a pass over a tall matrix that cannot have the device's bandwidth."""
-    passes = task.source.name in ("shrink_kernel", "outer_kernel") and _aligned(task.launch)
-    if not passes or task.tokens < _TALL or task.arch.target.backend != "cuda":
+    """What is wrong with a pass over a tall matrix of 16 bits that cannot have the device's bandwidth.
+
+    Of float32, multiplied exactly, arithmetic is the limit.
+    """
+    passes = task.source.name in ("shrink_kernel", "outer_kernel") and task.launch.tensor.element_size() == 2
+    if not (passes and _aligned(task.launch)) or task.tokens < _TALL or task.arch.target.backend != "cuda":
         return ""
     needed = max(sheet.bandwidth for sheet in DATA_SHEETS if sheet.arch == task.arch.name) * _LATENCY
     if in_flight is None or in_flight < needed:
