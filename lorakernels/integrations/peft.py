@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakernels import ops
-from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_forward
+from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_call, mixed_forward
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
@@ -103,7 +103,8 @@ def accelerate(
         model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
         group: whether projections that one module calls with the same x (q, k, v; gate, up) are computed together, as
             `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one mask
-            for all; False, never. They are found by the names that models give them.
+            for all; False, never. They are found by the names that models give them. In mixed batches on a GPU they are
+            slices of one launch.
         groups: further groups, each a list of names of one module's children: [["query_key", "value"]].
         invariant: in mixed batches (`adapter_names=`) what a row gets does not depend, to the bit, on which adapters
             the other rows have. That is slower on a CPU, where each row is then multiplied by itself.
@@ -186,6 +187,7 @@ def _fused(kind: Any) -> type:
         """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
 
         linear_call = linear_call
+        mixed_call = mixed_call
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             y = None
