@@ -93,7 +93,7 @@ def shrink(
             "threshold": threshold,
             "scale": scale * inverse_keep(threshold),
         },
-        summed_columns(x, lora_A, config),
+        summed_columns(x, lora_A, config, tall=True),
         config,
     )
     sum_planes(planes, s)

@@ -115,14 +115,17 @@ def dot_factor(tokens, factor, acc, INPUT_PRECISION: tl.constexpr):
     return tl.dot(tokens.to(factor.dtype), factor, acc, input_precision=INPUT_PRECISION)
 
 
-def summed_columns(x: torch.Tensor, factor: torch.Tensor, config: KernelConfig) -> dict[str, Any]:
+def summed_columns(
+    x: torch.Tensor, factor: torch.Tensor, config: KernelConfig, *, tall: bool = False
+) -> dict[str, Any]:
     """INPUT_PRECISION and BLOCK_K for `dot_factor`: two parts have half as many columns, or their registers spill.
 
-    But not where eight warps share a tile whose factors lie in shared memory, as Hopper and Blackwell multiply them.
+    But not in a pass over `tall` x on Hopper and Blackwell: their factors lie in shared memory, and half a tile
+    has too few bytes on their way.
     """
     precision, block_k = input_precision(x), config.BLOCK_K
     two_parts = precision == "tf32" and x.dtype is torch.float16 and factor.dtype is torch.float32
-    if two_parts and (config.num_warps < 8 or device_of(x.device).arch not in TMA_ARCHS):
+    if two_parts and not (tall and device_of(x.device).arch in TMA_ARCHS):
         block_k = max(16, block_k // 2)
     return {"INPUT_PRECISION": precision, "BLOCK_K": block_k}
 
