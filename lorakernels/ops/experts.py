@@ -239,7 +239,8 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(y: torch.Tensor, weights: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         by_token = y.index_select(0, inverse).unflatten(0, weights.shape)
-        return (by_token * weights.unsqueeze(-1)).sum(1)
+        dtype = torch.promote_types(y.dtype, weights.dtype)
+        return torch.bmm(weights.to(dtype).unsqueeze(1), by_token.to(dtype)).squeeze(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -254,7 +255,7 @@ class _Combine(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             places = order // weights.shape[1]
             by_place = weights.reshape(-1).index_select(0, order).unsqueeze(-1)
-            dy = (d_sum.index_select(0, places) * by_place).to(ctx.y_dtype)
+            dy = d_sum.index_select(0, places).mul_(by_place).to(ctx.y_dtype)
         if ctx.needs_input_grad[1]:
             by_token = y.index_select(0, inverse).unflatten(0, weights.shape)
             d_weights = torch.bmm(by_token.to(d_sum.dtype), d_sum.unsqueeze(-1)).squeeze(-1).to(weights.dtype)
