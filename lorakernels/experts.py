@@ -8,19 +8,21 @@ from lorakernels import arguments, ops
 from lorakernels.route import ExpertRoute
 
 
-def expert_route(top_k_index: torch.Tensor, num_experts: int) -> ExpertRoute:
+def expert_route(top_k_index: torch.Tensor, num_experts: int, *, impl: str = "auto") -> ExpertRoute:
     """The pairs of a token and one of its experts, sorted by expert: one sort, and no waiting for a GPU.
 
     Args:
         top_k_index: [T, top_k] int32 or int64, as a router gives it; a token may come twice to one expert.
-        num_experts: E. An index outside 0 … E - 1 raises on a CPU.
+        num_experts: E. An index outside 0 … E - 1 raises in plain torch; by the kernels its rows are zero.
+        impl: "auto", "torch" or "triton": what `expert_lora_linear` will be.
 
     Returns:
         What `expert_lora_linear` and `combine_experts` are routed by.
 
     Raises:
-        ValueError: the shape, or on a CPU an expert, is wrong.
+        ValueError: the shape, or in plain torch an expert, is wrong.
         TypeError: top_k_index is no tensor of integers.
+        BackendError: `impl="triton"` cannot run here.
     """
     if not isinstance(top_k_index, torch.Tensor):
         raise arguments.no_tensor("top_k_index", top_k_index)
@@ -30,7 +32,7 @@ def expert_route(top_k_index: torch.Tensor, num_experts: int) -> ExpertRoute:
         raise ValueError(f"top_k_index is {arguments.shape_of(top_k_index)}; expected [T, top_k] with top_k ≥ 1")
     if not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts is {num_experts!r}; expected a positive integer")
-    return ops.expert_route(top_k_index, num_experts)
+    return ops.expert_route(top_k_index, num_experts, impl)
 
 
 def expert_lora_linear(

@@ -30,7 +30,8 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("kernels", "eager"),
     ("weight",),
     ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "low_rank", "member", "when_imported"),
-    ("plan_layout", "patterns", "printable", "route"),
+    ("route",),
+    ("plan_layout", "patterns", "printable"),
 )
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands
 

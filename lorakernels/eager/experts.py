@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lorakernels.dropout import inverse_keep
 from lorakernels.eager.dropout import draw_mask
-from lorakernels.low_rank import low_rank_dtype
+from lorakernels.low_rank import low_rank_dtype, rank_room, rank_rows
 from lorakernels.member import cast, sum_rows
 from lorakernels.route import ExpertRoute
 from lorakernels.weight import multiply
@@ -25,8 +25,8 @@ from lorakernels.weight import multiply
 _LOT_BYTES = 1 << 20  # of rows that are padded together
 
 
-def route(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`order`, `inverse` and `starts` of an `ExpertRoute`.
+def route(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    """`order`, `inverse` and `starts` of an `ExpertRoute`, and no `plan`.
 
     Raises:
         ValueError: an expert is not one of 0 … num_experts - 1.
@@ -38,7 +38,7 @@ def route(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, to
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     firsts = torch.arange(num_experts + 1, device=order.device, dtype=experts.dtype)
-    return order, inverse, torch.searchsorted(experts, firsts, out_int32=True)
+    return order, inverse, torch.searchsorted(experts, firsts, out_int32=True), None
 
 
 class _Lot:
@@ -237,30 +237,3 @@ def _takes_grouped(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and all(line * x.element_size() % 16 == 0 for line in lines)
         and all(matrix.stride(0) >= matrix.shape[1] for matrix in matrices)
     )
-
-
-def rank_rows(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of rank [E, r, columns] in `dtype`, whose columns or rows are contiguous.
-
-    PEFT's B has the expert as its fastest dimension. As a transposed matrix it is copied 8 to 14 times faster than as
-    three permuted dimensions; uncopied every element of an expert's would come from a sector of its own.
-    """
-    factor = cast(factor, dtype)
-    if not _is_rank_major(factor):
-        return factor
-    E, r, columns = factor.shape
-    return factor.permute(2, 1, 0).reshape(columns, r * E).t().contiguous().view(r, E, columns).transpose(0, 1)
-
-
-def rank_room(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Where the gradient of rows of rank goes: [E, r, columns], the ranks outermost in memory where `rank_rows` so
-    copies, for PEFT's layout is then one transposed copy away.
-    """
-    E, r, columns = factor.shape
-    if _is_rank_major(factor):
-        return factor.new_empty((r, E, columns), dtype=dtype).transpose(0, 1)
-    return factor.new_empty((E, r, columns), dtype=dtype)
-
-
-def _is_rank_major(factor: torch.Tensor) -> bool:
-    return factor.shape[0] > 1 and factor.stride(0) < factor.stride(1)

@@ -53,7 +53,7 @@ class LowRank(NamedTuple):
 
 
 @triton.jit
-def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     # Programs that run together share rows of x and of W in L2: GROUP_M blocks of rows at a time.
     num_pid_m = tl.cdiv(M, BLOCK_M)
     num_pid_n = tl.cdiv(N, BLOCK_N)
@@ -64,7 +64,7 @@ def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
 
 
 @triton.jit
-def _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+def multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
     """What the accumulator starts from."""
     s, b = low_rank.s, low_rank.b
     acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
@@ -117,10 +117,10 @@ def linear_expand_kernel(
     low_rank = LowRank(sized(low_rank.s, M, R), sized(low_rank.b, R, N), low_rank.mask, low_rank.scale)
     if dot.ptr is not None:
         dot = sized(dot, M, N)
-    pid_m, pid_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
+    acc = multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
     if HAS_BASE:
         acc += load_tile(plane(y_ptr, 0, M, N), offs_m, offs_n).to(tl.float32)
     else:
@@ -173,11 +173,11 @@ def linear_expand_tma_kernel(
         dot = sized(dot, M, N)
     num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        pid_m, pid_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_n = col + tl.arange(0, BLOCK_N)
-        acc = _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
+        acc = multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
         acc = _multiply_tma(acc, x_desc, w_desc, Ks[0], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)
         if NUM_PAIRS > 1:
             acc = _multiply_tma(acc, x2_desc, w2_desc, Ks[1], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)

@@ -78,7 +78,9 @@ def run_experts(
     """
     first, last = stack_names(experts)
     if _is_llama4(experts):
-        route = _even_route(hidden, len(experts.gate_up_proj))
+        num_experts = len(experts.gate_up_proj)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        route = expert_route((rows // (len(hidden) // num_experts))[:, None], num_experts)
         gate, up = _linear(experts, first, terms, hidden, route, sorted_x=True).chunk(2, dim=-1)
         return _linear(experts, last, terms, up * experts.act_fn(gate), route, sorted_x=True)
     top_k_index, top_k_weights = routing
@@ -89,13 +91,6 @@ def run_experts(
     if getattr(experts, "has_post_expert_norm", False):
         y = experts.post_expert_norm(y)
     return combine_experts(y, top_k_weights, route).to(hidden.dtype)
-
-
-def _even_route(hidden: torch.Tensor, num_experts: int) -> ExpertRoute:
-    rows = len(hidden)
-    order = torch.arange(rows, device=hidden.device)
-    starts = torch.arange(num_experts + 1, device=hidden.device, dtype=torch.int32) * (rows // num_experts)
-    return ExpertRoute(order, order, starts, 1)
 
 
 def _linear(

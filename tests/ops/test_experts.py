@@ -12,10 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lorakernels as lk
 from lorakernels import formula
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.table import forced_configs
+from lorakernels.kernels.launch import record_launches
+from lorakernels.plan_layout import num_tiles, plan_layout
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.guards import watch_allocations
 
-IMPLS = ["torch"]
+IMPLS = ["torch", "triton"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 T, TOP_K, E, N, K, R = 9, 3, 5, 16, 24, 4
 
@@ -71,7 +75,7 @@ def make(
 
 def call(inputs: Inputs, sorted_x: bool = False, **options: Any) -> torch.Tensor:
     x, weight, A, B, bias, index = inputs
-    route = lk.expert_route(index, E)
+    route = lk.expert_route(index, E, impl=options.get("impl", "auto"))
     return lk.expert_lora_linear(x, weight, A, B, route, bias=bias, scaling=0.7, sorted_x=sorted_x, **options)
 
 
@@ -116,6 +120,46 @@ def test_numbers(dtype: torch.dtype, shape: dict[str, Any], layout: str, impl: s
     y = oracle(inputs, sorted_x)
     for name, *each in zip(["y", "x", "A", "B", "bias"], found, [y, *gradients(y, inputs)], exact, strict=False):
         assert_within_budget(*each, dtype, name)
+
+
+@pytest.mark.parametrize("layout", ["plain", "peft"])
+def test_by_descriptors(layout: str, device: str) -> None:
+    """Tiles of x and of both layouts of W by TMA, and rank blocks more than one."""
+    inputs = make(torch.float32, tokens=40, layout=layout, r=17, sizes=(24, 32), device=device)
+    with (
+        forced_configs({"linear_expand": KernelConfig(BLOCK_N=16, BLOCK_K=16, tma=True)}),
+        record_launches() as launches,
+    ):
+        call(inputs, impl="triton")
+    assert launches[-1].kernel.__name__ == "expert_expand_tma_kernel"
+    with forced_configs({"linear_expand": KernelConfig(BLOCK_N=16, BLOCK_K=16, tma=True)}):
+        found = both_ways(inputs, False, impl="triton")
+    torch.testing.assert_close(found, both_ways(inputs, False, impl="torch"), rtol=1e-4, atol=1e-4)
+
+
+def test_routes_of_both_ways(device: str) -> None:
+    """The kernels' route is torch's, and a route made for plain torch will do; an unknown expert's rows are zero."""
+    inputs = make(torch.float32, tokens=70, device=device)
+    by_torch, route = (lk.expert_route(inputs.index, E, impl=impl) for impl in ("torch", "triton"))
+    assert by_torch.plan is None and route.plan is not None
+    assert all(torch.equal(*pair) for pair in zip(by_torch[:3], route[:3], strict=True))
+    rows = inputs.index.reshape(-1).sort().values
+    layout = plan_layout(E, len(rows))
+    for height, at in zip((16, 64, 128), (*layout.tiles, layout.size), strict=True):
+        tiles = route.plan[at : at + 3 * num_tiles(len(rows), E, height)].view(-1, 3).tolist()
+        covered = [(expert, row) for expert, first, end in tiles for row in range(first, end)]
+        assert covered == list(zip(rows.tolist(), range(len(rows)), strict=True))
+    x, weight, A, B, bias, index = inputs
+    given = (x, weight, A, B)
+    expected = lk.expert_lora_linear(*given, route, bias=bias, impl="triton")
+    assert torch.equal(lk.expert_lora_linear(*given, by_torch, bias=bias, impl="triton"), expected)
+    strange = index.clone()
+    strange[3, 0], strange[5, 1] = E, -1
+    route = lk.expert_route(strange, E, impl="triton")
+    found = lk.expert_lora_linear(*given, route, bias=bias, impl="triton")
+    by_pair = found[route.inverse].view(70, TOP_K, N)
+    assert not by_pair[3, 0].any() and not by_pair[5, 1].any()
+    torch.testing.assert_close(by_pair[6:], expected[by_torch.inverse].view(70, TOP_K, N)[6:])
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -182,8 +226,8 @@ def test_combine() -> None:
 def test_opcheck(impl: str, device: str) -> None:
     inputs = make(torch.float32, layout="peft", device=device)
     x, weight, A, B, bias, index = (t.detach() for t in inputs)  # type: ignore[union-attr]
-    route = lk.expert_route(index, E)[:3]
-    torch.library.opcheck(torch.ops.lorakernels.expert_route.default, (index, E))
+    route = lk.expert_route(index, E, impl=impl)[:4]
+    torch.library.opcheck(torch.ops.lorakernels.expert_route.default, (index, E, impl))
     for seed, p in ((None, 0.0), (torch.tensor([5], device=device), 0.3)):
         arguments = (x, weight, A, B, bias, *route, TOP_K, False, seed, 0.5, p, impl)
         torch.library.opcheck(torch.ops.lorakernels.expert_lora_linear.default, arguments)
