@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import lorakernels as lk
 from lorakernels.tools.bench.timing import interleaved_seconds, p20_50_80, spread
@@ -67,6 +68,15 @@ def step(layer: nn.Module, x: torch.Tensor, train: bool) -> Callable[[], None]:
     return run
 
 
+def peak_mib(run: Callable[[], None]) -> float:
+    """The most bytes that a step holds beside what there was before it, y and x's gradient among them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
+        run()
+    memory = (event for event in events.profiler.kineto_results.events() if event.name() == "[memory]")
+    changes = [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+    return float(np.cumsum([0, *changes]).max()) / 2**20
+
+
 @pytest.mark.parametrize("tokens", [512, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_quantised(benchmark: Any, record_ratio: Any, dtype: torch.dtype, tokens: int) -> None:
@@ -82,6 +92,7 @@ def test_quantised(benchmark: Any, record_ratio: Any, dtype: torch.dtype, tokens
             "tokens": tokens,
             **{f"ours / {name}": spread(p20_50_80(ours / seconds[name])) for name in list(layers)[1:]},
             "ours ms": f"{np.median(ours) * 1e3:.2f}",
+            "peak MiB, ours / PEFT": f"{peak_mib(steps[0]):.1f} / {peak_mib(steps[1]):.1f}",
         }
     )
     benchmark.pedantic(steps[0], rounds=3)

@@ -112,21 +112,22 @@ def parts_of(
     packed = weight.weight if isinstance(weight, Transposed) else weight
     total, width = weight.shape
     by_columns = weight is not packed
+    at_once = unpack is PackedWeight.unpack and packed.unpacks_at_once(dtype)
     step = max(1, SCRATCH_BYTES // (max(1, width) * dtype.itemsize))
+    if at_once and step < total:  # two parts are there while the next one is made
+        step = max(1, step // 2)
     if by_columns and step < total:  # whole blocks
         step = max(packed.form.block, step // packed.form.block * packed.form.block)
-    scratch = _scratch(min(step, total) * width, dtype, packed.device)
+    scratch = None if at_once else _scratch(min(step, total) * width, dtype, packed.device)
     for first in range(0, total, step):
         last = min(first + step, total)
-        out = scratch[: (last - first) * width]
-        if by_columns:
-            out = out.view(width, last - first)
-            unpack(packed, 0, width, first, last, out)
-            yield first, last, out.t()
+        place = (0, width, first, last) if by_columns else (first, last, 0, width)
+        if scratch is None:
+            out = packed.unpack_at_once(*place, dtype)
         else:
-            out = out.view(last - first, width)
-            unpack(packed, first, last, 0, width, out)
-            yield first, last, out
+            out = scratch[: (last - first) * width].view(place[1] - place[0], place[3] - place[2])
+            unpack(packed, *place, out)
+        yield first, last, out.t() if by_columns else out
 
 
 class _Thread(threading.local):

@@ -20,16 +20,25 @@ from lorakernels.quant.packed import PackedWeight
 
 
 @whole
-def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: str | Sequence[str] = ()) -> nn.Module:
+def quantize(
+    model: nn.Module,
+    kind: str = "nf4",
+    *,
+    block: int | None = None,
+    double_quant: bool = False,
+    exclude: str | Sequence[str] = (),
+) -> nn.Module:
     """Pack the weight of every `torch.nn.Linear` of `model` but its output layer, in place and frozen.
 
     Args:
         model: any module; a model with adapters keeps them, and its adapted layers stay plain. The bytes of
             bitsandbytes' `Linear8bitLt` ("int8") and of transformers' `FP8Linear` ("fp8") are taken as they are, in
             layers that leave the activations as they are, which those round.
-        kind: "nf4" or "fp4" (Dettmers et al., arXiv 2305.14314), "int4" with a float zero and scale for each group, or
-            "int8" or "fp8" with a scale for each row.
-        block: how many numbers share a scale in the formats of 4 bits; for "int4" a divisor of in_features.
+        kind: "nf4" or "fp4" (Dettmers et al., arXiv 2305.14314), "mxfp4" (OCP's microscaling formats 1.0), "int4" with
+            a float zero and scale for each group, or "int8" or "fp8" with a scale for each row.
+        block: how many numbers share a scale in the formats of 4 bits, 64 if nothing is said; for "int4" a divisor of
+            in_features, of "mxfp4" always 32.
+        double_quant: of "nf4" and "fp4", whether the scales have 8 bits each, as bitsandbytes' `compress_statistics`.
         exclude: names or suffixes of layers to leave alone, or a regular expression that matches whole names.
 
     Returns:
@@ -55,7 +64,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: s
     made: dict[nn.Module, nn.Module] = {}
     for name, module in tqdm(found.items(), desc=f"packing to {kind}", unit="layer", disable=len(found) < 64):
         try:
-            packed = _packed(module, kind, block) if module in own else read_on_request(module, kind)
+            packed = _packed(module, kind, block, double_quant) if module in own else read_on_request(module, kind)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         if packed is not None:
@@ -66,7 +75,7 @@ def quantize(model: nn.Module, kind: str = "nf4", *, block: int = 64, exclude: s
     return model
 
 
-def _packed(layer: nn.Linear, kind: str, block: int) -> PackedWeight:
+def _packed(layer: nn.Linear, kind: str, block: int | None, double_quant: bool) -> PackedWeight:
     if layer.weight.is_meta or not torch.isfinite(layer.weight).all():
         raise ValueError("its weight has no values, or numbers that are not finite")
-    return pack(layer.weight.detach(), kind, block)
+    return pack(layer.weight.detach(), kind, block, double_quant)

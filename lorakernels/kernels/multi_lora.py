@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from lorakernels.configs.table import takes_few_tokens_form
 from lorakernels.kernels.adapters import factor_A, factor_B
+from lorakernels.kernels.few_tokens import few_tokens
 from lorakernels.kernels.multi_expand import multi_expand
 from lorakernels.kernels.multi_outer import multi_outer
 from lorakernels.kernels.multi_shrink import multi_shrink
-from lorakernels.kernels.packed import unpack
+from lorakernels.kernels.packed import fits_kernel, unpack
 from lorakernels.kernels.tiles import sum_planes
 from lorakernels.plan import PlanTensors
 from lorakernels.weight import linear, sum_products
@@ -29,9 +33,18 @@ def forward(
     thresholds: torch.Tensor | None,
 ) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     """A y [T, N] for each slice, S [slices, T, R] if it is to be kept, and dropout's mask [T, ceil(K / 8)] uint8."""
-    ys = [linear(x, weight, bias, unpack) for weight, bias in zip(weights, biases, strict=True)]
+    ys = [_base(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     s, mask = add(x, lora_As, lora_Bs, plan, ys, keep_s=keep_s, seed=seed, thresholds=thresholds)
     return ys, s, mask
+
+
+def _base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """x Wᵀ + bias; of few tokens a packed weight is unpacked inside the product, as beside an adapter of no rank."""
+    few = takes_few_tokens_form(x.shape[0], 1, x.element_size())
+    if isinstance(weight, torch.Tensor) or not (few and fits_kernel(weight)):
+        return linear(x, weight, bias, unpack)
+    N, K = weight.shape
+    return few_tokens(x, weight, x.new_empty((0, K)), x.new_empty((N, 0)), bias=bias)[0]
 
 
 def add(

@@ -1,9 +1,9 @@
 """Tiles of a packed weight: unpacked in registers inside a product, or into a scratch that torch multiplies.
 
-Of pairs of 4 bits in blocks that do not cross rows, and of 8 bits. NF4 in bfloat16 on NVIDIA is looked up by byte
-permutations, eight numbers of a word in 23 operations: 5.3 issue slots a weight more than a dense loop takes (16
-tokens, sm_90, Triton 3.9, counted in the machine code). Anything else is a load from a table of 16, which stays in a
-cache.
+Of pairs of 4 bits in blocks that do not cross rows, and of 8 bits. In bfloat16 on NVIDIA a word becomes eight numbers
+at once: those of a table by byte permutations in 23 operations, those of int4 as the low bits of 128 + code in 11. Of
+NF4 that is 4.9 issue slots a weight more than a dense loop takes (16 tokens, sm_90, Triton 3.9, counted in the machine
+code), of int4 5.9. Anything else is a load from a table of 16, which stays in a cache.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from lorakernels.kernels.launch import cdiv, launch
 from lorakernels.kernels.tiles import Matrix, matrix, plane, store_tile, transposed
 from lorakernels.quant.packed import CODES, PackedWeight, Transposed, table_of
 
-# How a kernel reads a weight: a matrix of numbers, codes of 4 bits, codes of 8 bits, or NF4 by permutations; and what
+# How a kernel reads a weight: a matrix of numbers, codes of 4 bits, codes of 8 bits, or words of eight codes; and what
 # is added where the columns of W are those of the product, as in dx = dy W.
-DENSE, NIBBLES, BYTES, PERMUTED, TURNED = 0, 1, 2, 3, 4
+DENSE, NIBBLES, BYTES, TURNED = 0, 1, 2, 8
+WORDS = {"nf4": 3, "fp4": 4, "mxfp4": 5, "int4": 6}
 _FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120")  # Triton converts float8_e4m3fn there
 _UNPACK = KernelConfig(BLOCK_M=32, BLOCK_K=128, num_warps=4)
 
@@ -70,8 +71,8 @@ def form_of(weight: Any, dtype: torch.dtype, block_cols: int) -> dict[str, int]:
     if packed.form.bits == 8:
         return {"W_FORM": BYTES + turned, "PER": per, "GROUP": block}
     nvidia = device_of(packed.device).arch.startswith("sm_") and not interpreter_on()
-    permutes = nvidia and kind == "nf4" and dtype is torch.bfloat16 and per >= 8
-    return {"W_FORM": (PERMUTED if permutes else NIBBLES) + turned, "PER": per, "GROUP": block}
+    words = nvidia and dtype is torch.bfloat16 and per >= 8
+    return {"W_FORM": (WORDS[kind] if words else NIBBLES) + turned, "PER": per, "GROUP": block}
 
 
 def weight_matrix(weight: Any) -> Matrix | PackedMatrix:
@@ -96,6 +97,9 @@ def _scales(w, values, nested, offs_rows, offs_cols, GROUP: tl.constexpr):
     if nested:
         scale = tl.load(w.table + scale.to(tl.int32)) * tl.load(w.absmax + blocks // 256, mask=inside, other=0.0)
         return scale + tl.load(w.offset)
+    if scale.dtype == tl.uint8:  # exponents of two, E8M0: 255 is no number, and 0 below the normal ones
+        bits = tl.where(scale == 255, 0x7FC00000, tl.where(scale == 0, 0x400000, scale.to(tl.int32) << 23))
+        return bits.to(tl.float32, bitcast=True)
     return scale.to(tl.float32)
 
 
@@ -113,10 +117,10 @@ def _blockwise(w, numbers, offs_rows, first_col, BLOCK: tl.constexpr, PER: tl.co
 @triton.jit
 def load_packed_kn(w, offs_k, offs_n, k, n, dtype, W_FORM: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr):
     """The tile [K, N] of a packed weight's transpose, or with TURNED of the weight, from row k and column n on."""
-    if W_FORM < 4:
+    if W_FORM < 8:
         tile = tl.trans(load_packed(w, offs_n, k, dtype, offs_k.shape[0], W_FORM, PER, GROUP))
     else:
-        tile = load_packed(w, offs_k, n, dtype, offs_n.shape[0], W_FORM - 4, PER, GROUP)
+        tile = load_packed(w, offs_k, n, dtype, offs_n.shape[0], W_FORM - 8, PER, GROUP)
     return tile
 
 
@@ -125,16 +129,18 @@ def load_packed(
     w, offs_rows, first_col, dtype, BLOCK: tl.constexpr, W_FORM: tl.constexpr, PER: tl.constexpr, GROUP: tl.constexpr
 ):
     """The tile [rows, BLOCK] of a packed weight in `dtype`, zero outside. `first_col` is a multiple of BLOCK."""
-    if W_FORM == 3:
+    if W_FORM >= 3 and w.zero is None:
         firsts = first_col + tl.arange(0, BLOCK // PER) * PER
         scale = _scales(w, w.scale, w.table is not None, offs_rows, firsts, GROUP).to(tl.bfloat16)
-        numbers = _permuted(w, offs_rows, first_col, BLOCK)
+        numbers = _eight(w, offs_rows, first_col, BLOCK, W_FORM, GROUP)
         blocks = tl.reshape(numbers, (offs_rows.shape[0], BLOCK // PER, PER)) * scale[:, :, None]
         tile = tl.reshape(blocks, (offs_rows.shape[0], BLOCK))
     else:
         if W_FORM == 2:
             offs_cols = first_col + tl.arange(0, BLOCK)
             numbers = _load_packed(w.ptr, offs_rows, offs_cols, w.rows, w.cols).to(tl.float32)
+        elif W_FORM >= 3:
+            numbers = _eight(w, offs_rows, first_col, BLOCK, W_FORM, GROUP).to(tl.float32)
         else:
             offs = first_col // 2 + tl.arange(0, BLOCK // 2)
             pair = _load_packed(w.ptr, offs_rows, offs, w.rows, w.cols // 2).to(tl.int32)
@@ -151,13 +157,20 @@ def _load_packed(ptr, offs_rows, offs_cols, rows, cols):
     return tl.load(ptr + offs_rows.to(tl.int64)[:, None] * cols + offs_cols[None, :], mask=inside, other=0.0)
 
 
+@triton.constexpr_function
+def _assembly(form):
+    return _ASSEMBLY[form]
+
+
 @triton.jit
-def _permuted(w, offs_rows, first_col, BLOCK: tl.constexpr):
-    """NF4's codes, not scaled, bfloat16: eight of a word."""
-    offs = first_col // 8 + tl.arange(0, BLOCK // 8)
-    word = _load_packed(w.ptr.to(tl.pointer_type(tl.uint32)), offs_rows, offs, w.rows, w.cols // 8)
+def _eight(w, offs_rows, first_col, BLOCK: tl.constexpr, W_FORM: tl.constexpr, GROUP: tl.constexpr):
+    """The codes of words, not scaled, bfloat16: eight of a word."""
+    offs, cols = first_col // 8 + tl.arange(0, BLOCK // 8), w.cols // 8
+    if GROUP % 32 == 0:  # rows are whole blocks; the compiler knows 16 columns, of which it makes loads of 8 bytes
+        cols = tl.multiple_of(cols, 4)
+    word = _load_packed(w.ptr.to(tl.pointer_type(tl.uint32)), offs_rows, offs, w.rows, cols)
     n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
-        _ASM, _CONSTRAINTS, [word], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
+        _assembly(W_FORM), _CONSTRAINTS, [word], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=1
     )
     even = tl.join(tl.join(n0, n4), tl.join(n2, n6))
     odd = tl.join(tl.join(n1, n5), tl.join(n3, n7))
@@ -200,13 +213,23 @@ def _bfloat16(value: float) -> int:
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 & 0xFFFF
 
 
-def _assembly() -> str:
+def assembly(kind: str) -> str:
     """A word of eight codes to eight bfloat16, number 0 in the low byte's high nibble.
 
     A selector of `prmt` picks a byte of eight by three bits: of the sixteen low bytes, and of the sixteen high ones, by
-    two of them, between which the codes' fourth bits choose. One more joins low and high bytes.
+    two of them, between which the codes' fourth bits choose. One more joins low and high bytes. A code of int4 is put
+    into the low bits of the bfloat16 128, where it is 128 + code, and 128 is subtracted, which rounds nothing.
     """
-    codes = [_bfloat16(value) for value in CODES["nf4"]]
+    if kind == "int4":
+        lines = ["{ .reg .b32 s, one, less, r0, r1, r2, r3; mov.b32 one, 0x3f803f80; mov.b32 less, 0xc300c300;"]
+        # The low nibble of bytes 0 and 2, their high one, and those of bytes 1 and 3.
+        for i, source in enumerate(("$8", "s", "s", "s")):
+            if i:
+                lines.append(f"shr.b32 s, $8, {4 * i};")
+            lines.append(f"lop3.b32 r{i}, {source}, 0x000f000f, 0x43004300, 0xea;")  # a and b, or c
+            lines.append(f"fma.rn.bf16x2 r{i}, r{i}, one, less;")
+        return " ".join([*lines, *(f"mov.b32 {{${n}, ${n + 4}}}, r{i};" for i, n in enumerate((1, 0, 3, 2)))]) + " }"
+    codes = [_bfloat16(value) for value in CODES[kind]]
     low, high = (
         [sum((code >> shift & 255) << 8 * i for i, code in enumerate(codes[at : at + 4])) for at in (0, 4, 8, 12)]
         for shift in (0, 8)
@@ -228,5 +251,5 @@ def _assembly() -> str:
     return " ".join(lines) + " }"
 
 
-_ASM = tl.constexpr(_assembly())
+_ASSEMBLY = {form: assembly(kind) for kind, form in WORDS.items()}
 _CONSTRAINTS = tl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r")

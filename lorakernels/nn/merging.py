@@ -101,7 +101,7 @@ class Mergeable(LoRABase):
         Raises ValueError where less than half of it would survive.
         """
         base = self.weight
-        again = pack(weight.to(base.dtype), base.form.kind, base.form.block)
+        again = pack(weight.to(base.dtype), base.form.kind, base.form.block, base.table is not None)
         lost = float((again.dense(torch.float32) - weight).norm() / (weight - base.dense(torch.float32)).norm())
         if not lost <= 0.5:
             raise ValueError(

@@ -302,8 +302,8 @@ def frozen_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> to
     if isinstance(weight, torch.Tensor):
         return torch.nn.functional.linear(x, weight, bias)
     N, K = weight.shape
-    # An adapter of scaling 0, whose factors nobody reads.
-    return _linears(x, [0.0], 0.0, "auto", (weight,), x.new_zeros((1, K)), x.new_zeros((N, 1)), bias, None)[0]
+    # An adapter of no rank.
+    return _linears(x, [0.0], 0.0, "auto", (weight,), x.new_empty((0, K)), x.new_empty((N, 0)), bias, None)[0]
 
 
 def lora_linear_group(

@@ -58,11 +58,13 @@ def shipped_launches() -> list[Any]:
         step(torch.bfloat16, TOKENS[-1], odd_K, [(N, 5) for N in (odd_N, 33, 33)], _THRESHOLD, factor_dtype=single)
         for kind, M in [(PACKED[0], TOKENS[0]), *itertools.product(PACKED, TOKENS[1:])]:
             step(torch.bfloat16, M, K, [(N, 16)], factor_dtype=single, packed=kind)
-        step(single, TOKENS[1], K, [(N, 16)], packed="nf4")
+        for dtype, kind in ((single, "nf4"), (torch.bfloat16, "mxfp4")):
+            step(dtype, TOKENS[1], K, [(N, 16)], packed=kind)
         for T, slots in BATCHES:
             multi_step(torch.bfloat16, T, slots, 16, 4096, QKV, train=False)
             multi_step(torch.bfloat16, T, slots, 64, 4096, (4096,), paged=True, train=False)
             multi_step(torch.float32, T, slots, 16, 4096, (4096,), paged=T == 64, train=False)
+        multi_step(torch.bfloat16, *BATCHES[0], 16, 4096, (4096,), train=False, packed="nf4")
         for dtype in DTYPES:
             multi_step(dtype, *BATCHES[-1], 16, 4096, (4096,), _THRESHOLD)
         multi_step(torch.bfloat16, *BATCHES[-1], 64, 4096, QKV)
@@ -109,11 +111,11 @@ def layer_step(
 
 
 def packed_weight(kind: str, N: int, K: int) -> PackedWeight:
-    """One on the meta device, of a name in `PACKED`."""
+    """One on the meta device, of a format, or with "-nested" of one whose scales are packed too."""
     kind, _, nested = kind.partition("-")
-    meta, block = partial(torch.empty, device="meta"), 64 if kind in CODES else K
+    meta, block = partial(torch.empty, device="meta"), {"mxfp4": 32}.get(kind, 64) if kind in CODES else K
     form = Form(kind, N, K, 0 if kind in ("nf4", "fp4") else 1, block, torch.bfloat16)
-    scale = meta((N, K // block), dtype=torch.uint8 if nested else torch.float32)
+    scale = meta((N, K // block), dtype=torch.uint8 if nested or kind == "mxfp4" else torch.float32)
     if kind not in CODES:
         return PackedWeight(str(form), meta((N, K), dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn), scale)
     data, zero = meta((N, K // 2), dtype=torch.uint8), meta(scale.shape) if kind == "int4" else None
@@ -132,6 +134,7 @@ def multi_step(
     *,
     paged: bool = False,
     train: bool = True,
+    packed: str = "",
 ) -> None:
     """A forward, or a training step, of slices of widths Ns for many adapters, by the kernels."""
     from lorakernels.kernels import multi_lora
@@ -140,7 +143,8 @@ def multi_step(
         return torch.empty(shape, dtype=of, device="meta")
 
     plan = BatchPlan(slots, T, max_rank=R, num_pages=slots * R if paged else None, device="meta").tensors
-    x, weights, dys = meta(T, K), [meta(N, K) for N in Ns], [meta(T, N) for N in Ns]
+    x, dys = meta(T, K), [meta(T, N) for N in Ns]
+    weights: list[Any] = [packed_weight(packed, N, K) if packed else meta(N, K) for N in Ns]
     As = [meta(slots * R, K) if paged else meta(slots, R, K) for _ in Ns]
     Bs = [meta(slots * R, N) if paged else meta(slots, N, R) for N in Ns]
     seed, thresholds = (meta(1, of=torch.int64), meta(slots + 1, of=torch.int32)) if threshold else (None, None)

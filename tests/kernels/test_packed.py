@@ -14,23 +14,17 @@ from lorakernels.testing.device import COMPILED, NUMBERS
 from lorakernels.testing.guards import canaries
 
 
-def nested(weight: PackedWeight) -> PackedWeight:
-    """The same with scales of 8 bits, as bitsandbytes' `compress_statistics` has them."""
-    table = torch.linspace(-1, 1, 256)
-    offset = weight.scale.mean()
-    absmax = (weight.scale - offset).abs().amax().expand(-(-weight.scale.numel() // 256)).contiguous()
-    codes = torch.bucketize((weight.scale - offset) / absmax[0], (table[1:] + table[:-1]) / 2).to(torch.uint8)
-    return weight._replace(scale=codes, table=table, absmax=absmax, offset=offset)
-
-
 def on(weight: PackedWeight, device: str) -> PackedWeight:
     return PackedWeight(weight.text, *(None if tensor is None else tensor.to(device) for tensor in weight[1:]))
 
 
 WEIGHTS = {
     **{kind: lambda kind=kind: pack(torch.randn(70, 192), kind, 32) for kind in FORMATS},
+    "mxfp4_extremes": lambda: pack(
+        torch.randn(6, 64) * 2.0 ** torch.tensor([[-149], [-126], [0], [3], [100], [125]]), "mxfp4"
+    ),
     "nf4_wide_blocks": lambda: pack(torch.randn(5, 512), "nf4", 512),
-    "nf4_nested": lambda: nested(pack(torch.randn(40, 1024), "nf4", 64)),
+    "nf4_nested": lambda: pack(torch.randn(40, 1024), "nf4", 64, True),
     "fp8_blocks": lambda: PackedWeight(
         str(Form("fp8", 200, 256, 128, 128, torch.bfloat16)),
         torch.randn(200, 256).to(torch.float8_e4m3fn),
@@ -67,7 +61,7 @@ def test_what_no_kernel_takes_is_unpacked_by_torch(device: str) -> None:
         assert torch.equal(out, weight.dense(torch.float32))
 
 
-def run_assembly(word: torch.Tensor) -> list[torch.Tensor]:
+def run_assembly(text: str, word: torch.Tensor) -> list[torch.Tensor]:
     """The eight half-words that the text of the instructions makes of each word, one instruction after the other."""
     registers: dict[str, torch.Tensor] = {"$8": word}
     halves: dict[str, torch.Tensor] = {}
@@ -85,10 +79,17 @@ def run_assembly(word: torch.Tensor) -> list[torch.Tensor]:
             result |= torch.where(select > 7, signs, byte) << 8 * i
         return result
 
-    text = packed._assembly().strip("{ }").replace("\n", " ")
-    for line in filter(None, (line.strip() for line in text.split(";"))):
+    def numbers(pairs: torch.Tensor) -> torch.Tensor:
+        """Both half-words of a register as bfloat16."""
+        return (pairs[:, None] >> torch.tensor([0, 16])).to(torch.int16).view(torch.bfloat16)
+
+    for line in filter(None, (line.strip() for line in text.strip("{ }").split(";"))):
         name, _, rest = line.partition(" ")
         if name == ".reg":
+            continue
+        if name.startswith("mov") and not rest.startswith("{"):
+            target, source = rest.split(", ")
+            registers[target] = value(source)
             continue
         if name.startswith("mov"):
             low, high, source = re.match(r"\{(\$\d), (\$\d)\}, (\w+)", rest).groups()  # type: ignore[union-attr]
@@ -102,18 +103,24 @@ def run_assembly(word: torch.Tensor) -> list[torch.Tensor]:
             registers[target] = a >> b
         elif name == "prmt.b32":
             registers[target] = prmt(a, b, c[0])
+        elif name == "fma.rn.bf16x2":
+            exact = numbers(a).double() * numbers(b).double() + numbers(c[0]).double()
+            halves_of = exact.bfloat16().view(torch.int16).long() & 0xFFFF
+            registers[target] = halves_of[:, 0] | halves_of[:, 1] << 16
         else:
-            assert name == "lop3.b32" and sources[3] == "0xd8"  # of a, b, c: b where c, else a
-            registers[target] = (a & ~c[0]) | (b & c[0])
+            # Of a, b, c: b where c, else a; or a and b, or c.
+            assert name == "lop3.b32" and sources[3] in ("0xd8", "0xea")
+            registers[target] = (a & ~c[0]) | (b & c[0]) if sources[3] == "0xd8" else (a & b) | c[0]
     return [halves[f"${i}"] for i in range(8)]
 
 
-def test_the_permutations_are_the_table() -> None:
+@pytest.mark.parametrize("kind", packed.WORDS)
+def test_the_instructions_are_the_table(kind: str) -> None:
     """For all half-words, in the lower and in the upper half of a word."""
     half = torch.arange(1 << 16)
-    table = torch.tensor(CODES["nf4"]).bfloat16().view(torch.int16).long() & 0xFFFF
+    table = torch.tensor(CODES[kind]).bfloat16().view(torch.int16).long() & 0xFFFF
     words = torch.cat([half, half << 16, half << 16 | (half * 40503 & 0xFFFF)])
-    for i, found in enumerate(run_assembly(words)):
+    for i, found in enumerate(run_assembly(packed.assembly(kind), words)):
         byte = words >> 8 * (i // 2) & 255
         code = byte & 15 if i % 2 else byte >> 4
         assert torch.equal(found, table[code])

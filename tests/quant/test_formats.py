@@ -61,6 +61,37 @@ def test_the_quantiser_is_bitsandbytes(kind: str) -> None:
         assert torch.equal(packed.data, data.flatten()) and torch.equal(packed.scale, state.absmax)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_double_quantisation_is_the_nearest(kind: str) -> None:
+    """bitsandbytes' table and outer scales to the bit, and of each scale the nearest code; its own is it for most."""
+    weight = special(160, 192)
+    packed, flat = pack(weight, kind, 64, double_quant=True), pack(weight, kind, 64)
+    state = bnb_functional.quantize_4bit(weight, quant_type=kind, compress_statistics=True)[1]
+    assert torch.equal(packed.table, bnb_functional.create_dynamic_map())  # type: ignore[arg-type]
+    assert torch.equal(packed.absmax, state.state2.absmax) and torch.equal(packed.offset, state.offset)  # type: ignore[arg-type]
+    scaled = (flat.scale - packed.offset) / packed.absmax.repeat_interleave(256)[: flat.scale.numel()]  # type: ignore[union-attr,operator]
+    off = (scaled[:, None] - packed.table).abs()  # type: ignore[operator]
+    assert torch.equal(off.gather(1, packed.scale[:, None].long())[:, 0], off.amin(1))
+    assert (packed.scale != state.absmax).float().mean() < 0.02
+    assert packed.nbytes < 0.53 * weight.numel() + 4 * 256
+
+
+def test_mxfp4_is_the_nearest_even() -> None:
+    """Each number against all codes times the power of two; in the middle of two, the one whose last bit is 0."""
+    middles = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+    weight = torch.cat([torch.cat([middles, -middles, middles * 0.999, middles * 1.001])[None], special(9, 32)])
+    packed = pack(weight, "mxfp4")
+    power = 2.0 ** (packed.scale.double() - 127)
+    largest = weight.double().abs().amax(1, keepdim=True)
+    assert torch.equal(power[largest > 0], 2.0 ** (largest[largest > 0].log2().floor() - 2))
+    codes = torch.tensor(CODES["mxfp4"][:8], dtype=torch.float64)
+    off = (weight.double().abs()[:, :, None] / power[:, :, None] - codes).abs()
+    ties = off + 1e-9 * (torch.arange(8) % 2)
+    assert torch.equal(packed.dense(torch.float64), weight.sign() * codes[ties.argmin(2)] * power)
+    odd = pack(torch.randn(3, 45), "mxfp4")
+    assert odd.scale.shape == (3, 2) and (odd.dense()).isfinite().all()
+
+
 def four_bits(weight: torch.Tensor, kind: str = "nf4", nested: bool = False, storage: Any = torch.uint8) -> Any:
     """bitsandbytes' layer around a weight [N, K], packed."""
     N, K = weight.shape
@@ -223,7 +254,9 @@ def test_float8_of_transformers_on_request(block: Any) -> None:
 
 
 # A step over √12: of int4 a 15th of some 5 deviations, of int8 a 127th of 3; fp8 has 3 bits of mantissa.
-@pytest.mark.parametrize(("kind", "most"), [("nf4", 0.1), ("fp4", 0.13), ("int4", 0.1), ("int8", 0.01), ("fp8", 0.03)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("nf4", 0.1), ("fp4", 0.13), ("mxfp4", 0.13), ("int4", 0.1), ("int8", 0.01), ("fp8", 0.03)]
+)
 def test_packing_is_near(kind: str, most: float) -> None:
     weight = torch.randn(48, 128)
     packed = pack(weight, kind)
@@ -250,6 +283,10 @@ def test_what_is_refused() -> None:
         pack(torch.randn(4, 64), "int4", 48)
     with pytest.raises(ValueError, match="nf4 in blocks of 48"):
         pack(torch.randn(4, 64), "nf4", 48)
+    with pytest.raises(ValueError, match="mxfp4 in blocks of 64; its specification has 32"):
+        pack(torch.randn(4, 64), "mxfp4", 64)
+    with pytest.raises(ValueError, match="double_quant is for nf4 and fp4"):
+        pack(torch.randn(4, 64), "int8", double_quant=True)
     with pytest.raises(ValueError, match="the format is 'int3'"):
         pack(torch.randn(4, 64), "int3")
     gptq = type("QuantLinear", (torch.nn.Module,), {"__module__": "auto_gptq.nn_modules.qlinear"})()

@@ -110,6 +110,33 @@ def test_groups_and_many_adapters(kind: str, monkeypatch: pytest.MonkeyPatch) ->
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int4"])
+def test_few_tokens_of_many_adapters(kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding: the weight is unpacked inside the product, and never into a scratch."""
+    monkeypatch.delattr(weight, "_scratch")
+    base, bias = (
+        PackedWeight(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in packed(kind))),
+        torch.randn(N),
+    )
+    x, A, B = torch.randn(TOKENS, K), torch.randn(2, R, K) / 9, torch.randn(2, N, R)
+    slots = torch.tensor([0, 1, -1] * 3 + [1, 1], dtype=torch.int32)
+    plan = lk.BatchPlan(2, TOKENS, device=device, max_rank=R)
+    plan.update(slots, [R, 3], [0.5, 2.0])
+    given = [tensor.to(device) for tensor in (x, A, B, bias)]
+    y = lk.multi_lora_linear(given[0], base, *given[1:3], plan, bias=given[3], impl="triton")
+
+    def expected(dtype: torch.dtype) -> torch.Tensor:
+        rows, own, B_own, add = x.to(dtype), A.to(dtype), B.to(dtype), bias.to(dtype)
+        y = torch.nn.functional.linear(rows, base.dense(dtype).cpu(), add)
+        for slot, rank, scaling in ((0, R, 0.5), (1, 3, 2.0)):
+            update = scaling * rows @ own[slot, :rank].T @ B_own[slot, :, :rank].T
+            y = torch.where((slots == slot)[:, None], y + update, y)
+        return y
+
+    if NUMBERS:
+        assert_within_budget(y.cpu(), expected(torch.float32), expected(torch.float64), torch.float32)
+
+
 class Largest(TorchDispatchMode):
     """The most elements that a floating tensor has which is made in the block."""
 
