@@ -16,8 +16,18 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
 from lorakernels.configs.table import choose
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
-from lorakernels.kernels.linear_expand import LowRank, multiply_low_rank, tile_of
-from lorakernels.kernels.tiles import Matrix, descriptor, fits_descriptor, load_tile, plane, sized, store_tile, tall
+from lorakernels.kernels.linear_expand import multiply_ranks, tile_of
+from lorakernels.kernels.tiles import (
+    Matrix,
+    descriptor,
+    drop,
+    fits_descriptor,
+    load_tile,
+    plane,
+    sized,
+    store_tile,
+    tall,
+)
 from lorakernels.plan_layout import num_tiles, plan_layout
 from lorakernels.route import TALL
 
@@ -54,13 +64,12 @@ def _tile(tiles_ptr, pid_m, num_experts):
 
 
 @triton.jit
-def _start(
-    s, b, mask_ptr, expert, pid_n, rows, offs_n, end, P, N, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr
-):
+def _start(s, b, mask_ptr, pid_n, rows, offs_n, P, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
     """What the accumulator starts from: S B_e, through dropout's mask if there is one."""
-    R = b.rows
-    low_rank = LowRank(sized(s, end, R), _of_expert(b, expert, R, N), mask_ptr, 1.0)
-    return multiply_low_rank(low_rank, pid_n, rows, offs_n, P, INPUT_PRECISION, BLOCK_R)
+    acc = multiply_ranks(s, b, rows, offs_n, INPUT_PRECISION, BLOCK_R)
+    if mask_ptr is not None:
+        acc = drop(acc, mask_ptr, rows, pid_n, P, b.cols)
+    return acc
 
 
 @triton.jit
@@ -91,16 +100,17 @@ def expert_expand_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """Any strides and sizes: a program a tile."""
-    K, N = w.rows, w.cols
+    """Any strides and sizes: a program a tile. Rows past an expert's end are the next one's, and are not stored."""
+    K, N, R = w.rows, w.cols, b.rows
+    x, s = sized(x, P, K), sized(s, P, R)  # behind the branch Triton 3.6 takes no None in a tuple
     pid_m, pid_n = tile_of(tl.program_id(0), num_tiles * BLOCK_M, N, BLOCK_M, BLOCK_N, GROUP_M)
     expert, is_known, first, end = _tile(tiles_ptr, pid_m, num_experts)
     if first >= end:
         return
     rows = first + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = _start(s, b, mask_ptr, expert, pid_n, rows, offs_n, end, P, N, INPUT_PRECISION, BLOCK_R)
-    x, w = sized(x, end, K), _of_expert(w, expert, K, N)
+    acc = _start(s, _of_expert(b, expert, R, N), mask_ptr, pid_n, rows, offs_n, P, INPUT_PRECISION, BLOCK_R)
+    w = _of_expert(w, expert, K, N)
     for k in range(0, tl.where(is_known, K, 0), BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         acc = tl.dot(load_tile(x, rows, offs_k), load_tile(w, offs_k, offs_n), acc, input_precision=INPUT_PRECISION)
@@ -133,14 +143,15 @@ def expert_expand_tma_kernel(
 
     A tile's rows past an expert's end, and its columns past N, are another expert's, and are not stored.
     """
-    N = b.cols
+    R, N = b.rows, b.cols
+    s = sized(s, P, R)
     for tile in tl.range(tl.program_id(0), num_tiles * tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         pid_m, pid_n = tile_of(tile, num_tiles * BLOCK_M, N, BLOCK_M, BLOCK_N, GROUP_M)
         expert, is_known, first, end = _tile(tiles_ptr, pid_m, num_experts)
         if first < end:
             col = pid_n * BLOCK_N
             rows, offs_n = first + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
-            acc = _start(s, b, mask_ptr, expert, pid_n, rows, offs_n, end, P, N, INPUT_PRECISION, BLOCK_R)
+            acc = _start(s, _of_expert(b, expert, R, N), mask_ptr, pid_n, rows, offs_n, P, INPUT_PRECISION, BLOCK_R)
             row = expert.to(tl.int32) * (N if W_IS_NK else K)
             for k in range(0, tl.where(is_known, K, 0), BLOCK_K):
                 w_tile = w_desc.load([row + col, k]).T if W_IS_NK else w_desc.load([row + k, col])

@@ -64,16 +64,22 @@ def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: t
 
 
 @triton.jit
-def multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
-    """What the accumulator starts from."""
-    s, b = low_rank.s, low_rank.b
+def multiply_ranks(s, b, offs_m, offs_n, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A tile of s [M, R] times b [R, N]."""
     acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
     # Not pipelined: its buffers would come on top of the main loop's (r = 64: 304 KiB, where a block has 227).
     for r in tl.range(0, b.rows, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         s_tile, b_tile = alike(load_tile(s, offs_m, offs_r), load_tile(b, offs_r, offs_n))
         acc = tl.dot(s_tile, b_tile, acc, input_precision=INPUT_PRECISION)
-    acc *= low_rank.scale
+    return acc
+
+
+@triton.jit
+def _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What the accumulator starts from."""
+    b = low_rank.b
+    acc = multiply_ranks(low_rank.s, b, offs_m, offs_n, INPUT_PRECISION, BLOCK_R) * low_rank.scale
     if low_rank.mask is not None:
         acc = drop(acc, low_rank.mask, offs_m, pid_n, M, b.cols)
     return acc
@@ -120,7 +126,7 @@ def linear_expand_kernel(
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
+    acc = _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
     if HAS_BASE:
         acc += load_tile(plane(y_ptr, 0, M, N), offs_m, offs_n).to(tl.float32)
     else:
@@ -177,7 +183,7 @@ def linear_expand_tma_kernel(
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_n = col + tl.arange(0, BLOCK_N)
-        acc = multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
+        acc = _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
         acc = _multiply_tma(acc, x_desc, w_desc, Ks[0], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)
         if NUM_PAIRS > 1:
             acc = _multiply_tma(acc, x2_desc, w2_desc, Ks[1], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)
