@@ -23,6 +23,7 @@ from lorakernels.route import ExpertRoute
 from lorakernels.weight import multiply
 
 _LOT_BYTES = 1 << 20  # of rows that are padded together
+_ALONE_BYTES = 3 << 16  # of an expert's rows, of which a product is worth its own call
 
 
 def route(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
@@ -71,6 +72,14 @@ class _Lot:
         flat = padded.flatten(0, 1)
         return flat if self._inside is None else flat.index_select(0, self._places)
 
+    def add_product(self, y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor) -> None:
+        """y [P, N] += s factor in place, of padded s [experts, longest, r] and factor [experts, r, N]."""
+        own = y[self.rows]
+        if self._inside is None and y.dtype is s.dtype:
+            own.view(-1, self._longest, y.shape[1]).baddbmm_(s, factor)
+        else:
+            own += self.unpad(torch.bmm(s, factor))
+
 
 class _Spans:
     """The rows of each expert, read on the host: on a CPU at little cost, elsewhere it waits for the device."""
@@ -83,7 +92,8 @@ class _Spans:
 
     def each(self, rows: Sequence[torch.Tensor], stacks: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """Of each expert that has rows: those of tensors [P, …], and its own of stacks [E, …]."""
-        parts = zip(self.sizes, *(t.split(self.sizes) for t in rows), *(t.unbind(0) for t in stacks), strict=True)
+        known = [t[: sum(self.sizes)].split(self.sizes) for t in rows]  # the kernels' route has others at the end
+        parts = zip(self.sizes, *known, *(t.unbind(0) for t in stacks), strict=True)
         return [part for size, *part in parts if size]  # type: ignore[misc]
 
     def own(self, stack: torch.Tensor) -> torch.Tensor:
@@ -105,12 +115,13 @@ class _Spans:
 
     def lots(self, columns: int, dtype: torch.dtype) -> Iterator[_Lot]:
         """`experts` of a lot are counted among those of `own`."""
-        most = _LOT_BYTES // (max(1, columns) * dtype.itemsize)
+        line = max(1, columns) * dtype.itemsize
         begin = first = 0
         sizes: list[int] = []
         for expert in self.present:
             size = self.sizes[expert]
-            if sizes and max(*sizes, size) * (len(sizes) + 1) > most:
+            padded = max(*sizes, size) * (len(sizes) + 1) * line if sizes else 0
+            if padded > _LOT_BYTES or (sizes and max(sizes[-1], size) * line > _ALONE_BYTES):
                 yield _Lot(slice(begin, begin + len(sizes)), first, sizes, self._device)
                 begin, first, sizes = begin + len(sizes), first + sum(sizes), []
             sizes.append(size)
@@ -151,7 +162,7 @@ def forward(
             s_lot = torch.bmm(lot.pad(adapted, dtype), A[lot.experts].mT)
             s[lot.rows] = lot.unpad(s_lot)
             s_lot *= scaling * inverse_keep(threshold)
-            y[lot.rows] += lot.unpad(torch.bmm(s_lot, B[lot.experts]))
+            lot.add_product(y, s_lot, B[lot.experts])
     return y, s, mask
 
 
@@ -192,9 +203,10 @@ def backward(
             g = torch.bmm(padded, B[lot.experts].mT).mul_(by)
             if dA is not None and adapted is not None:
                 dA[lot.experts] = torch.bmm(lot.clear(g).mT, lot.pad(adapted, dtype))
-            if dx is not None:
-                update = lot.unpad(torch.bmm(g, A[lot.experts]))
-                dx[lot.rows] += update if kept is None else update * kept[lot.rows]
+            if dx is not None and kept is not None:
+                dx[lot.rows] += lot.unpad(torch.bmm(g, A[lot.experts])) * kept[lot.rows]
+            elif dx is not None:
+                lot.add_product(dx, g, A[lot.experts])
     return dx, None if dA is None else spans.whole(dA, lora_A), None if dB is None else spans.whole(dB, lora_B.mT)
 
 

@@ -133,7 +133,9 @@ def _backward(
         dy, rows, weight, lora_A, lora_B, where, s, _or_none(mask),
         drop_threshold(dropout_p), scaling, need_dx=need_dx, need_dA=need_dA, need_dB=need_dB,
     )  # fmt: skip
-    dW, dbias = eager_experts.grad_base(dy, rows if need_dW else None, where, need_dbias)
+    dW = dbias = None
+    if need_dW or need_dbias:  # which reads the route on the host
+        dW, dbias = eager_experts.grad_base(dy, rows if need_dW else None, where, need_dbias)
     if dx is not None and not sorted_x:
         dx = where.by_token(dx).sum(1)
     return dx, dW, dA, dB, dbias
