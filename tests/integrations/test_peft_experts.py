@@ -111,16 +111,18 @@ def test_every_implementation(name: str, implementation: str) -> None:
     assert_same(step(model), expected, 1e-5 if rounds else 1e-14)
 
 
+PATTERNS = {"rank_pattern": {"gate_up_proj": 5}, "alpha_pattern": {"down_proj": 7}}
+
+
 @pytest.mark.parametrize(
-    "rest",
+    ("name", "rest"),
     [
-        {"adapters": ("a", "b")},
-        {"rank_pattern": {"gate_up_proj": 5}, "alpha_pattern": {"down_proj": 7}},
-        {"use_rslora": True},
+        *((name, {"adapters": ("a", "b")}) for name in ("qwen3_moe", "gpt_oss", "llama4")),
+        ("gpt_oss", PATTERNS),
+        ("qwen3_moe", {"use_rslora": True}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
 def test_several_adapters_and_patterns(name: str, rest: dict[str, Any]) -> None:
     model = adapted(name, **rest)
     expected = step(model)
@@ -128,8 +130,11 @@ def test_several_adapters_and_patterns(name: str, rest: dict[str, Any]) -> None:
     assert_same(step(model), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("qwen3_moe", torch.float32), ("gpt_oss", torch.bfloat16), ("llama4", torch.bfloat16)],
+    ids=str,
+)
 def test_as_exact_as_peft(name: str, dtype: torch.dtype) -> None:
     """Within twice PEFT's own error, and a rounding, of the float64 numbers; bitwise the same twice."""
     model = adapted(name, dtype=dtype)
@@ -240,8 +245,9 @@ def test_mixed_batches_are_refused_as_by_peft() -> None:
         model.block.experts(torch.ones(1, 16), adapter_names=["default"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"), [("grouped_mm", torch.float32), ("eager", torch.float32), ("eager", torch.bfloat16)]
+)
 def test_under_autocast(implementation: str, dtype: torch.dtype) -> None:
     model = adapted("qwen3_moe", dtype=dtype, implementation=implementation)
 
