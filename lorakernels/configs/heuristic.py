@@ -14,8 +14,8 @@ TOKEN_FORM, *TILE_FORMS = FORMS = (1, 16, 64)
 _MOST_TOKENS = 64
 # From this many tokens a slot on, tiles of 64 rows are mostly full.
 _FULL_TILES = 32
-# Enough programs to fill an H100 or H200 (132 multiprocessors) about once.
-_PROGRAMS = 128
+# Enough programs to fill an H100 or H200 (132 multiprocessors) about once; and of small ones, which take one tile each.
+_PROGRAMS, _SMALL_PROGRAMS = 128, 1024
 # Hopper and Blackwell copy tiles by TMA; elsewhere descriptors become plain loads.
 TMA_ARCHS = ("sm_90", "sm_100")
 
@@ -32,8 +32,11 @@ def heuristic(
     operation: str, M: int, N: int, K: int, r: int, itemsize: int, arch: str, tma: bool, batch: Batch | None = None
 ) -> KernelConfig:
     """The config of `operation` for M tokens, N output and K summed features and rank r; `batch` is for multi_…."""
+    # What reads tall matrices keeps three tiles on their way while it multiplies a fourth: with two stages 128 programs
+    # of 8 KiB have 1 MB in flight, where 4.8 TB/s at 500 ns ask for 2.4. AMD's compiler keeps tiles in registers.
+    fed = 4 if arch.startswith("sm_") else 2
     if batch is not None:
-        return _multi(operation, M, K, r, itemsize, batch)
+        return _multi(operation, M, K, r, itemsize, batch, fed)
     M = next_power_of_two(M)
     # Sixteen-bit tiles are sized for the matrix units. Exact float32 products are made element by element from
     # registers, and rows that start at odd addresses are loaded so: both take smaller tiles, or they spill.
@@ -44,7 +47,7 @@ def heuristic(
         blocks = cdiv(M, 64) * cdiv(r, block_r)
         block_k = 64 if wide else 32
         split = _split(blocks, cdiv(K, block_k))
-        return KernelConfig(BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=8)
+        return KernelConfig(BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=8, num_stages=fed)
     if operation == "linear_expand":
         if tma and wide and arch in TMA_ARCHS:
             # The largest tile whose accumulator, pipeline and epilogues fit: 200 to 255 registers and 213 KiB on sm_90;
@@ -67,30 +70,35 @@ def heuristic(
         block_k = 64 if easy else 32 if wide else 16
         split = _split(cdiv(M, block_m) * cdiv(N, block_n), cdiv(K, block_k))
         warps = 8 if block_m == 64 or not wide else 4
-        return KernelConfig(block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps)
+        return KernelConfig(block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps, num_stages=fed)
     if operation == "outer":
         block_m = 64 if easy else 32
         # Wide enough that one pass over dy pays, see `takes_one_pass`.
         block_n = (128 if easy and block_r == 16 else 64) if wide else 32
         split = _split(cdiv(N, block_n) * cdiv(r, block_r), cdiv(M, 64))
-        return KernelConfig(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, SPLIT=split, num_warps=8 if wide else 4)
+        warps = 8 if wide else 4
+        return KernelConfig(
+            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, SPLIT=split, num_warps=warps, num_stages=fed
+        )
     raise ValueError(f"there is no operation {operation!r}; operations: {', '.join(OPERATIONS)}")
 
 
-def _multi(operation: str, T: int, cols: int, max_rank: int, itemsize: int, batch: Batch) -> KernelConfig:
+def _multi(operation: str, T: int, cols: int, max_rank: int, itemsize: int, batch: Batch, fed: int) -> KernelConfig:
     """Of T tokens; `cols` is the longest summed (multi_shrink) or produced (the others) dimension of the slices."""
     wide = itemsize <= 2
     easy = wide and cols % 8 == 0
     block_r = min(max(next_power_of_two(max_rank), 16), 64 if wide else 32)
     height = max(_form(T, batch.slots), TILE_FORMS[0] if batch.tiles else TOKEN_FORM)
     if operation == "multi_shrink":
-        block_k, warps = 128 if easy else 64 if height == 1 else 32, 4
+        block_k, warps = (256 if height == 1 else 128) if easy else 64 if height == 1 else 32, 4
         if height == 64:
             # Rows at odd addresses are loaded element by element: 64 of them by 4 warps spill 632 bytes on sm_90.
             block_k, warps = (64, 4) if easy else (32, 8 if wide else 4)
         blocks = max(1, T if height == 1 else T // height) * batch.slices
-        split = _split(blocks, cdiv(cols, block_k))
-        return KernelConfig(height, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=warps)
+        split = _split(blocks, cdiv(cols, block_k), _SMALL_PROGRAMS if height == 1 else _PROGRAMS)
+        return KernelConfig(
+            height, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=warps, num_stages=fed if height > 1 else 2
+        )
     if operation == "multi_expand":
         # Columns that start at odd addresses are loaded element by element, and 128 of them spill.
         block_n = 128 if height == 1 or easy else 64 if wide else 32
@@ -111,9 +119,9 @@ def _form(T: int, slots: int) -> int:
     return TILE_FORMS[1] if _FULL_TILES * slots <= T else TILE_FORMS[0]
 
 
-def _split(blocks: int, most: int) -> int:
+def _split(blocks: int, most: int, programs: int = _PROGRAMS) -> int:
     """Programs that share one sum: as many as fill the device, at most one a tile and 16."""
-    return max(1, min(_PROGRAMS // max(blocks, 1), most, 16))
+    return max(1, min(programs // max(blocks, 1), most, 16))
 
 
 def cdiv(a: int, b: int) -> int:

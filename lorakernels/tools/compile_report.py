@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -27,12 +28,12 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lorakernels.backend import BackendError
 from lorakernels.configs.config import KernelConfig
-from lorakernels.configs.data_sheet import speed_of
+from lorakernels.configs.data_sheet import DATA_SHEETS, speed_of
 from lorakernels.configs.device import assume
 from lorakernels.configs.heuristic import cdiv, next_power_of_two
 from lorakernels.configs.table_file import SHIPPED, read_table
 from lorakernels.kernels.launch import Launch, compile_options, record_launches
-from lorakernels.tools.machine_code import Code, loop_tiles, narrow_loads, read_amd, read_nvidia
+from lorakernels.tools.machine_code import Code, Tile, loop_tiles, narrow_loads, read_amd, read_nvidia
 from lorakernels.tools.processes import in_processes
 from lorakernels.tools.steps import shipped_launches
 from lorakernels.tools.tune.problem import Problem
@@ -52,6 +53,7 @@ class Arch:
     max_warps_per_sm: int = 64
     max_blocks_per_sm: int = 32
     tensor_memory_columns: int = 0
+    sms: int = 132
 
     @property
     def shared_per_block(self) -> int:
@@ -59,10 +61,10 @@ class Arch:
 
 
 _ARCHS = (
-    Arch("sm_80", GPUTarget("cuda", 80, 32), 164 << 10),
+    Arch("sm_80", GPUTarget("cuda", 80, 32), 164 << 10, sms=108),
     Arch("sm_90", GPUTarget("cuda", 90, 32), 228 << 10),
-    Arch("sm_100", GPUTarget("cuda", 100, 32), 228 << 10, tensor_memory_columns=512),
-    Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 512, 0, 131072, 32),
+    Arch("sm_100", GPUTarget("cuda", 100, 32), 228 << 10, tensor_memory_columns=512, sms=148),
+    Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 512, 0, 131072, 32, sms=304),
 )
 ARCHS: dict[str, Arch] = {arch.name: arch for arch in _ARCHS}
 
@@ -73,7 +75,9 @@ class CompileRow:
 
     `narrowest_load_bytes` is the least that a thread takes with one load from global memory in the main loop: the
     innermost loop with the most matrix instructions. Copies by TMA have no width. Less than 16 is right where a
-    thread's share of a tile is less, and for dropout's mask, which is bytes.
+    thread's share of a tile is less, and for dropout's mask, which is bytes. `bytes_in_flight` are a set of the loop's
+    tiles for each stage but one, of all programs that the architecture's largest device runs at once;
+    `issue_per_byte` are the loop's instructions, of all warps, over the bytes that they load.
     """
 
     kernel: str
@@ -88,6 +92,8 @@ class CompileRow:
     async_copy: bool = False
     narrowest_load_bytes: int | None = None
     ctas_per_sm: int | None = None
+    bytes_in_flight: int | None = None
+    issue_per_byte: float | None = None
     ok: bool = False
     why: str = ""
 
@@ -160,6 +166,9 @@ def _compile(task: _Task) -> CompileRow:
     faults += _product_faults(task.launch, task.source.name, arch.name, code)
     # Not the config's num_warps: warp specialisation adds some.
     threads = meta.num_warps * arch.target.warp_size
+    ctas = _ctas_per_sm(arch, code.registers, meta.shared, columns, meta.num_warps)
+    in_flight = _bytes_in_flight(task.launch, arch, ctas, loop_tiles(compiled.asm["ttgir"]))
+    faults.append(_starves(task, in_flight))
     # A kernel without a loop has none to judge. What float16 meets in float32 is loaded as tf32's operands lie.
     judged = (
         _aligned(task.launch) and task.launch.tensor.dtype is not torch.float16 and task.source.name not in _SEARCHES
@@ -174,10 +183,39 @@ def _compile(task: _Task) -> CompileRow:
         tma=code.tma,
         async_copy=code.async_copy,
         narrowest_load_bytes=min(code.loads, default=None),
-        ctas_per_sm=_ctas_per_sm(arch, code.registers, meta.shared, columns, meta.num_warps),
+        ctas_per_sm=ctas,
+        bytes_in_flight=in_flight,
+        issue_per_byte=round(code.loop * meta.num_warps / (sum(code.loads) * threads), 4) if code.loads else None,
         ok=not any(faults),
         why="; ".join(filter(None, faults)),
     )
+
+
+def _bytes_in_flight(launch: Launch, arch: Arch, ctas_per_sm: int, tiles: Sequence[Tile]) -> int | None:
+    """Of a launch whose loop loads tiles; those that descriptors copy are not among them."""
+    tile = sum(tile.elements * tile.element_bytes for tile in tiles)
+    programs = min(math.prod(launch.grid), ctas_per_sm * arch.sms)
+    return programs * max(1, launch.config.num_stages - 1) * tile or None
+
+
+# By Little's law a device has its bandwidth where bytes for some 500 ns are on their way.
+_LATENCY = 500e-9
+# Passes over a matrix of so many tokens take the device for themselves.
+_TALL = 8192
+
+
+def _starves(task: _Task, in_flight: int | None) -> str:
+    """What is wrong with a pass over a tall matrix of 16 bits that cannot have the device's bandwidth.
+
+    Of float32, multiplied exactly, arithmetic is the limit.
+    """
+    passes = task.source.name in ("shrink_kernel", "outer_kernel") and task.launch.tensor.element_size() == 2
+    if not (passes and _aligned(task.launch)) or task.tokens < _TALL or task.arch.target.backend != "cuda":
+        return ""
+    needed = max(sheet.bandwidth for sheet in DATA_SHEETS if sheet.arch == task.arch.name) * _LATENCY
+    if in_flight is None or in_flight < needed:
+        return f"{in_flight} bytes in flight, where the device's bandwidth asks for {needed:.0f}"
+    return ""
 
 
 def _read_nvidia(compiled: CompiledKernel) -> Code:
@@ -298,7 +336,7 @@ def report_table(rows: Iterable[CompileRow]) -> Table:
     table = Table(title="Compile report")
     for name in ("kernel", "dtype", "arch", "M×N×K×R", "split", "warps", "stages"):
         table.add_column(name)
-    for name in ("registers", "spill B", "shared B", "load B", "blocks/SM"):
+    for name in ("registers", "spill B", "shared B", "load B", "blocks/SM", "in flight", "issue/B"):
         table.add_column(name, justify="right")
     for name in ("matrix", "copy", "verdict"):
         table.add_column(name)
@@ -306,7 +344,10 @@ def report_table(rows: Iterable[CompileRow]) -> Table:
         c = row.config
         tiles = f"{c.BLOCK_M}×{c.BLOCK_N}×{c.BLOCK_K}×{c.BLOCK_R}"
         chosen = (row.kernel, row.dtype, row.arch, tiles, c.SPLIT, c.num_warps, c.num_stages)
-        numbers = (row.registers, row.spill_bytes, row.shared_bytes, row.narrowest_load_bytes, row.ctas_per_sm)
+        numbers = (
+            row.registers, row.spill_bytes, row.shared_bytes, row.narrowest_load_bytes, row.ctas_per_sm,
+            row.bytes_in_flight, row.issue_per_byte,
+        )  # fmt: skip
         copies = " ".join(name for name, used in (("tma", row.tma), ("async", row.async_copy)) if used)
         cells = ("-" if cell is None else str(cell) for cell in (*chosen, *numbers, row.tensor_core, copies))
         table.add_row(*cells, Text("ok", "green") if row.ok else Text(row.why, "red"))

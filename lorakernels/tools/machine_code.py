@@ -13,7 +13,7 @@ import networkx
 
 @dataclass(frozen=True)
 class Code:
-    """`loads` are the bytes a thread takes with each global load instruction of the main loop."""
+    """`loads` are the bytes a thread takes with each global load of the main loop, which has `loop` instructions."""
 
     registers: int
     spill_bytes: int
@@ -22,6 +22,7 @@ class Code:
     tma: bool
     async_copy: bool
     loads: tuple[int, ...]
+    loop: int
 
 
 class Instruction(NamedTuple):
@@ -57,6 +58,7 @@ def read_nvidia(usage: str, sass: str) -> Code:
         tma="UTMALDG" in names,
         async_copy="LDGSTS" in names,
         loads=tuple(sass_load_bytes(name) for name in loop if name.startswith(("LDG.", "LDGSTS."))),
+        loop=len(loop),
     )
 
 
@@ -74,7 +76,8 @@ def read_amd(amdgcn: str) -> Code:
     scratch = number("private_segment_fixed_size") if vector or scalar else 0
     spills = f"spills {vector} vector and {scalar} scalar registers ({scratch} bytes a thread)"
     lines = _amd_lines(amdgcn)
-    loads = map(_AMD_LOAD.match, main_loop(lines, _AMD_MMA, _AMD_LOAD))
+    loop = main_loop(lines, _AMD_MMA, _AMD_LOAD)
+    loads = map(_AMD_LOAD.match, loop)
     to_lds = r"^\s+(?:global_load_lds|buffer_load_.*\blds\b)"
     return Code(
         registers=number("vgpr_count"),
@@ -85,6 +88,7 @@ def read_amd(amdgcn: str) -> Code:
         tma=False,
         async_copy=bool(re.search(to_lds, amdgcn, re.MULTILINE)),
         loads=tuple(_AMD_UNITS[load[1]] * int(load[2] or 1) for load in loads if load),
+        loop=len(loop),
     )
 
 

@@ -78,20 +78,20 @@ def as_h100(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_does_not_fit_when_it_is_launched_is_a_warning_once(as_h100: None) -> None:
-    ship(SHRINK, dataclasses.replace(SHRINK, M=1, config=stages(4)))
+    ship(SHRINK, dataclasses.replace(SHRINK, M=1, config=stages(5)))
     default = heuristic("shrink", 4096, 512, 512, 16, 2, "sm_90", False)
     kernel = Kernel("shrink", refused=[3])
     run = launcher(kernel)
     with pytest.warns(RuntimeWarning) as caught:
-        assert [run(), run()] == ["4 stages"] * 2  # the next in line, another entry
-        kernel.refused.append(4)
-        assert [run(), run()] == ["2 stages"] * 2
+        assert [run(), run()] == ["5 stages"] * 2  # the next in line, another entry
+        kernel.refused.append(5)
+        assert [run(), run()] == ["4 stages"] * 2
     assert [message for w in caught if "shared memory, Required: 300000" in (message := str(w.message))]
     assert len(caught) == 2 and all("lorakernels tune" in str(w.message) for w in caught)
-    assert shrink_choice() == (default, "heuristic") and default.num_stages == 2
+    assert shrink_choice() == (default, "heuristic") and default.num_stages == 4
     # The grid is that of the config which was launched.
     assert kernel.grids == [(32,)] * 4 + [(default.BLOCK_M,)] * 2
-    kernel.refused.append(2)
+    kernel.refused.append(4)
     with pytest.raises(OutOfResources):  # nothing is left
         run()
     clear()
@@ -129,7 +129,7 @@ def test_threads_that_are_refused_at_once_both_go_on(as_h100: None) -> None:
     run = launcher(Together("shrink", refused=[3]))
     with pytest.warns(RuntimeWarning, match="out of resource"), ThreadPoolExecutor(2) as pool:
         threads = [pool.submit(copy_context().run, run) for _ in range(2)]  # on the assumed H100
-        assert [thread.result() for thread in threads] == ["2 stages"] * 2
+        assert [thread.result() for thread in threads] == ["4 stages"] * 2
 
 
 def test_a_choice_made_while_its_config_is_struck_out_is_not_kept(

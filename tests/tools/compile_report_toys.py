@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lorakernels.configs.config import KernelConfig
 from lorakernels.kernels.launch import launch, record_launches
-from lorakernels.tools.compile_report import ARCHS, _specialise, compile_report, report_table
+from lorakernels.tools.compile_report import _specialise, compile_report, report_table
 
 
 @triton.jit
@@ -118,8 +118,9 @@ if __name__ == "__main__":
     with record_launches() as everywhere:
         matmul_launch(512, block=64, num_warps=4, num_stages=3)
         matmul_launch(1024, block=64, num_warps=4, num_stages=3)  # the same machine code: 1024 is a multiple of 16 too
-        matmul_launch(512, block=128, num_warps=8, num_stages=4)
         launch(refused, (1,), dict(x_ptr=meta(64, dtype=torch.float32)), dict(BLOCK=64), KernelConfig())
+    with record_launches() as on_both:  # a compiler each
+        matmul_launch(512, block=128, num_warps=8, num_stages=4)
         narrow_launch(1024)
         product_launch(dot=False, M=64, block=16)
     with record_launches() as on_hopper:
@@ -127,13 +128,11 @@ if __name__ == "__main__":
         product_launch(dot=True, M=512, block=64)  # the same machine code as the next: the larger is judged
         product_launch(dot=True, M=1024, block=64)
         product_launch(dot=True, M=1008, block=32)
-    with record_launches() as on_nvidia:
         spiller_launch(8192)
     with record_launches() as on_amd:
         spiller_launch(16384)  # an AMD warp has four times the registers
-    nvidia = [arch for arch in ARCHS if arch.startswith("sm_")]
-    rows = compile_report(everywhere) + compile_report(on_nvidia, nvidia) + compile_report(on_amd, ["gfx942"])
-    rows += compile_report(on_hopper, ["sm_90"])
+    rows = compile_report(everywhere) + compile_report(on_both, ["sm_90", "gfx942"])
+    rows += compile_report(on_hopper, ["sm_90"]) + compile_report(on_amd, ["gfx942"])
     assert compile_report(everywhere[:2], ["sm_90"], jobs=1) == rows[1:2]
     Console(width=200, stderr=True).print(report_table(rows))
     signature = _specialise(everywhere[0], "sm_90").source.signature
