@@ -38,7 +38,7 @@ def forward(
     if r:
         planes, mask = multi_shrink([x], [factor_A(lora_A)], plan, plan.scales, r, seed, thresholds)
         s = added(planes)[0].to(dtype)
-    return expert_expand(x, weight, s, rank_rows(lora_B.mT, dtype), plan.buffer, bias=bias), s, mask
+    return expert_expand(x, weight, s, rank_rows(lora_B.mT, lora_B.dtype), plan.buffer, bias=bias), s, mask
 
 
 def backward(
@@ -64,10 +64,10 @@ def backward(
     dA = rank_room(lora_A, lora_A.dtype) if need_dA else None
     dB = rank_room(lora_B.mT, lora_B.dtype) if need_dB else None
     if r and (need_dx or need_dA):
-        rows = factor_A(rank_rows(lora_B.mT, dtype))
+        rows = factor_A(rank_rows(lora_B.mT, lora_B.dtype))
         g = added(multi_shrink([dy], [rows], plan, plan.scales, r)[0])[0].to(dtype)
     if need_dx:
-        dx = expert_expand(dy, weight.mT, g, rank_rows(lora_A, dtype), plan.buffer, mask=mask)
+        dx = expert_expand(dy, weight.mT, g, rank_rows(lora_A, lora_A.dtype), plan.buffer, mask=mask)
     if r and dA is not None and x is not None:
         multi_outer([x], g[None], [factor_A(dA)], plan, mask)
     if r and dB is not None and s is not None:
