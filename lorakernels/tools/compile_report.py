@@ -170,9 +170,8 @@ def _compile(task: _Task) -> CompileRow:
     in_flight = _bytes_in_flight(task.launch, arch, ctas, loop_tiles(compiled.asm["ttgir"]))
     faults.append(_starves(task, in_flight))
     # A kernel without a loop has none to judge. What float16 meets in float32 is loaded as tf32's operands lie.
-    judged = (
-        _aligned(task.launch) and task.launch.tensor.dtype is not torch.float16 and task.source.name not in _SEARCHES
-    )
+    has_float16 = "*fp16" in str(task.source.signature)
+    judged = _aligned(task.launch) and not has_float16 and task.source.name not in _SEARCHES
     if code.loads and judged:
         faults.append(narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
     return task.row(
