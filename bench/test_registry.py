@@ -16,7 +16,7 @@ from lorakernels.tools.bench.peer import checker, make_tensors
 from lorakernels.tools.bench.peers import PEERS
 from lorakernels.tools.bench.registry import SETS, Case
 from lorakernels.tools.bench.run import default_device
-from lorakernels.tools.bench.timing import interleaved_seconds, p20_50_80, spread
+from lorakernels.tools.bench.timing import interleaved_seconds, p20_50_80
 
 ROUNDS = 20
 MEASURED = ("ours-auto", "peft", "eager", "loop")
@@ -46,7 +46,7 @@ def test_small_set(benchmark: Any, record_ratio: Any, case: Case, name: str) -> 
 
     steps = [synchronised(one.make(tensors)) for one in (peer, PEERS["frozen"])]
     own, frozen = interleaved_seconds(steps, ROUNDS)
-    record_ratio({"case": str(case), "what": peer.label, "of the frozen layer": spread(p20_50_80(own / frozen))})
+    record_ratio({"case": str(case), "what": peer.label, "of the frozen layer": p20_50_80(own / frozen)})
     benchmark.extra_info["over_frozen"] = float(np.median(own / frozen))
     with count() as counted:
         steps[0]()

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lorakernels import ops
 from lorakernels.integrations.peft_experts import expert_terms, experts_forward
-from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_forward
+from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_call, mixed_forward
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
 from lorakernels.nn.adapted import adapted_linear
@@ -102,7 +102,8 @@ def accelerate(
         model: a PeftModel, a model with adapters injected, or any module that holds PEFT's LoRA layers.
         group: whether projections that one module calls with the same x (q, k, v; gate, up) are computed together, as
             `lora_linear_group` does: None, where they have no dropout; True, with dropout too, which then is one mask
-            for all; False, never. They are found by the names that models give them.
+            for all; False, never. They are found by the names that models give them. In mixed batches on a GPU they are
+            slices of one launch.
         groups: further groups, each a list of names of one module's children: [["query_key", "value"]].
         invariant: in mixed batches (`adapter_names=`) what a row gets does not depend, to the bit, on which adapters
             the other rows have. That is slower on a CPU, where each row is then multiplied by itself.
@@ -117,7 +118,7 @@ def accelerate(
     """
     LoraLayer = _lora_layer()
     modules = _named_modules(model)
-    found = siblings.find(model, lambda module: type_name(module) in _TAKEN or hasattr(module, "linear_call"), groups)
+    found = siblings.find(model, lambda module: type_name(module) in _TAKEN or _is_fused_linear(module), groups)
     rows = []
     for name, module in modules:
         if isinstance(module, LoraLayer):
@@ -178,6 +179,10 @@ def is_fused(module: nn.Module) -> bool:
     return type(module).__qualname__.startswith("Fused") and type(module).__module__ == __name__
 
 
+def _is_fused_linear(module: nn.Module) -> bool:
+    return is_fused(module) and hasattr(module, "linear_call")
+
+
 @lru_cache(maxsize=8)
 def _fused(kind: Any) -> type:
     """The subclass of one of PEFT's layers; made at the first use, so that this module can be imported without PEFT."""
@@ -196,6 +201,7 @@ def _fused(kind: Any) -> type:
         """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
 
         linear_call = linear_call
+        mixed_call = mixed_call
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             y = None
@@ -236,7 +242,7 @@ def _why_not(layer: Any) -> str:
         return f"{type_name(layer)} over {type_name(base)}: {why}"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance, so its class has no say"
-    terms = adapter_terms(layer) if hasattr(layer, "linear_call") else expert_terms(layer)
+    terms = adapter_terms(layer) if _is_fused_linear(layer) else expert_terms(layer)
     return terms if isinstance(terms, str) else ""
 
 

@@ -15,7 +15,9 @@ from lorakernels import ops
 from lorakernels.integrations.peft_terms import adapter_terms, autocast_is_on, base_weight, is_plain, takes_dtypes
 from lorakernels.member import cast
 from lorakernels.nn.adapted import adapted_linear
+from lorakernels.nn.mixed import SLICES, Slice, slices_pay
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
+from lorakernels.nn.siblings import from_group
 from lorakernels.nn.terms import Term
 from lorakernels.plan import BASE, BatchPlan
 from lorakernels.quant.packed import Weight
@@ -90,6 +92,9 @@ class _Pack:
             or any(weight.is_inference() for weight in self.weights)
             or any(isinstance(scaling, torch.Tensor) for scaling in self.scaling.values())
         )
+        # Whether its product may be one of its group's.
+        several = bool(self.ranks) and self.only is None
+        self.is_slice = self.may_be_kept and several and slices_pay(weight.device, dtype)
         if self.may_be_kept:
             self.versions = list(map(_version_of, self.weights))
 
@@ -142,6 +147,26 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
 
     That is also where PEFT raises: on names that are too many or too few, merged adapters, DoRA.
     """
+    found = _find(layer, x, names)
+    return None if found is None else _run(layer, x, *found)
+
+
+def mixed_call(layer: Any, x: torch.Tensor) -> Slice | None:
+    """What a call through PEFT's hooks, which hand this layer its names, would do with x; None for one by itself."""
+    hooks = _pre_hooks(layer)
+    of_peft = all(type(hook) is partial and hook.func.__module__.startswith("peft.") for hook in hooks)
+    if not hooks or not of_peft or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return None
+    found = None if "forward" in layer.__dict__ else _find(layer, x, hooks[-1].keywords.get("adapter_names"))
+    return _slice(x, *found) if found is not None and found[0].is_slice else None
+
+
+def _slice(x: torch.Tensor, pack: _Pack, weight: Weight, bias: torch.Tensor | None) -> Slice:
+    return weight, bias, pack.A, pack.B, pack.plan(x.numel() // (x.shape[0] * x.shape[-1]))
+
+
+def _find(layer: Any, x: torch.Tensor, names: Any) -> tuple[_Pack, Weight, torch.Tensor | None] | None:
+    """The pack of these names, and the base's weight and bias."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     if torch._C._get_tracing_state() is not None or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -165,18 +190,21 @@ def mixed_forward(layer: Any, x: torch.Tensor, names: Any) -> torch.Tensor | Non
         pack = made
         if hook is not None and pack.may_be_kept:
             _packs[hook] = pack
-    bias = parameter_of(base, "bias")
+    return pack, weight, parameter_of(base, "bias")
+
+
+def _run(layer: Any, x: torch.Tensor, pack: _Pack, weight: Weight, own_bias: torch.Tensor | None) -> torch.Tensor:
+    bias = own_bias
     if bias is not None and not isinstance(weight, torch.Tensor):
         bias = bias.to(x.dtype)
-    return _run(pack, x, weight, bias)
-
-
-def _run(pack: _Pack, x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
     if not pack.ranks:
         return ops.frozen_linear(x, weight, bias)
     if pack.only is not None:
         y = adapted_linear(x, weight, bias, [pack.only])
     else:
+        grouped = from_group(layer, x, _slice(x, pack, weight, own_bias), SLICES) if pack.is_slice else None
+        if grouped is not None:
+            return grouped
         if pack.autocast:
             x, weight, bias = ops.autocast_arguments(x, weight, bias, torch.get_autocast_dtype(x.device.type))
         y = _product(pack, x, weight, bias)

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lorakernels import ops
+from lorakernels import functional, ops
+from lorakernels.configs.table import FEW_TOKENS
 from lorakernels.functional import lora_linear
 from lorakernels.low_rank import low_rank_dtype
 from lorakernels.nn.dora import change_of_base, scale_product
-from lorakernels.nn.siblings import from_group
-from lorakernels.nn.terms import Term
+from lorakernels.nn.modules import runs_more_than_forward
+from lorakernels.nn.siblings import Part, Way, from_group
+from lorakernels.nn.terms import Call, Term
 from lorakernels.quant.packed import PackedWeight
 
 
@@ -42,7 +44,7 @@ def adapted_linear(
         if _is_small(x, weight, terms[0]):
             A, B, _, scaling, *_ = terms[0]
             return ops.small_lora_linear(x, weight, A, B, bias, scaling)  # type: ignore[arg-type]
-        grouped = None if layer is None else from_group(layer, x, (weight, bias, terms, None))
+        grouped = None if layer is None else from_group(layer, x, (weight, bias, terms, None), _TOGETHER)
         return _fused(x, weight, bias, terms[0]) if grouped is None else grouped
     scales: Sequence[torch.Tensor | None] = [_row_scale(weight, term) for term in terms]
     base_scale = change_of_base(scales)
@@ -107,3 +109,30 @@ def _sum_of_biases(bias: torch.Tensor | None, terms: Sequence[Term], dtype: torc
             scaled = term.bias * term.scaling
             total = scaled if total is None else total + scaled
     return total if total is bias or total is None else total.to(dtype)
+
+
+def _call_of(sibling: Any, x: torch.Tensor) -> Call | None:
+    """Layers have `linear_call(x)`, which says what they would do with x."""
+    if not hasattr(sibling, "linear_call") or runs_more_than_forward(sibling):
+        return None
+    return sibling.linear_call(x)
+
+
+def _part_of(x: torch.Tensor, call: Call, with_dropout: bool) -> Part | None:
+    """What `lora_linear_group` takes."""
+    weight, bias, terms, base_layer = call
+    A, B, lora_bias, scaling, p, magnitude = terms[0]
+    if x.is_cuda:
+        pays = x.numel() > FEW_TOKENS * x.shape[-1]
+    else:
+        pays = x.is_cpu and (p > 0 or x.numel() * weight.shape[0] >= ops.linear.SMALL)
+    plain = len(terms) == 1 and base_layer is None and lora_bias is None and magnitude is None
+    return (weight, bias, A, B, scaling, p) if pays and plain and (not p or with_dropout) else None
+
+
+def _run(x: torch.Tensor, parts: list[Part]) -> list[torch.Tensor]:
+    weights, biases, As, Bs, scalings, (p, *_) = zip(*parts, strict=True)
+    return functional.lora_linear_group(x, weights, As, Bs, biases=biases, scalings=scalings, dropout_p=p)
+
+
+_TOGETHER = Way(_call_of, _part_of, _run)

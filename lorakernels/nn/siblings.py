@@ -1,9 +1,10 @@
 """Adapted linears of one module that are called with the same x (q, k, v; gate, up): declared once, run as one.
 
 `find` takes them from the names of a parent's children, and `declare` gives the parent two hooks. While the parent
-runs, the first member that is called, the leader, computes all by `lora_linear_group`. The others find their result
-when they are called with that very tensor, and take it only if all that it depends on is as it was; otherwise they
-compute their own. Nothing is learned: the first pass decides as every other, and a region as when it is recomputed.
+runs, the first member that is called, the leader, computes all that can be computed in its way. The others find their
+result when they are called with that very tensor, and take it only if all that it depends on is as it was; otherwise
+they compute their own. Nothing is learned: the first pass decides as every other, and a region as when it is
+recomputed.
 """
 
 from __future__ import annotations
@@ -17,16 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
-from lorakernels import functional
-from lorakernels.configs.table import FEW_TOKENS
-from lorakernels.nn.modules import runs_more_than_forward
-from lorakernels.nn.terms import Call
-from lorakernels.ops import linear as ops_linear
 from lorakernels.quant.packed import PackedWeight
 
 Names = tuple[str, ...]
-_Parts = tuple[Any, torch.Tensor | None, torch.Tensor, torch.Tensor, float | torch.Tensor, float]
+Part = tuple[Any, ...]
 
 # What models call those children of one module that read the same x.
 FAMILIES: tuple[Names, ...] = (
@@ -51,6 +48,18 @@ _CROSS = re.compile(r"cross|encoder_attn|enc_?dec|encoder_decoder|\battn2\b|cont
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
+class Way(NamedTuple):
+    """How members are computed together: those that have an adapter each, or those of a batch of many."""
+
+    call_of: Callable[[Any, torch.Tensor], Any]
+    """What another member would do with x; None where it is to run by itself."""
+    part_of: Callable[[torch.Tensor, Any, bool], Part | None]
+    """All that y of such a call depends on, but x, and last what members must have in common; None for a call that no
+    group has, or that would be no faster so. The flag says whether dropout may be shared."""
+    run: Callable[[torch.Tensor, list[Part]], list[torch.Tensor]]
+    """The y's. Raises TypeError or ValueError for a wrong argument, before anything has run."""
+
+
 class _Result(NamedTuple):
     """What a leader has left for one of the others."""
 
@@ -68,7 +77,7 @@ class _Scope:
     def __init__(self, parent: nn.Module, groups: _Groups, outer: _Scope | None) -> None:
         self.parent, self.groups, self.outer = weakref.ref(parent), groups, outer
         self.mode = _mode()
-        self.leaders: dict[Names, nn.Module] = {}
+        self.leaders: dict[Any, nn.Module] = {}
         self.results: dict[nn.Module, _Result] = {}
 
 
@@ -140,17 +149,19 @@ def find(
     return found
 
 
-def declare(found: Mapping[nn.Module, tuple[Names, ...]], group: bool | None = None) -> None:
-    """Give these parents their groups, in the place of those they have.
+def declare(found: Mapping[nn.Module, tuple[Names, ...]], group: bool | None = None) -> list[RemovableHandle]:
+    """Give these parents their groups, in the place of those they have; the hooks that do it.
 
     None: members with dropout stay apart. True: they share one mask, so a seed draws other masks than for each alone.
     False: there are no groups.
     """
+    hooks: list[RemovableHandle] = []
     for parent, groups in found.items():
         forget(parent)
         if group is not False:
-            parent.register_forward_pre_hook(_Groups(groups, group is True))
-            parent.register_forward_hook(_close, always_call=True)
+            hooks.append(parent.register_forward_pre_hook(_Groups(groups, group is True)))
+            hooks.append(parent.register_forward_hook(_close, always_call=True))
+    return hooks
 
 
 def forget(parent: nn.Module) -> None:
@@ -164,37 +175,20 @@ def has_groups(parent: nn.Module) -> bool:
     return any(type(hook) is _Groups for hook in parent._forward_pre_hooks.values())
 
 
-def from_group(layer: Any, x: torch.Tensor, call: Call) -> torch.Tensor | None:
-    """y [..., N] of this call as its group has made it, or makes it now; None where the layer is to run by itself.
-
-    Layers have `linear_call(x)`, which says what they would do with x.
-    """
+def from_group(layer: Any, x: torch.Tensor, call: Any, way: Way) -> torch.Tensor | None:
+    """y [..., N] of this call as its group has made it, or makes it now; None where the layer is to run by itself."""
     if torch.compiler.is_compiling() or (scope := _thread.scope) is None:
         return None
     result = scope.results.pop(layer, None)
-    parts = _parts(scope, x, call)
-    if parts is None:
+    part = way.part_of(x, call, scope.groups.with_dropout)
+    if part is None:
         return None
     # Not in a region, or under a mode, that began within the parent: when it runs again the parent does not.
     if not _may_share(x) or scope.mode != _mode():
         return None
     if result is None:
-        return _lead(scope, layer, x, parts)
-    return result.y if result.of_x == _state_of_x(x) and result.state == _state(*parts) else None
-
-
-def _parts(scope: _Scope, x: torch.Tensor, call: Call | None) -> _Parts | None:
-    """What `lora_linear_group` takes; None for a call that no group has, or that would be no faster so."""
-    if call is None:
-        return None
-    weight, bias, terms, base_layer = call
-    A, B, lora_bias, scaling, p, magnitude = terms[0]
-    if x.is_cuda:
-        pays = x.numel() > FEW_TOKENS * x.shape[-1]
-    else:
-        pays = x.is_cpu and (p > 0 or x.numel() * weight.shape[0] >= ops_linear.SMALL)
-    plain = len(terms) == 1 and base_layer is None and lora_bias is None and magnitude is None
-    return (weight, bias, A, B, scaling, p) if pays and plain and (not p or scope.groups.with_dropout) else None
+        return _lead(scope, layer, x, part, way)
+    return result.y if result.of_x == _state_of_x(x) and result.state == _state(*part) else None
 
 
 def _may_share(x: torch.Tensor) -> bool:
@@ -217,27 +211,26 @@ def _mode() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), None if top is None else top[0]
 
 
-def _lead(scope: _Scope, layer: Any, x: torch.Tensor, parts: _Parts) -> torch.Tensor | None:
+def _lead(scope: _Scope, layer: Any, x: torch.Tensor, part: Part, way: Way) -> torch.Tensor | None:
     """The leader's y, the others' results in the scope; None where now they cannot be computed together."""
     modules: dict[str, Any] = getattr(scope.parent(), "_modules", {})
     names = next((names for names in scope.groups.groups if any(modules.get(name) is layer for name in names)), None)
     # Where the others are called with another x than their leader was, each is by itself.
-    if names is None or scope.leaders.setdefault(names, layer) is not layer:
+    if names is None or scope.leaders.setdefault((names, part[-1]), layer) is not layer:
         return None
-    members: dict[Any, _Parts] = {layer: parts}
+    members: dict[Any, Part] = {layer: part}
     for sibling in (modules[name] for name in names if name in modules):
-        if sibling not in members and hasattr(sibling, "linear_call") and not runs_more_than_forward(sibling):
-            other = _parts(scope, x, sibling.linear_call(x))
-            if other is not None and other[-1] == parts[-1]:
+        if sibling not in members and (call := way.call_of(sibling, x)) is not None:
+            other = way.part_of(x, call, scope.groups.with_dropout)
+            if other is not None and other[-1] == part[-1]:
                 members[sibling] = other
     if len(members) == 1:
         return None
     of_x, states = _state_of_x(x), [_state(*each) for each in members.values()]
     if of_x is None or None in states:
         return None
-    weights, biases, As, Bs, scalings, _ = (list(values) for values in zip(*members.values(), strict=True))
     try:
-        ys = functional.lora_linear_group(x, weights, As, Bs, biases=biases, scalings=scalings, dropout_p=parts[-1])
+        ys = way.run(x, list(members.values()))
     except (TypeError, ValueError):  # an argument is wrong, and nothing has run: let the layer raise whose it is
         return None
     for (sibling, each), state, y in zip(members.items(), states, ys, strict=True):
@@ -250,11 +243,9 @@ def _state(*values: Any) -> list[Any] | None:
     state: list[Any] = []
     try:
         for value in values:
-            if isinstance(value, PackedWeight):
-                parts = _state(*value)
-                if parts is None:
-                    return None
-                state += parts
+            if isinstance(value, PackedWeight):  # of views that are made at each call
+                for part in value:
+                    state += (part._version, part.data_ptr()) if isinstance(part, torch.Tensor) else (part,)
             elif isinstance(value, torch.Tensor):
                 if type(value) not in _PLAIN:
                     return None

@@ -10,6 +10,8 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+
 from lorakernels.adapters.folder import Source
 from lorakernels.nn.whole import Lock
 from lorakernels.plan import BASE
@@ -25,7 +27,6 @@ class Version:
     def __init__(self, name: str, number: int, source: Source | None, parts: Parts, sites: Sequence[Site]) -> None:
         self.name, self.number, self.source, self.parts = name, number, source, parts
         self.sites = sites
-        self.is_seen = False  # each of its modules has been called in a batch
         self.nbytes = sum(part.rank * pool.page_bytes for pool, part in parts.items())
         self.rows: Rows | None = None  # in main memory, while they are kept there
         self.pages: dict[Pool, tuple[int, ...]] = {}  # on the device; empty while it is not there
@@ -45,8 +46,9 @@ class Version:
     def enter(self, rows: Rows) -> None:
         """Take pages on the device, which must be free, and write them."""
         try:
+            common = sorted(set.intersection(*(set(pool.free) for pool in self.parts))) if self.parts else ()
             for pool, part in self.parts.items():
-                self.pages[pool] = pool.take(part.rank)
+                self.pages[pool] = pool.take(part.rank, common)
                 pool.write(self.pages[pool], rows[pool])
             self.written = {pool.writer: pool.writer.written() for pool in self.parts}
         except BaseException:
@@ -110,6 +112,9 @@ class Books:
         self.current: dict[str, Version] = {}
         # What has a name or is in use, the least recently used first.
         self.versions: OrderedDict[Version, None] = OrderedDict()
+        # Of the sites that a version has reached those that no batch has called, by their parents as they were then. In
+        # a model of which a part never runs, such as a tower for pictures, there are always some.
+        self.uncalled: dict[nn.Module, set[Site]] = {}
         self.closed = False
         self.hits = self.misses = self.reads = self.loads = self.evictions = 0
         self.load_seconds = 0.0
@@ -170,6 +175,19 @@ class Books:
                 old.retired = False
         if old is not None:
             self._retire(old)
+
+    def reach(self, reached: Mapping[Site, nn.Module]) -> None:
+        """Look for the sites of an adapter, which have these parents."""
+        for site, parent in reached.items():
+            if not site.is_seen:
+                self.uncalled.setdefault(parent, set()).add(site)
+
+    def forget_called(self, called: set[Site]) -> None:
+        for site in called:
+            site.is_seen = True
+        if called:
+            left = {parent: sites - called for parent, sites in self.uncalled.items()}
+            self.uncalled = {parent: sites for parent, sites in left.items() if sites}
 
     def forget(self, name: str) -> None:
         version = self.find(name)

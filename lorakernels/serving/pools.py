@@ -139,11 +139,15 @@ class Pool:
         for site in self.sites:
             site.lora_A = site.lora_B = None
 
-    def take(self, rank: int) -> tuple[int, ...]:
-        """`rank` free pages, as many as there must be: low ones first, so that most of an adapter lie together."""
-        free = sorted(self.free)
-        self.free = free[rank:]
-        return tuple(free[:rank])
+    def take(self, rank: int, wanted: Sequence[int]) -> tuple[int, ...]:
+        """`rank` free pages, as many as there must be: of those wanted, which are free, if they are enough.
+
+        So most adapters have the same pages in all pools, which then share a plan. Low ones come first, so that most of
+        an adapter lie together.
+        """
+        taken = (wanted if len(wanted) >= rank else sorted(self.free))[:rank]
+        self.free = sorted(set(self.free) - set(taken))
+        return tuple(taken)
 
     def write(self, pages: Sequence[int], rows: torch.Tensor) -> None:
         with self.writer.writing():

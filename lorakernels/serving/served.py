@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from lorakernels import ops
-from lorakernels.functional import multi_lora_embedding, multi_lora_linear
-from lorakernels.nn.modules import parameter_of
+from lorakernels.functional import multi_lora_embedding
+from lorakernels.nn.mixed import Slice, mixed_linear
+from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.plan import BatchPlan
 from lorakernels.quant.layers import is_linear, weight_of
 from lorakernels.serving.errors import StaleBatchError
@@ -95,7 +96,7 @@ class Batch:
     def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
         self.check_open(site)
-        if self.called is not None:
+        if self.called is not None and not site.is_seen:
             self.called.add(site)
         site.pool.writer.check_no_capture()
         if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
@@ -117,6 +118,11 @@ class Batch:
                 del route.plans[next(iter(route.plans))]
             route.plans[lead] = plan
         return plan
+
+    def kept_plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
+        """The plan for x of leading shape `lead` that another module of the same adapters has asked for."""
+        route = self._routes.get(site.pool)
+        return None if route is None else route.plans.get(lead)
 
     def _token_slots(self, site: Site, lead: torch.Size) -> torch.Tensor:
         tokens, rows = lead.numel(), len(self.slots)
@@ -211,16 +217,37 @@ class _Served(nn.Module):
         return object.__new__, (BASES[type(self)],), state
 
 
-class ServedLinear(_Served, nn.Linear):
-    """A `torch.nn.Linear` that a store has switched: within a batch each token has its own adapter's update."""
+class _ServedMatrix(_Served):
+    """A linear that a store has switched: within a batch each token has its own adapter's update."""
+
+    def mixed_call(self, x: torch.Tensor) -> Slice | None:
+        """What a call would do with x, of which others of the same adapters have been told; None where it is to come.
+
+        It is no call: one that never comes is still missed.
+        """
+        site: Any = self.__dict__.get("_lora_site")
+        if site is None or type(self) is not _SERVED[site.base] or runs_more_than_forward(self):
+            return None
+        batch = _batches.get().get(site.owner)
+        plan = None if batch is None else batch.kept_plan(site, x.shape[:-1])
+        return None if plan is None else _slice(self, site, plan)
+
+
+def _slice(module: nn.Module, site: Any, plan: BatchPlan) -> Slice:
+    # Of torch's own type, served, `weight_of` asks for what it may else be.
+    weight = parameter_of(module, "weight") if site.base is nn.Linear else weight_of(module)
+    return weight, parameter_of(module, "bias"), site.lora_A, site.lora_B, plan
+
+
+class ServedLinear(_ServedMatrix, nn.Linear):
+    """A `torch.nn.Linear` that a store has switched."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
         plan = _plan(site, x.shape[:-1])
         if plan is None:
             return nn.Linear.forward(self, x)  # not super(): a kept bound forward may outlive the class
-        weight, bias = parameter_of(self, "weight"), parameter_of(self, "bias")
-        return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
+        return _within(mixed_linear(x, _slice(self, site, plan), self), site)
 
 
 class ServedEmbedding(_Served, nn.Embedding):
@@ -234,18 +261,18 @@ class ServedEmbedding(_Served, nn.Embedding):
         return _within(multi_lora_embedding(ids, parameter_of(self, "weight"), site.lora_A, site.lora_B, plan), site)
 
 
-class _ServedOther(_Served):
+class _ServedOther(_ServedMatrix):
     """A linear of another class, packed or GPT-2's, that a store has switched; its own class is made by `know`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         site: Any = self.__dict__.get("_lora_site")
-        plan, weight, bias = _plan(site, x.shape[:-1]), weight_of(self), parameter_of(self, "bias")
-        if plan is None and isinstance(weight, torch.Tensor):
+        plan = _plan(site, x.shape[:-1])
+        if plan is not None:
+            return _within(mixed_linear(x, _slice(self, site, plan), self), site)
+        weight, bias = weight_of(self), parameter_of(self, "bias")
+        if isinstance(weight, torch.Tensor):
             return BASES[type(self)].forward(self, x)  # as ServedLinear, to the bit
-        bias = None if bias is None else bias.to(x.dtype)
-        if plan is None:
-            return ops.frozen_linear(x, weight, bias)
-        return _within(multi_lora_linear(x, weight, site.lora_A, site.lora_B, plan, bias=bias), site)
+        return ops.frozen_linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ServedLinear, nn.Embedding: ServedEmbedding}

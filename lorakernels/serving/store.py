@@ -16,9 +16,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lorakernels.adapters.folder import find_source
+from lorakernels.backend import triton_problem
 from lorakernels.config import check_rank
+from lorakernels.nn import siblings
 from lorakernels.nn.modules import unwrapped
 from lorakernels.serving import sources
 from lorakernels.serving.books import Books, Lease, Version
@@ -50,7 +53,11 @@ class AdapterStore:
         host_bytes: how much of main memory keeps adapters that may come to the device again.
         root: where folders must lie, after every symbolic link; relative ones are meant from there.
         invariant: what a row gets does not depend, to the bit, on which adapters the other rows of its batch have. That
-            is slower on a CPU, where the same adapter's rows are then no longer multiplied together.
+            is slower on a CPU, where the same adapter's rows are then no longer multiplied together, and on a GPU,
+            where there are no groups.
+        group: whether on a GPU projections that one module calls with the same x (q, k, v; gate, up) are slices of one
+            launch, where the same adapters reach them. They are found by the names that models give them.
+        groups: further groups, each a list of names of one module's children: [["query_key", "value"]].
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is expected.
@@ -66,6 +73,8 @@ class AdapterStore:
         host_bytes: int = 4 << 30,
         root: str | os.PathLike[str] | None = None,
         invariant: bool = False,
+        group: bool = True,
+        groups: Sequence[Sequence[str]] = (),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
@@ -86,12 +95,16 @@ class AdapterStore:
         self._sites = find_sites(self.model, BASES, num_pages, self._owner)
         if not self._sites:
             raise ValueError(f"{type(model).__name__} has no torch.nn.Linear or torch.nn.Embedding to serve")
+        linears = {site.module for site in self._sites.values() if site.base is not nn.Embedding}
+        found = siblings.find(self.model, linears.__contains__, groups)
+        self._groups = found if group and not invariant else {}
+        self._hooks: list[RemovableHandle] = []
         self._pools = list(dict.fromkeys(site.pool for site in self._sites.values()))
         self._writers = {pool.writer for pool in self._pools}
         # Nothing it holds holds the store, so that one which nobody has any more goes at once.
         self._books = Books(max_adapters, host_bytes, partial(sources.read, self.model, self._sites, max_rank))
         sites = weakref.WeakSet(self._sites.values())  # a model may hold its store
-        weakref.finalize(self, _let_go, sites, self._writers).atexit = False
+        weakref.finalize(self, _let_go, sites, self._writers, self._hooks).atexit = False
         self._numbers = itertools.count()
         self._worker: ThreadPoolExecutor | None = None
         self._prefetches: dict[str, Future[None]] = {}
@@ -243,7 +256,7 @@ class AdapterStore:
                     writer.before_reads(written)
             most = self.max_rank if self.invariant else None
             batch = Batch(slots, [version.routing() for version in versions], numbers, most)
-            with watched(self.model, versions, batch), running(self._owner, batch):
+            with watched(self.model, self._books, versions, batch), running(self._owner, batch):
                 yield
         finally:
             with self._books.lock:
@@ -279,8 +292,7 @@ class AdapterStore:
             in_use = sorted({version.name for version in self._books.in_use})
             if in_use:
                 raise RuntimeError(f"adapters are in use: {', '.join(in_use)}; end their batches and leases first")
-            for site in self._sites.values():
-                restore(site)
+            _restore(self._sites.values(), self._hooks)
             for writer in self._writers:
                 if writer.stream is not None:
                     torch.cuda.synchronize(writer.device)  # kernels may be reading what is freed now
@@ -306,11 +318,22 @@ class AdapterStore:
             if must_exist:
                 books.find(name)
             kept = None if isinstance(source, tuple) else source
-            reached = [self._sites[path] for path in contents.layers]
-            books.add(Version(name, next(self._numbers), kept, parts, reached), rows)
+            parents = {"": self.model, **contents.modules}
+            reached = {self._sites[path]: parents[path.rpartition(".")[0]] for path in contents.layers}
+            books.add(Version(name, next(self._numbers), kept, parts, list(reached)), rows)
+            books.reach(reached)
             for site in reached:
                 serve(site)
+            self._declare_groups(reached)
             books.count_load(start, reads=kept is not None)
+
+    def _declare_groups(self, reached: Iterable[Site]) -> None:
+        """Of the modules that adapters reach, where there are launches to spare, and no groups of others."""
+        served = {site.module for site in reached if triton_problem(site.pool.writer.device, site.pool.dtype) is None}
+        for parent in [parent for parent in self._groups if not served.isdisjoint(parent._modules.values())]:
+            groups = self._groups.pop(parent)
+            if not siblings.has_groups(parent):
+                self._hooks += siblings.declare({parent: groups})
 
     def _await_prefetches(self, names: Sequence[str]) -> None:
         with self._books.lock:
@@ -320,10 +343,16 @@ class AdapterStore:
                 future.exception()  # whatever it was, this use tries again
 
 
-def _let_go(sites: Iterable[Site], writers: Iterable[Writer]) -> None:
-    """When nobody has the store any more: its pools are freed next, on the streams that wrote them."""
+def _restore(sites: Iterable[Site], hooks: Iterable[RemovableHandle]) -> None:
     for site in sites:
         restore(site)
+    for hook in hooks:
+        hook.remove()
+
+
+def _let_go(sites: Iterable[Site], writers: Iterable[Writer], hooks: Iterable[RemovableHandle]) -> None:
+    """When nobody has the store any more: its pools are freed next, on the streams that wrote them."""
+    _restore(sites, hooks)
     for writer in writers:
         writer.wait_for_reads()
 

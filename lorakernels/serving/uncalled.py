@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from lorakernels.adapters.uncalled import uncalled
-from lorakernels.nn.modules import is_compiled, names_of
-from lorakernels.serving.books import Version
+from lorakernels.serving.books import Books, Version
 from lorakernels.serving.served import Batch, is_running
 
 
 @contextmanager
-def watched(model: nn.Module, versions: Iterable[Version], batch: Batch) -> Iterator[None]:
+def watched(model: nn.Module, books: Books, versions: Sequence[Version], batch: Batch) -> Iterator[None]:
     """Around the running of a batch of these versions: each module that they reach is looked for until it is called.
 
     Raises RuntimeError at the end, naming them, for modules that were not called while their parents ran.
     """
-    unseen = {site for version in versions if not version.is_seen for site in version.sites if not site.is_seen}
-    if not unseen or any(map(is_compiled, model.modules())):  # of a graph nothing is seen
-        for version in versions:
-            version.is_seen = True
+    parents: list[Any] = list(books.uncalled) if versions else []
+    if not parents:
         yield
         return
-    modules = {path: module for module, path in names_of(model).items()}
-    parents = {site: modules[site.path.rpartition(".")[0]] for site in unseen}
     ran: set[nn.Module] = set()
     batch.called = set()
 
@@ -34,14 +30,17 @@ def watched(model: nn.Module, versions: Iterable[Version], batch: Batch) -> Iter
         if is_running(batch):  # other threads run other batches
             ran.add(module)
 
-    hooks = [parent.register_forward_pre_hook(note) for parent in set(parents.values())]
+    name = f"lorakernels {id(batch)}"  # torch's own registering takes ten times as long, of parents that may never run
     try:
+        for parent in parents:
+            parent._forward_pre_hooks[name] = note
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-    for site in unseen & batch.called:
-        site.is_seen = True
-    left_out = sorted(site.path for site, parent in parents.items() if parent in ran and not site.is_seen)
+        for parent in parents:
+            parent._forward_pre_hooks.pop(name, None)
+    reached = {site for version in versions for site in version.sites} if ran else set()
+    with books.lock:
+        books.forget_called(batch.called)
+        left_out = {site.path for parent in ran for site in books.uncalled.get(parent, ()) if site in reached}
     if left_out:
-        raise RuntimeError(uncalled(left_out, model, "load adapters that leave these out"))
+        raise RuntimeError(uncalled(sorted(left_out), model, "load adapters that leave these out"))

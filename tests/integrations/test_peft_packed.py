@@ -149,3 +149,23 @@ def test_a_mixed_batch_over_a_weight_of_another_kind_is_pefts() -> None:
     expected = model(x, adapter_names=names)
     lk.accelerate(model)
     assert torch.equal(model(x, adapter_names=names), expected)
+
+
+def test_mixed_batches_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from lorakernels.kernels.launch import record_launches
+
+    monkeypatch.setenv("LORAKERNELS_IMPL", "triton")
+    _, model = models()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    model.eval()
+    x, names, found = torch.randn(3, 2, WIDTH), ["default", "__base__", "other"], []
+    for group, expected in ((None, 2 * 2), (False, 2 * 4)):
+        lk.accelerate(model, group=group)
+        with torch.no_grad(), record_launches() as launches:
+            model(x, adapter_names=names)
+        assert sum(launch.kernel.__name__.startswith("multi_") for launch in launches) == expected
+        with torch.no_grad():
+            found.append(model(x, adapter_names=names))
+    assert torch.equal(*found)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
 from lorakernels import functional
+from lorakernels.nn import adapted as adapted_file
 from lorakernels.nn import siblings
 from lorakernels.ops import linear as ops_linear
 
@@ -537,6 +538,21 @@ def declare(*modules: nn.Module) -> None:
     """For layers that nobody injected."""
     for module in modules:
         siblings.declare(siblings.find(module, lambda child: isinstance(child, lk.LoRALinear)), True)
+
+
+def test_members_of_packed_weights_are_computed_once(groups: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call reads views of their tensors, other ones than the leader has read."""
+    found, alone = [], []
+    monkeypatch.setattr(
+        adapted_file, "lora_linear", lambda *args, **kwargs: alone.append(1) or lk.lora_linear(*args, **kwargs)
+    )
+    for group in (True, False):
+        torch.manual_seed(0)
+        model = lk.quantize(Model(), "int4", block=8)
+        lk.inject(model, lk.LoRAConfig(r=3, target_modules=["q", "k", "v"], init_lora_weights=False), group=group)
+        found.append(values(model, torch.randn(2, 5, WIDTH)))
+    assert_equal(*found, tolerance=1e-5)
+    assert groups == [3] * 2 and len(alone) == 3 * 2
 
 
 def test_one_mask_for_the_group(groups: list[int]) -> None:

@@ -14,6 +14,7 @@ from served_net import INNER, WIDTH, Adapter, Net, alone, books, make_adapter, m
 from torch import nn
 
 import lorakernels as lk
+from lorakernels.nn import modules
 from lorakernels.serving.errors import CapacityError, StaleBatchError
 from lorakernels.serving.pools import Pool
 from lorakernels.serving.served import ServedLinear
@@ -329,3 +330,24 @@ def test_a_module_that_is_not_called_is_an_error_at_the_end() -> None:
         raise KeyError("own")
     assert not any(module._forward_pre_hooks for module in model.modules())
     store.close()
+
+
+def test_a_part_that_never_runs_costs_a_batch_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.ModuleDict({"text": Fused(), "tower": Fused()})
+    model.text.fused = False  # type: ignore[assignment,union-attr]
+    store = lk.AdapterStore(model, max_adapters=2, max_rank=2)
+    store.load("one", make_adapter(model, 1, r=2, targets=("proj", "out")))
+    for owner in (nn.Module, modules):
+        monkeypatch.setattr(owner, "named_modules", None)
+    x = torch.ones(1, WIDTH)
+    for _ in range(2):
+        with store.batch(["one"]):
+            model["text"](x)
+        assert list(store._books.uncalled) == [model["tower"]]
+    with pytest.raises(RuntimeError, match=r"1 adapted layers .* ran: tower\.proj\. "), store.batch(["one"]):
+        model["tower"](x)
+    model["tower"].compile(backend="eager")
+    with pytest.raises(RuntimeError, match=r"1 adapted layers "), store.batch(["one"]):
+        model["tower"](x)
+    with store.batch([None]):
+        model["tower"](x)
