@@ -73,7 +73,7 @@ def shipped_launches() -> list[Any]:
             multi_step(torch.bfloat16, T, slots, 64, 97, (131,), _THRESHOLD if train else 0, train=train)
         for mixture in MIXTURES:
             expert_step(torch.bfloat16, *mixture)
-        expert_step(torch.bfloat16, *MIXTURES[0], _THRESHOLD, r=64)
+        expert_step(torch.bfloat16, *MIXTURES[0], _THRESHOLD)
         expert_step(torch.float16, *MIXTURES[0])
         for mixture in MIXTURES[:3]:
             expert_step(torch.float32, *mixture)
@@ -164,12 +164,11 @@ def expert_step(
     inner: int,
     transposed: bool,
     threshold: int = 0,
-    r: int = 16,
 ) -> None:
-    """A training step of a mixture's two projections with PEFT's factors, by the kernels: gate and up, and down."""
+    """A training step of a mixture's two projections with PEFT's factors of rank 16, by the kernels."""
     from lorakernels.kernels import experts
 
-    meta = partial(torch.empty, device="meta", dtype=dtype)
+    meta, r = partial(torch.empty, device="meta", dtype=dtype), 16
     order, inverse, starts, plan = experts.route(meta((T, top_k), dtype=torch.int64), num_experts)
     where = ExpertRoute(order, inverse, starts, plan, top_k)
     seed = meta(1, dtype=torch.int64) if threshold else None
