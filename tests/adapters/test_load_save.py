@@ -276,9 +276,9 @@ def test_a_pattern_that_never_ends_is_given_up() -> None:
         by_pattern(["a" * 60 + "b"], {"(a|aa)+!": 3}, 8)
 
 
-def test_a_hundred_thousand_entries_are_refused_soon(tmp_path: Path) -> None:
+def test_many_entries_are_refused_soon(tmp_path: Path) -> None:
     _, folder = saved(tmp_path)
-    entries = {f"entry.{i}": torch.ones(1) for i in range(100_000)}
+    entries = {f"entry.{i}": torch.ones(1) for i in range(20_000)}
     save_file(entries, folder / "adapter_model.safetensors")
     with pytest.raises(lk.AdapterFileError, match="unknown key"):
         lk.load_adapter(net(), folder)

@@ -217,18 +217,18 @@ def test_what_is_no_adapter(tmp_path: Path, peft_folder: Path) -> None:
         read_adapter(peft_folder)
 
 
-def test_a_hundred_thousand_entries(tmp_path: Path) -> None:
+def test_twenty_thousand_entries(tmp_path: Path) -> None:
     """A broken file of that size is refused in seconds: nothing is quadratic in the entries."""
-    names = [f"lora_unet_{n}.lora_{half}.weight" for n in range(50_000) for half in ("down", "up")][:-1]
+    names = [f"lora_unet_{n}.lora_{half}.weight" for n in range(10_000) for half in ("down", "up")][:-1]
     entries = {
         name: {"dtype": "F16", "shape": [1, 1], "data_offsets": [2 * i, 2 * i + 2]} for i, name in enumerate(names)
     }
     header = json.dumps(entries).encode()
     (tmp_path / "k.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(2 * len(names)))
     start = time.perf_counter()
-    with pytest.raises(lk.AdapterFileError, match="'lora_unet_49999' has no lora_up"):
+    with pytest.raises(lk.AdapterFileError, match="'lora_unet_9999' has no lora_up"):
         read_adapter(tmp_path / "k.safetensors")
-    assert time.perf_counter() - start < 60
+    assert time.perf_counter() - start < 12
 
 
 def test_too_many_patterns(peft_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,6 @@ def share_of(rank: int) -> torch.Tensor:
 
 
 def ddp(rank: int, folder: str) -> None:
-    start(rank, folder)
     net = DistributedDataParallel(model())
     loss(net, share_of(rank)).backward()
     expected = gradients_of_one_process()
@@ -81,11 +80,9 @@ def ddp(rank: int, folder: str) -> None:
     assert found.keys() == expected.keys()
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name])
-    leave()
 
 
 def fsdp2(rank: int, folder: str) -> None:
-    start(rank, folder)
     net = model()
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in net:
@@ -104,12 +101,10 @@ def fsdp2(rank: int, folder: str) -> None:
     plain = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
     loaded = lk.load_adapter(plain, Path(folder) / "adapter").state_dict()
     assert all(torch.equal(loaded[name], p) for name, p in model().state_dict().items() if "lora_" in name)
-    leave()
 
 
 def fsdp2_packed(rank: int, folder: str) -> None:
     """Over packed weights, whose bytes and scales are sharded by rows: the numbers of one process, bit for bit."""
-    start(rank, folder)
     made = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -132,7 +127,6 @@ def fsdp2_packed(rank: int, folder: str) -> None:
         if found.grad is not None:
             assert torch.equal(found.grad.full_tensor(), expected.grad)
     assert isinstance(net[0].base_layer.weight, DTensor) and net[0].base_layer.weight.dtype is torch.uint8
-    leave()
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -167,7 +161,6 @@ STARTS = [
 
 def operators(rank: int, folder: str) -> None:
     """The operators on tensors that lie in any way: those of the layouts, and others, which have to be moved first."""
-    start(rank, folder)
     mesh = init_device_mesh("cpu", (WORLD,))
     draw = random.Random(0)
     ways = [[{**dict.fromkeys(PLACEMENTS, Replicate()), **start}] * 6 for start in STARTS]
@@ -210,7 +203,6 @@ def operators(rank: int, folder: str) -> None:
                 close(grad.flatten(0, 1) if grad.dim() == 3 else grad, expected_grad)
             else:
                 assert grad.shape == (0,)
-    leave()
 
 
 def mlp(bias: bool, dropout: float, use_dora: bool = False) -> nn.Module:
@@ -262,7 +254,6 @@ def refuse_merged_and_take_plain(mesh: DeviceMesh) -> None:
 
 
 def tensor_parallel(rank: int, folder: str) -> None:
-    start(rank, folder)
     mesh = init_device_mesh("cpu", (WORLD,))
     refuse_merged_and_take_plain(mesh)
     for bias, dropout, dora in [(True, 0.0, False), (False, 0.4, False), (True, 0.4, False), (True, 0.4, True)]:
@@ -298,18 +289,21 @@ def tensor_parallel(rank: int, folder: str) -> None:
             for name, parameter in net.named_parameters():
                 close(parameter, parameters[name])
         close(x.grad, expected_x.grad)
+
+
+def every_way(rank: int, folder: str) -> None:
+    """One after the other in the same processes, which take seconds to start."""
+    start(rank, folder)
+    for way in (ddp, fsdp2, fsdp2_packed):
+        way(rank, folder)
+    if torch.__version__ >= OLDEST_TORCH:  # of tensor parallelism
+        operators(rank, folder)
+        tensor_parallel(rank, folder)
     leave()
 
 
-sharded = pytest.mark.skipif(torch.__version__ < OLDEST_TORCH, reason=f"tensor parallelism needs torch {OLDEST_TORCH}")
-
-
-@pytest.mark.parametrize(
-    "way",
-    [ddp, fsdp2, fsdp2_packed, pytest.param(operators, marks=sharded), pytest.param(tensor_parallel, marks=sharded)],
-)
-def test_gradients_equal_those_of_one_process(way, tmp_path: Path) -> None:
-    mp.spawn(way, args=(str(tmp_path),), nprocs=WORLD)
+def test_gradients_equal_those_of_one_process(tmp_path: Path) -> None:
+    mp.spawn(every_way, args=(str(tmp_path),), nprocs=WORLD)
 
 
 def test_tensor_parallelism_costs_nothing_until_it_is_used() -> None:
