@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from lorakernels.adapters.switch import unmerge as unmerge
     from lorakernels.backend import BackendError as BackendError
     from lorakernels.config import LoRAConfig as LoRAConfig
+    from lorakernels.experts import combine_experts as combine_experts
+    from lorakernels.experts import expert_lora_linear as expert_lora_linear
+    from lorakernels.experts import expert_route as expert_route
     from lorakernels.explanation import explain as explain
     from lorakernels.files.reading import AdapterFileError as AdapterFileError
     from lorakernels.functional import lora_expand as lora_expand
@@ -52,6 +55,9 @@ _HOMES = {
     "lora_shrink": "lorakernels.functional",
     "lora_expand": "lorakernels.functional",
     "multi_lora_linear": "lorakernels.functional",
+    "expert_lora_linear": "lorakernels.experts",
+    "expert_route": "lorakernels.experts",
+    "combine_experts": "lorakernels.experts",
     "LoRALinear": "lorakernels.nn.linear",
     "LoRAEmbedding": "lorakernels.nn.embedding",
     "LoRAConv1d": "lorakernels.nn.conv",

@@ -16,6 +16,7 @@ import torch
 from lorakernels import ops
 from lorakernels.plan import BatchPlan, PlanError
 from lorakernels.quant.packed import PackedWeight
+from lorakernels.route import ExpertRoute
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -119,6 +120,48 @@ def check_adapter(weight: Any, lora_A: Any, lora_B: Any) -> None:
         raise _unlike("lora_A", lora_A, "weight", weight, cast=True)
     if not lora_B.is_floating_point() or lora_B.device != device:
         raise _unlike("lora_B", lora_B, "weight", weight, cast=True)
+
+
+def check_experts(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: torch.Tensor | None) -> None:
+    """Rows [M, K], a stack of linear layers and an adapter of each."""
+    check_matrix("x", x, "[T, K]")
+    check_floats("weight", weight)
+    if weight.dim() != 3 or weight.shape[2] != x.shape[1]:
+        flipped = weight.dim() == 3 and weight.shape[1] == x.shape[1]
+        raise _wrong_shape("weight", weight, f"[E, N, {x.shape[1]}]", "x", x, flipped)
+    check_alike("weight", weight, "x", x)
+    E, N, K = weight.shape
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(factor, torch.Tensor):
+            raise no_tensor(name, factor)
+        if not factor.is_floating_point() or factor.device != x.device:
+            raise _unlike(name, factor, "x", x, cast=True)
+    if lora_A.dim() != 3 or lora_A.shape[0] != E or lora_A.shape[2] != K or lora_A.shape[1] < 1:
+        raise _wrong_shape("lora_A", lora_A, f"[{E}, r, {K}] with r ≥ 1", "weight", weight, False)
+    r = lora_A.shape[1]
+    if tuple(lora_B.shape) != (E, N, r):
+        raise _wrong_shape("lora_B", lora_B, str([E, N, r]), "lora_A", lora_A, tuple(lora_B.shape) == (E, r, N))
+    if bias is not None:
+        if not isinstance(bias, torch.Tensor):
+            raise no_tensor("bias", bias, " or None")
+        if tuple(bias.shape) != (E, N):
+            raise _wrong_shape("bias", bias, str([E, N]), "weight", weight, False)
+        check_alike("bias", bias, "x", x)
+
+
+def check_route(route: Any, x: torch.Tensor, num_experts: int | None, is_sorted: bool) -> None:
+    """A route of these experts, for x [T, K], or sorted [T · top_k, K]."""
+    if not isinstance(route, ExpertRoute):
+        raise TypeError(f"route must be an ExpertRoute, from expert_route; got {type(route).__name__}")
+    rows = route.order.shape[0] if is_sorted else route.num_tokens
+    if x.shape[0] != rows or num_experts not in (None, route.num_experts):
+        given = f"{x.shape[0]} rows" + (f" and {num_experts} experts" if num_experts else "")
+        raise ValueError(
+            f"there are {given}; expected {rows} rows and {route.num_experts} experts, of a route of "
+            f"{route.num_tokens} tokens with {route.top_k} experts each (sorted_x={is_sorted})"
+        )
+    if route.order.device != x.device:
+        raise ValueError(f"x is on {x.device} and the route on {route.order.device}; expected one device")
 
 
 def check_of_rows(name: str, given: Any, weight: Any) -> None:

@@ -64,3 +64,20 @@ def lora_linear_backward(
 def spread_over_groups(lora_A: torch.Tensor, pooled: int) -> torch.Tensor:
     """QA-LoRA's A [r, K / L] as one [r, K] that acts on x: on the mean of L features, times K / L, as PEFT has it."""
     return lora_A.repeat_interleave(pooled, dim=1) * (lora_A.shape[1] / pooled)
+
+
+def expert_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    experts: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    keep: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`lora_linear` of each row of x [P, K] with the weight, adapter and bias of its own expert, experts [P]."""
+    adapted = x if keep is None else x * keep
+    A, B = lora_A.to(x.dtype)[experts], lora_B.to(x.dtype)[experts]
+    y = (weight[experts] @ x[..., None] + scaling * (B @ (A @ adapted[..., None]))).squeeze(-1)
+    return y if bias is None else y + bias[experts]

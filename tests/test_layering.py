@@ -24,12 +24,13 @@ LADDER: tuple[tuple[str, ...], ...] = (
     ("integrations", "serving"),
     ("adapters",),
     ("nn",),
-    ("functional", "explanation"),
+    ("functional", "explanation", "experts"),
     ("arguments",),
     ("ops",),
     ("kernels", "eager"),
     ("weight",),
     ("plan", "quant", "configs", "config", "backend", "dropout", "formula", "low_rank", "member", "when_imported"),
+    ("route",),
     ("plan_layout", "patterns", "printable"),
 )
 LIBRARY = frozenset(unit for row in LADDER[3:] for unit in row)  # all but the command line and its commands

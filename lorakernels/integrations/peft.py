@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lorakernels import ops
+from lorakernels.integrations.peft_experts import expert_terms, experts_forward
 from lorakernels.integrations.peft_mixed import INVARIANT, forget_packs, mixed_call, mixed_forward
 from lorakernels.integrations.peft_terms import adapter_terms, forget_norm, linear_call, type_name
 from lorakernels.nn import siblings
@@ -119,11 +120,11 @@ def accelerate(
     """
     LoraLayer = _lora_layer()
     modules = _named_modules(model)
-    found = siblings.find(model, lambda module: type_name(module) in _TAKEN or is_fused(module), groups)
+    found = siblings.find(model, lambda module: type_name(module) in _TAKEN or _is_fused_linear(module), groups)
     rows = []
     for name, module in modules:
         if isinstance(module, LoraLayer):
-            if type_name(module) in _TAKEN:
+            if type_name(module) in (*_TAKEN, _EXPERTS):
                 kind: Any = type(module)
                 module.__class__ = _fused(kind)
             if is_fused(module):
@@ -166,6 +167,8 @@ _TAKEN = tuple(
     for name in ("layer.Linear", "bnb.Linear4bit", "hqq.HqqLoraLinear", "torchao.TorchaoLoraLinear")
 )
 
+_EXPERTS = "peft.tuners.lora.layer.ParamWrapper"
+
 
 def _lora_layer() -> Any:
     try:
@@ -179,9 +182,23 @@ def is_fused(module: nn.Module) -> bool:
     return type(module).__qualname__.startswith("Fused") and type(module).__module__ == __name__
 
 
+def _is_fused_linear(module: nn.Module) -> bool:
+    return is_fused(module) and hasattr(module, "linear_call")
+
+
 @lru_cache(maxsize=8)
 def _fused(kind: Any) -> type:
     """The subclass of one of PEFT's layers; made at the first use, so that this module can be imported without PEFT."""
+    if f"{kind.__module__}.{kind.__qualname__}" == _EXPERTS:
+
+        class FusedExperts(kind):
+            """PEFT's wrapper of a stack of experts, without a second copy of the stack where that gives the same."""
+
+            def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                y = None if kwargs else experts_forward(self, x, args)
+                return kind.forward(self, x, *args, **kwargs) if y is None else y
+
+        return _named_as(FusedExperts, kind)
 
     class Fused(kind):
         """PEFT's LoRA Linear, its base product and low-rank update in one call where that gives the same."""
@@ -197,13 +214,17 @@ def _fused(kind: Any) -> type:
                 y = mixed_forward(self, x, kwargs["adapter_names"])
             return kind.forward(self, x, *args, **kwargs) if y is None else y
 
-    Fused.__name__ = kind.__name__  # repr and PEFT's get_layer_status say lora.Linear, as before
-    Fused.__qualname__ = f"Fused{kind.__name__}"  # a whole pickled model finds it in this module, by __getattr__
-    return Fused
+    return _named_as(Fused, kind)
+
+
+def _named_as(fused: type, kind: type) -> type:
+    fused.__name__ = kind.__name__  # repr and PEFT's get_layer_status say lora.Linear, as before; PEFT compares it
+    fused.__qualname__ = f"Fused{kind.__name__}"  # a whole pickled model finds it in this module, by __getattr__
+    return fused
 
 
 def __getattr__(name: str) -> Any:
-    for full in _TAKEN:
+    for full in (*_TAKEN, _EXPERTS):
         module, _, kind = full.rpartition(".")
         if name == f"Fused{kind}":
             return _fused(getattr(importlib.import_module(module), kind))
@@ -220,11 +241,11 @@ def _why_not(layer: Any) -> str:
     """Why calls of this LoRA layer, its adapters as they are, run PEFT's forward; empty where they do not."""
     if not is_fused(layer):
         base = layer.get_base_layer()
-        why = why_refused(base) or f"only {', '.join(_TAKEN)} are fused"
+        why = why_refused(base) or f"only {', '.join((*_TAKEN, _EXPERTS))} are fused"
         return f"{type_name(layer)} over {type_name(base)}: {why}"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance, so its class has no say"
-    terms = adapter_terms(layer)
+    terms = adapter_terms(layer) if _is_fused_linear(layer) else expert_terms(layer)
     return terms if isinstance(terms, str) else ""
 
 

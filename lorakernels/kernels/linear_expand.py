@@ -52,7 +52,7 @@ class LowRank(NamedTuple):
 
 
 @triton.jit
-def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     # Programs that run together share rows of x and of W in L2: GROUP_M blocks of rows at a time.
     num_pid_m = tl.cdiv(M, BLOCK_M)
     num_pid_n = tl.cdiv(N, BLOCK_N)
@@ -63,16 +63,22 @@ def _tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: 
 
 
 @triton.jit
-def _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
-    """What the accumulator starts from."""
-    s, b = low_rank.s, low_rank.b
+def multiply_ranks(s, b, offs_m, offs_n, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+    """A tile of s [M, R] times b [R, N]."""
     acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
     # Not pipelined: its buffers would come on top of the main loop's (r = 64: 304 KiB, where a block has 227).
     for r in tl.range(0, b.rows, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         s_tile, b_tile = load_tile(s, offs_m, offs_r), load_tile(b, offs_r, offs_n)
         acc = tl.dot(s_tile, b_tile.to(s_tile.dtype), acc, input_precision=INPUT_PRECISION)
-    acc *= low_rank.scale
+    return acc
+
+
+@triton.jit
+def _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What the accumulator starts from."""
+    b = low_rank.b
+    acc = multiply_ranks(low_rank.s, b, offs_m, offs_n, INPUT_PRECISION, BLOCK_R) * low_rank.scale
     if low_rank.mask is not None:
         acc = drop(acc, low_rank.mask, offs_m, pid_n, M, b.cols)
     return acc
@@ -116,7 +122,7 @@ def linear_expand_kernel(
     low_rank = LowRank(sized(low_rank.s, M, R), sized(low_rank.b, R, N), low_rank.mask, low_rank.scale)
     if dot.ptr is not None:
         dot = sized(dot, M, N)
-    pid_m, pid_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
@@ -172,7 +178,7 @@ def linear_expand_tma_kernel(
         dot = sized(dot, M, N)
     num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0)):
-        pid_m, pid_n = _tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_n = col + tl.arange(0, BLOCK_N)

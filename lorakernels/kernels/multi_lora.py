@@ -63,7 +63,7 @@ def add(
         [x] * len(ys), [factor_A(A) for A in lora_As], plan, plan.scales, _width(lora_As, plan), seed, thresholds
     )
     multi_expand(planes, [factor_B(B) for B in lora_Bs], plan, ys)
-    return _added(planes) if keep_s else None, mask
+    return added(planes) if keep_s else None, mask
 
 
 def backward(
@@ -93,7 +93,7 @@ def backward(
         if need_dA:
             assert x is not None
             dAs = [_gradient(A, plan) for A in lora_As]
-            multi_outer([x] * len(dAs), _added(planes), [factor_A(dA) for dA in dAs], plan, mask)
+            multi_outer([x] * len(dAs), added(planes), [factor_A(dA) for dA in dAs], plan, mask)
     if need_dB:
         assert s is not None
         dBs = [_gradient(B, plan) for B in lora_Bs]
@@ -104,7 +104,7 @@ def backward(
 def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors) -> torch.Tensor:
     """S [slices, T, R] float32, zero past each slot's rank and in rows of the base."""
     factors = [factor_A(A) for A in lora_As]
-    return _added(multi_shrink([x] * len(factors), factors, plan, plan.scales, _width(lora_As, plan))[0])
+    return added(multi_shrink([x] * len(factors), factors, plan, plan.scales, _width(lora_As, plan))[0])
 
 
 def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:
@@ -116,7 +116,7 @@ def _width(lora_As: Tensors, plan: PlanTensors) -> int:
     return lora_As[0].shape[1] if plan.page_table is None else plan.page_table.shape[1]
 
 
-def _added(planes: torch.Tensor) -> torch.Tensor:
+def added(planes: torch.Tensor) -> torch.Tensor:
     if planes.shape[0] == 1:
         return planes[0]
     total = planes.new_empty(planes.shape[1:])

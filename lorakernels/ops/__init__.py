@@ -1,5 +1,8 @@
 """The operators as torch sees them."""
 
+from lorakernels.ops.experts import combine_experts as combine_experts
+from lorakernels.ops.experts import expert_lora_linear as expert_lora_linear
+from lorakernels.ops.experts import expert_route as expert_route
 from lorakernels.ops.flops import register_flop_formulas
 from lorakernels.ops.linear import frozen_linear as frozen_linear
 from lorakernels.ops.linear import is_small as is_small

@@ -127,5 +127,20 @@ def multi_lora_add_flops(
     return sum(2 * T * _width(lora_As, page_table) * (out[1] + K) for out in outs)
 
 
+def expert_lora_linear_flops(
+    x: Shape, weight: Shape, lora_A: Shape, lora_B: Shape, bias: Any, order: Shape, *_: Any, **__: Any
+) -> int:
+    """What as many rows of one linear take, for each pair of a token and an expert is a row."""
+    return lora_linear_flops([order[0], x[1]], weight[1:], lora_A[1:])
+
+
+def expert_lora_linear_backward_flops(
+    dy: Shape, x: Shape | None, weight: Shape, lora_A: Shape, lora_B: Shape, *rest: Any, **__: Any
+) -> int:
+    """As `expert_lora_linear_flops`."""
+    *_, needs, impl = rest
+    return lora_linear_backward_flops(dy, x, weight[1:], lora_A[1:], [*needs, False], impl)
+
+
 def _width(lora_As: Sequence[Shape], page_table: Shape | None) -> int:
     return lora_As[0][1] if page_table is None else page_table[1]

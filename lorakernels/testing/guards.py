@@ -59,6 +59,15 @@ def laid_out(plain: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 @contextmanager
+def watch_allocations() -> Iterator[list[int]]:
+    """After the block the list has the bytes that each of torch's own operators on a CPU allocated in it."""
+    found: list[int] = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield found
+    found += [event.self_cpu_memory_usage for event in profile.events() or ()]
+
+
+@contextmanager
 def canaries() -> Iterator[None]:
     """Inside the block `new_empty` returns poisoned memory between margins, which are checked at the end.
 

@@ -112,11 +112,15 @@ class _Task(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return self.launch.args.get("M", 0)
+        return _tokens(self.launch)
 
     def row(self, **measured: Any) -> CompileRow:
         dtype = str(self.launch.tensor.dtype).removeprefix("torch.")
         return CompileRow(self.source.name, self.launch.config, self.arch.name, dtype, **measured)
+
+
+def _tokens(launch: Launch) -> int:
+    return launch.args.get("M", launch.args.get("P", 0))
 
 
 def _specialise(launch: Launch, arch_name: str) -> _Task:
@@ -166,7 +170,9 @@ def _compile(task: _Task) -> CompileRow:
     in_flight = _bytes_in_flight(task.launch, arch, ctas, loop_tiles(compiled.asm["ttgir"]))
     faults.append(_starves(task, in_flight))
     # A kernel without a loop has none to judge. What float16 meets in float32 is loaded as tf32's operands lie.
-    if code.loads and _aligned(task.launch) and "fp16" not in str(task.source.signature):
+    has_float16 = "*fp16" in str(task.source.signature)
+    judged = _aligned(task.launch) and not has_float16 and task.source.name not in _SEARCHES
+    if code.loads and judged:
         faults.append(narrow_loads(code.loads, loop_tiles(compiled.asm["ttgir"]), threads))
     return task.row(
         registers=code.registers,
@@ -220,6 +226,7 @@ def _read_nvidia(compiled: CompiledKernel) -> Code:
     return read_nvidia(*(run.stdout for run in runs))
 
 
+_SEARCHES = ("expert_starts_kernel", "expert_tiles_kernel")  # their loops load where a binary search goes
 # What a matrix product of 16-bit operands must come to where it is large: these units do most of the device's work.
 _LARGE = 1024
 _LARGE_MUST_USE = {"sm_90": "wgmma", "sm_100": "tcgen05"}
@@ -227,16 +234,19 @@ _LARGE_MUST_USE = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 
 def _product_faults(launch: Launch, name: str, arch: str, code: Code) -> list[str]:
     """What is wrong with how a GEMM is multiplied, and its operands copied."""
-    if not name.startswith(("linear_expand", "few_tokens")) or launch.tensor.element_size() != 2:
+    if not name.startswith(("linear_expand", "few_tokens", "expert_expand")) or launch.tensor.element_size() != 2:
         return []
     if code.tensor_core is None:
         return ["a 16-bit matrix product without the matrix units"]
     unit = _LARGE_MUST_USE.get(arch)
-    if unit is None or not name.startswith("linear_expand") or launch.constexprs.get("HAS_BASE"):
+    if unit is None or name.startswith("few_tokens") or launch.constexprs.get("HAS_BASE") or launch.config.BLOCK_M < 64:
         return []
     # Of pairs of x and w. Descriptors ask for as much by themselves.
-    odd = any(n % 16 for _, w in launch.args.get("pairs", ()) for n in (w.rows, w.cols))
-    if launch.args.get("M", 0) < _LARGE or odd:
+    weights = [w for _, w in launch.args.get("pairs", ())] + [
+        launch.args[name] for name in ("w",) if name in launch.args
+    ]
+    odd = any(n % 16 for w in weights for n in (w.rows, w.cols))
+    if _tokens(launch) < _LARGE or odd:
         return []
     faults = [] if code.tensor_core == unit else [f"a large product by {code.tensor_core} instead of {unit}"]
     return faults if code.tma else [*faults, "a large aligned product that does not load by TMA"]

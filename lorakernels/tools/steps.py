@@ -13,6 +13,7 @@ import torch
 from lorakernels.member import Member, training_step
 from lorakernels.plan import BatchPlan
 from lorakernels.quant.packed import CODES, Form, PackedWeight
+from lorakernels.route import ExpertRoute
 
 # float16 alone compiles to the same instructions as bfloat16, with the other operand type.
 DTYPES = (torch.bfloat16, torch.float32)
@@ -24,6 +25,15 @@ ALIGNED, ODD = (4096, 4096), (131, 97)
 # Many adapters: tokens and slots of each form (a program a token, tiles of 16, tiles of 64), and the widths of q, k, v.
 BATCHES = ((64, 64), (256, 32), (2048, 8))
 QKV = (4096, 1024, 1024)
+# Of experts: tokens, their choices, how many there are, hidden and inner features, whether the stacks are transposed.
+# Qwen3-30B-A3B's in training and with few rows an expert and fewer, gpt-oss-20b's, and odd ones.
+MIXTURES = (
+    (4096, 8, 128, 2048, 768, False),
+    (512, 8, 128, 2048, 768, False),
+    (8, 8, 128, 2048, 768, False),
+    (4096, 4, 32, 2880, 2880, True),
+    (512, 3, 5, 97, 131, False),
+)
 PACKED = ("nf4-nested", "int4", "int8", "fp8")
 _THRESHOLD = 6554  # of p = 0.1
 
@@ -62,6 +72,12 @@ def shipped_launches() -> list[Any]:
         for T, slots in BATCHES:
             train = T > 64  # a program a token draws no dropout
             multi_step(torch.bfloat16, T, slots, 64, 97, (131,), _THRESHOLD if train else 0, train=train)
+        for mixture in MIXTURES:
+            expert_step(torch.bfloat16, *mixture)
+        expert_step(torch.bfloat16, *MIXTURES[0], _THRESHOLD)
+        expert_step(torch.float16, *MIXTURES[0])
+        for mixture in MIXTURES[:3]:
+            expert_step(torch.float32, *mixture)
     return launches
 
 
@@ -140,3 +156,29 @@ def multi_step(
     )
     if train:
         multi_lora.backward(dys, x, weights, As, Bs, plan, s, mask, need_dx=True, need_dA=True, need_dB=True)
+
+
+def expert_step(
+    dtype: torch.dtype,
+    T: int,
+    top_k: int,
+    num_experts: int,
+    hidden: int,
+    inner: int,
+    transposed: bool,
+    threshold: int = 0,
+) -> None:
+    """A training step of a mixture's two projections with PEFT's factors of rank 16, by the kernels."""
+    from lorakernels.kernels import experts
+
+    meta, r = partial(torch.empty, device="meta", dtype=dtype), 16
+    order, inverse, starts, plan = experts.route(meta((T, top_k), dtype=torch.int64), num_experts)
+    where = ExpertRoute(order, inverse, starts, plan, top_k)
+    seed = meta(1, dtype=torch.int64) if threshold else None
+    for N, K in ((2 * inner, hidden), (hidden, inner)):
+        x, dy = meta(T * top_k, K), meta(T * top_k, N)
+        weight = meta(num_experts, K, N).mT if transposed else meta(num_experts, N, K)
+        bias = meta(num_experts, N) if transposed else None
+        A, B = meta(num_experts, r, K), meta(N, r, num_experts).permute(2, 0, 1)
+        _, s, mask = experts.forward(x, weight, A, B, bias, where, seed, threshold, 0.5)
+        experts.backward(dy, x, weight, A, B, where, s, mask, threshold, 0.5, need_dx=True, need_dA=True, need_dB=True)

@@ -1,0 +1,114 @@
+"""The public functions of mixtures of experts: LoRA on a stack of experts, without a second copy of it."""
+
+from __future__ import annotations
+
+import torch
+
+from lorakernels import arguments, ops
+from lorakernels.route import ExpertRoute
+
+
+def expert_route(top_k_index: torch.Tensor, num_experts: int, *, impl: str = "auto") -> ExpertRoute:
+    """The pairs of a token and one of its experts, sorted by expert: one sort, and no waiting for a GPU.
+
+    Args:
+        top_k_index: [T, top_k] int32 or int64, as a router gives it; a token may come twice to one expert.
+        num_experts: E. An index outside 0 … E - 1 raises in plain torch; by the kernels its rows are zero.
+        impl: "auto", "torch" or "triton": what `expert_lora_linear` will be.
+
+    Returns:
+        What `expert_lora_linear` and `combine_experts` are routed by.
+
+    Raises:
+        ValueError: the shape, or in plain torch an expert, is wrong.
+        TypeError: top_k_index is no tensor of integers.
+        BackendError: `impl="triton"` cannot run here.
+    """
+    if not isinstance(top_k_index, torch.Tensor):
+        raise arguments.no_tensor("top_k_index", top_k_index)
+    if top_k_index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"top_k_index is {top_k_index.dtype}; expected int32 or int64")
+    if top_k_index.dim() != 2 or top_k_index.shape[1] < 1:
+        raise ValueError(f"top_k_index is {arguments.shape_of(top_k_index)}; expected [T, top_k] with top_k ≥ 1")
+    if not isinstance(num_experts, int) or num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts!r}; expected a positive integer")
+    return ops.expert_route(top_k_index, num_experts, impl)
+
+
+def expert_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    route: ExpertRoute,
+    *,
+    bias: torch.Tensor | None = None,
+    scaling: float | torch.Tensor = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    sorted_x: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Each row through the frozen linear layer of its own expert, and that expert's low-rank update.
+
+    y = x W_eᵀ + bias_e + scaling · (dropout(x) A_eᵀ) B_eᵀ (Hu et al., arXiv 2106.09685, section 4.1; the rows sorted by
+    expert as in Gale et al., "MegaBlocks", arXiv 2211.15841). Nothing of the size of `weight` is made, forward or
+    backward, where `weight` needs no gradient. Differentiable once in every tensor.
+
+    Args:
+        x: [T, K], a row a token, which goes to each of its experts; or with `sorted_x` [T · top_k, K], a row for each
+            pair of token and expert as an earlier call returned them. float64, float32, float16 or bfloat16. Under
+            autocast it is cast to weight's dtype: a stack is never copied.
+        weight: [E, N, K], of x's dtype and any strides: give a stack [E, K, N] as `weight.mT`.
+        lora_A: [E, r, K], any r ≥ 1, any strides and float dtype. PEFT's [r · E, K] is `A.view(E, r, K)`.
+        lora_B: [E, N, r], likewise. PEFT's [N, r · E] is `B.view(N, r, E).permute(2, 0, 1)`.
+        route: from `expert_route`, for these tokens and experts.
+        bias: [E, N], of x's dtype.
+        scaling: lora_alpha / r, or lora_alpha / √r; a one-element tensor will do.
+        dropout_p: the probability, in [0, 1), with which an element of a row does not reach A_e; each of a token's rows
+            has a mask of its own.
+        training: dropout acts only when True.
+        impl: "auto", "torch" or "triton"; a named one never falls back.
+
+    Returns:
+        [T · top_k, N], sorted by expert; `combine_experts` gives the tokens' sums.
+
+    Raises:
+        ValueError: a shape, scaling or probability is wrong, or the route is not of these tokens and experts.
+        TypeError: a dtype is wrong, or an argument is not a tensor.
+        BackendError: `impl="triton"` cannot run here.
+    """
+    if arguments.autocasts(x) and isinstance(weight, torch.Tensor):
+        x = x.to(weight.dtype)
+    arguments.check_experts(x, weight, lora_A, lora_B, bias)
+    arguments.check_route(route, x, weight.shape[0], sorted_x)
+    number, lora_B = arguments.number_of(scaling, lora_B)
+    arguments.check_probability(dropout_p)
+    p = dropout_p if training else 0.0
+    return ops.expert_lora_linear(x, weight, lora_A, lora_B, bias, route, sorted_x, number, p, impl)
+
+
+def combine_experts(y: torch.Tensor, top_k_weights: torch.Tensor, route: ExpertRoute) -> torch.Tensor:
+    """The sum over each token's experts, weighted by the router: bitwise the same on every run.
+
+    Args:
+        y: [T · top_k, N], as `expert_lora_linear` returns it.
+        top_k_weights: [T, top_k], the router's.
+        route: what y was made with.
+
+    Returns:
+        [T, N], of the dtype that y and top_k_weights promote to.
+
+    Raises:
+        ValueError: a shape is wrong.
+        TypeError: an argument is not a tensor of floats.
+    """
+    arguments.check_matrix("y", y, "[T · top_k, N]")
+    arguments.check_matrix("top_k_weights", top_k_weights, "[T, top_k]")
+    arguments.check_route(route, y, None, True)
+    if tuple(top_k_weights.shape) != (route.num_tokens, route.top_k) or top_k_weights.device != y.device:
+        raise ValueError(
+            f"top_k_weights is {arguments.shape_of(top_k_weights)} on {top_k_weights.device}; expected "
+            f"{[route.num_tokens, route.top_k]} on {y.device}, as the route has"
+        )
+    return ops.combine_experts(y, top_k_weights, route)

@@ -1,0 +1,143 @@
+"""The one algorithm of adapted experts, whoever holds their adapters: a mixture's module, run past its own forward.
+
+It is what `grouped_mm_experts_forward` of transformers does, with a term of low rank beside each frozen product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from lorakernels import ops
+from lorakernels.experts import combine_experts, expert_lora_linear, expert_route
+from lorakernels.nn.modules import runs_more_than_forward
+from lorakernels.route import ExpertRoute
+
+# The implementations whose numbers are those of a product an expert; of others only their own kernels know.
+_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
+_LLAMA4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
+
+
+class ExpertTerm(NamedTuple):
+    """One adapter of a stack: it adds scaling · (dropout(x) A_eᵀ) B_eᵀ."""
+
+    A: torch.Tensor  # [E, r, K]
+    B: torch.Tensor  # [E, N, r]
+    scaling: float | torch.Tensor
+    p: float = 0.0
+
+
+def why_not_run(experts: Any) -> str:
+    """Why `run_experts` cannot stand for this module's forward; empty where it can."""
+    kind = type(experts)
+    if _is_llama4(experts):
+        dispatched = True
+    else:
+        dispatched = getattr(kind.forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
+    if not dispatched:
+        return f"{kind.__module__}.{kind.__qualname__} is not a mixture whose experts transformers dispatches"
+    if runs_more_than_forward(experts) or "parametrizations" in experts._modules:
+        return "the experts have hooks, a replaced forward or a parametrization"
+    if _is_llama4(experts):
+        return ""
+    if getattr(experts, "_is_expert_parallel", False):
+        return "the experts are spread over processes"
+    if implementation_of(experts) not in _IMPLEMENTATIONS:
+        return f"the experts' implementation is {implementation_of(experts)!r}; expected one of {_IMPLEMENTATIONS[1:]}"
+    return ""
+
+
+def implementation_of(experts: Any) -> str | None:
+    """Of transformers' experts: how they are multiplied."""
+    return "batched_mm" if _is_llama4(experts) else experts.config._experts_implementation
+
+
+def is_transposed(experts: Any) -> bool:
+    """Whether the stacks are [E, K, N]."""
+    return _is_llama4(experts) or experts.is_transposed
+
+
+def stack_names(experts: Any) -> tuple[str, str]:
+    """The parameters that hold the experts, in the order in which they are multiplied."""
+    return "gate_up_proj" if _is_llama4(experts) or experts.has_gate else "up_proj", "down_proj"
+
+
+def _is_llama4(experts: Any) -> bool:
+    return f"{type(experts).__module__}.{type(experts).__qualname__}" == _LLAMA4
+
+
+def run_experts(
+    experts: Any, terms: Mapping[str, Sequence[ExpertTerm]], hidden: torch.Tensor, *routing: torch.Tensor
+) -> torch.Tensor:
+    """What the module gives for hidden [T, H] and top_k_index and top_k_weights [T, k] of its router, adapted.
+
+    `terms` has those of each stack by its name. Llama 4's experts have no `routing`: each has as many rows as another.
+    """
+    first, last = stack_names(experts)
+    if _is_llama4(experts):
+        num_experts = len(experts.gate_up_proj)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        route = expert_route((rows // (len(hidden) // num_experts))[:, None], num_experts)
+        gate, up = _linear(experts, first, terms, hidden, route, sorted_x=True).chunk(2, dim=-1)
+        return _linear(experts, last, terms, up * experts.act_fn(gate), route, sorted_x=True)
+    top_k_index, top_k_weights = routing
+    route = expert_route(top_k_index, experts.num_experts)
+    y = _linear(experts, first, terms, hidden, route, sorted_x=False)
+    y = experts._apply_gate(y) if experts.has_gate else experts.act_fn(y)
+    y = _linear(experts, last, terms, y, route, sorted_x=True)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    return combine_experts(y, top_k_weights, route).to(hidden.dtype)
+
+
+def _linear(
+    experts: Any,
+    name: str,
+    terms: Mapping[str, Sequence[ExpertTerm]],
+    x: torch.Tensor,
+    route: ExpertRoute,
+    *,
+    sorted_x: bool,
+) -> torch.Tensor:
+    weight = getattr(experts, name)
+    weight = weight.mT if is_transposed(experts) else weight
+    bias = getattr(experts, f"{name}_bias", None)
+    return adapted_stack(x.to(weight.dtype), weight, bias, terms.get(name, ()), route, sorted_x=sorted_x)
+
+
+def adapted_stack(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    terms: Sequence[ExpertTerm],
+    route: ExpertRoute,
+    *,
+    sorted_x: bool,
+) -> torch.Tensor:
+    """x to [T · k, N]: x W_eᵀ + bias_e and what each term adds; several without dropout are one of their ranks' sum."""
+    if not terms:
+        return _frozen_stack(x, weight, bias, route, sorted_x)
+    (A, B, scaling, p), *more = terms
+    if more and not any(term.p for term in terms):
+        A = torch.cat([term.A for term in terms], 1)
+        # By the columns that PEFT has, so that the expert stays the fastest dimension of what is copied.
+        B = torch.cat([term.B.permute(1, 2, 0) * term.scaling for term in terms], 1).permute(2, 0, 1)
+        scaling, more = 1.0, []
+    y = expert_lora_linear(x, weight, A, B, route, bias=bias, scaling=scaling, dropout_p=p, sorted_x=sorted_x)
+    for A, B, scaling, p in more:
+        rows = F.dropout(x if sorted_x else route.take(x), p)
+        low_rank = _frozen_stack(rows, A.to(x.dtype), None, route, True) * scaling
+        y = y + _frozen_stack(low_rank, B.to(x.dtype), None, route, True)
+    return y
+
+
+def _frozen_stack(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, route: ExpertRoute, sorted_x: bool
+) -> torch.Tensor:
+    """x W_eᵀ + bias_e: experts that no adapter changes."""
+    E, N, K = weight.shape
+    A, B = x.new_empty((E, 0, K)), x.new_empty((E, N, 0))
+    return ops.expert_lora_linear(x, weight, A, B, bias, route, sorted_x, 1.0, 0.0, "auto")
