@@ -48,14 +48,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for at, (bar, colour) in zip((-0.19, 0.19), BARS.items(), strict=True):
         low, middle, high = zip(*(step[bar] for step in steps.values()), strict=True)
         places = [place + at for place in range(len(steps))]
-        drawn = axes.bar(places, middle, width=0.34, color=colour, label="lorakernels" if bar == "accelerated" else bar)
+        axes.bar(places, middle, width=0.34, color=colour, label="lorakernels" if bar == "accelerated" else bar)
         errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
         axes.errorbar(places, middle, yerr=errors, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-        axes.bar_label(drawn, fmt="%.2f", padding=8)
+        for place, number, above in zip(places, middle, high, strict=True):
+            axes.annotate(f"{number:.2f}", (place, above), (0, 4), textcoords="offset points", ha="center")
     axes.axhline(1, color=INK, linewidth=1)
     axes.set_xticks(range(len(steps)), steps)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.16)
+    axes.margins(y=0.14)
     axes.legend(frameon=False, loc="upper left")
     versions = where["versions"]
     axes.set_title(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
+import json
 import re
 import runpy
 import shlex
@@ -167,3 +169,16 @@ def test_every_command_field_and_public_name_is_documented() -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+def test_readmes_picture_is_of_committed_results(tmp_path: Path) -> None:
+    """The numbers that it shows are those of the results, and the rows that they are of are there."""
+    picture = runpy.run_path(str(ROOT / "bench" / "picture.py"))
+    results = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    shown = re.findall(r"<!-- (\d\.\d\d) -->", (ROOT / "docs" / "speed.svg").read_text())
+    bars = [[step[bar][1] for step in picture["steps_of"](results["rows"]).values()] for bar in picture["BARS"]]
+    assert shown == [f"{number:.2f}" for number in itertools.chain(*bars)]
+    picture["draw"](results, tmp_path / "again.svg")
+    assert re.findall(r"<!-- (\d\.\d\d) -->", (tmp_path / "again.svg").read_text()) == shown
+    with pytest.raises(ValueError, match=r"no row with dropout = 0\.0"):
+        picture["steps_of"](results["rows"][1:])
