@@ -20,9 +20,8 @@ class ExpertRoute(NamedTuple):
     order: torch.Tensor  # [P] int64: the pair, token · top_k + choice, at each place
     inverse: torch.Tensor  # [P] int64: the place of each pair
     starts: torch.Tensor  # [E + 1] int32: the places of expert e are starts[e] … starts[e + 1] - 1
-    plan: (
-        torch.Tensor | None
-    )  # int32: the same as a plan of E slots, and tiles, for the kernels; plain torch needs none
+    # int32: the same as a plan of E slots, and tiles, for the kernels; plain torch needs none.
+    plan: torch.Tensor | None
     top_k: int
 
     @property
