@@ -235,7 +235,7 @@ def planes_for(out: torch.Tensor, num_planes: int) -> torch.Tensor:
 
 def sum_planes(planes: torch.Tensor, out: torch.Tensor) -> None:
     """Add `planes` [P, *out.shape] float32 into `out`, contiguous and of any float dtype."""
-    if planes is out:
+    if planes is out or out.numel() == 0:
         return
     launch(
         sum_planes_kernel,
