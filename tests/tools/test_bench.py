@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from lorakernels.tools.tune import tuner
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import cost_model
+import pages
 
 TINY = (
     Case(9, 24, 40, 4, 0.0, "float32"),
@@ -387,9 +387,7 @@ def test_a_failing_result_is_a_failing_status(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("name", cost_model.TABLES)
 def test_tables_of_the_cost_model(name: str) -> None:
     """To write them anew: python bench/cost_model.py docs/cost-model.md"""
-    page = (ROOT / "docs" / "cost-model.md").read_text(encoding="utf-8")
-    found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
-    assert found is not None and found[1].strip() == cost_model.TABLES[name]().strip()
+    assert pages.read(ROOT / "docs" / "cost-model.md")[name] == cost_model.TABLES[name]().strip()
 
 
 def test_data_sheets() -> None:
