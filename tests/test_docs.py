@@ -171,6 +171,53 @@ def test_every_command_field_and_public_name_is_documented() -> None:
     assert not missing, f"not documented: {missing}"
 
 
+# What a row of README's tables says of a configuration; of fields with a name alone each is tried by itself.
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "LoRA, rsLoRA": [{}, {"use_rslora": True}, {"lora_dropout": 0.5}, {"r": 3}],
+    "DoRA": [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}],
+    "QA-LoRA": [{"use_qalora": True, "qalora_group_size": 8}],
+    "starts](": [{"init_lora_weights": start} for start in ("kaiming", "gaussian", "orthogonal")],
+    "starts that change": [{"init_lora_weights": start} for start in ("pissa", "olora")],
+}
+
+
+@pytest.mark.parametrize("column", [1, 2], ids=["float", "packed"])
+def test_the_tables_of_what_is_supported(column: int, elsewhere: None) -> None:
+    """In plain torch: what trains and what is refused, what is served and what is refused, by name."""
+
+    def model() -> torch.nn.Module:
+        layers = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 64))
+        return layers if column == 1 else lk.quantize(layers, "int4", block=32)
+
+    training, serving = (
+        [line for line in part.splitlines() if line.startswith("| ")]
+        for part in (ROOT / "README.md").read_text().split("## What is supported")[1].split("| serving |")
+    )
+    x = torch.randn(2, 64)
+    for name, settings in ROWS.items():
+        (cell,) = (line.split(" | ")[column] for line in training if name in line)
+        served = name == "LoRA, rsLoRA" or name.startswith("starts")
+        assert any(name in line and "refused" in line.split(" | ")[1] for line in serving) is not served, name
+        for fields in settings:
+            config = lk.LoRAConfig(**{"r": 4, "target_modules": "all-linear", **fields})
+            if cell == "refused":
+                with pytest.raises(ValueError, match="init_lora_weights"):
+                    lk.inject(model(), config)
+                continue
+            assert cell == "both"
+            adapted = lk.inject(model(), config)
+            adapted(x).sum().backward()
+            lk.save_adapter(adapted, "an-adapter")
+            store = lk.AdapterStore(base := model(), max_adapters=2, max_rank=8)
+            if served:
+                store.load("one", "an-adapter")
+                with torch.no_grad(), store.batch(["one", None]):
+                    base(x)
+            else:
+                with pytest.raises(lk.AdapterFileError, match="is not served"):
+                    store.load("one", "an-adapter")
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
 
