@@ -46,7 +46,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Bars with the spread of each, p20 … p80."""
     steps, where = steps_of(results["rows"]), results["environment"]
     matplotlib.rcParams.update({"svg.hashsalt": "", "font.size": 10, "text.color": INK, "axes.edgecolor": QUIET})
-    figure = Figure(figsize=(6.2, 3.6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(6.2, 3.1), layout="constrained", facecolor="white")
     axes = figure.add_subplot(ylabel="× the frozen model's time")
     for at, (bar, colour) in zip((-0.19, 0.19), BARS.items(), strict=True):
         low, middle, high = zip(*(step[bar] for step in steps.values()), strict=True)
