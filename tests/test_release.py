@@ -32,6 +32,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("build", "twine"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f'{package} is not installed: pip install -e ".[release]"')
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout, so nobody knows what belongs to it")
     folder = tmp_path_factory.mktemp("dist")
     output(sys.executable, "-m", "build", "--outdir", folder, ROOT)
     return folder
