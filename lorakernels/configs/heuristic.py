@@ -51,7 +51,7 @@ def heuristic(
     if operation == "linear_expand":
         if tma and wide and arch in TMA_ARCHS:
             # The largest tile whose accumulator, pipeline and epilogues fit: 256 columns spill on sm_100, where the
-            # accumulator comes out of tensor memory. Stored in halves they leave 20,000 registers and 50 KiB of sm_90's
+            # accumulator comes out of tensor memory. Stored in halves they leave 14,000 registers and 50 KiB of sm_90's
             # multiprocessor to a pass over x or dy beside it.
             large = arch == "sm_90" and M * N >= _PROGRAMS * 128 * 256
             block_n, stages = (256, 3) if large else (128, 4)

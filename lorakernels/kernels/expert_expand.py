@@ -16,7 +16,7 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
 from lorakernels.configs.table import choose
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
-from lorakernels.kernels.linear_expand import multiply_ranks, tile_of
+from lorakernels.kernels.linear_expand import multiply_ranks
 from lorakernels.kernels.tiles import (
     Matrix,
     descriptor,
@@ -27,6 +27,7 @@ from lorakernels.kernels.tiles import (
     sized,
     store_tile,
     tall,
+    tile_of,
 )
 from lorakernels.plan_layout import num_tiles, plan_layout
 from lorakernels.route import TALL

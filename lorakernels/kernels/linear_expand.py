@@ -6,8 +6,8 @@ sum its products with another matrix over tokens: the gradient of that scale. Th
 pairs of x and W go into one accumulator: dx of several projections of one input.
 
 With LATE the loop over K starts at once and S joins at the end, so that a launch that is DEPENDENT multiplies while
-the pass before it still makes S. With HALVES the tile ends in two halves of columns: the late term and the store then
-take half the registers and shared memory.
+the pass before it still makes S. With HALVES the tile is stored in two halves of columns, which take half the shared
+memory.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from lorakernels.kernels.tiles import (
     store_tile,
     sum_planes,
     tall,
+    tile_of,
     transposed,
 )
 from lorakernels.weight import sum_products
@@ -53,17 +54,6 @@ class LowRank(NamedTuple):
     b: Any  # [R, N]
     mask: Any
     scale: Any
-
-
-@triton.jit
-def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    # Programs that run together share rows of x and of W in L2: GROUP_M blocks of rows at a time.
-    num_pid_m = tl.cdiv(M, BLOCK_M)
-    num_pid_n = tl.cdiv(N, BLOCK_N)
-    group = tile // (GROUP_M * num_pid_n)
-    rows_in_group = min(num_pid_m - group * GROUP_M, GROUP_M)
-    tile_in_group = tile % (GROUP_M * num_pid_n)
-    return group * GROUP_M + tile_in_group % rows_in_group, tile_in_group // rows_in_group
 
 
 @triton.jit
@@ -97,18 +87,26 @@ def _start(
 
 
 @triton.jit
-def _end(
-    acc, low_rank, epilogue, dot, y_ptr, y_desc, row, block, M,
-    LATE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+def _join(
+    acc, low_rank, offs_m, offs_n,
+    LATE: tl.constexpr, DEPENDENT: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The block of this number of the accumulator's columns, finished and stored."""
-    N = low_rank.b.cols
-    offs_m, offs_n = row + tl.arange(0, acc.shape[0]), block * acc.shape[1] + tl.arange(0, acc.shape[1])
+    """The accumulator with what joins it at the end."""
     if LATE:
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
         # Scaled before it is multiplied: a second accumulator would take 61 registers more, and no pass over x or dy
-        # would fit beside this kernel on a multiprocessor of sm_90.
+        # would fit beside this kernel on a multiprocessor of sm_90. And not by halves: of accumulators that are halves
+        # of another sm_90's assembler makes a main loop that waits for each of its matrix instructions.
         s, b, scale = low_rank.s, low_rank.b, low_rank.scale
         acc = multiply_ranks(acc, s, b, offs_m, offs_n, scale, INPUT_PRECISION, BLOCK_R)
+    return acc
+
+
+@triton.jit
+def _end(acc, N, epilogue, dot, y_ptr, y_desc, row, block, M):
+    """The block of this number of the accumulator's columns, finished and stored."""
+    offs_m, offs_n = row + tl.arange(0, acc.shape[0]), block * acc.shape[1] + tl.arange(0, acc.shape[1])
     acc = finish(acc, epilogue, offs_n, N, None)
     if dot.ptr is not None:
         # Instead of y: this block's part of Σ over tokens of dot ∘ y. Rows past M are zero in both.
@@ -169,9 +167,8 @@ def linear_expand_kernel(
                 offs_k = k + tl.arange(0, BLOCK_K)
                 x_tile, w_tile = load_tile(x, offs_m, offs_k), load_tile(w, offs_k, offs_n)
                 acc = tl.dot(x_tile, w_tile, acc, input_precision=INPUT_PRECISION)
-    if LATE and DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-    _end(acc, low_rank, epilogue, dot, y_ptr, None, pid_m * BLOCK_M, pid_n, M, LATE, INPUT_PRECISION, BLOCK_R)
+    acc = _join(acc, low_rank, offs_m, offs_n, LATE, DEPENDENT, INPUT_PRECISION, BLOCK_R)
+    _end(acc, N, epilogue, dot, y_ptr, None, pid_m * BLOCK_M, pid_n, M)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -221,15 +218,13 @@ def linear_expand_tma_kernel(
             acc = _multiply_tma(acc, x2_desc, w2_desc, Ks[1], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)
         if NUM_PAIRS > 2:
             acc = _multiply_tma(acc, x3_desc, w3_desc, Ks[2], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)
-        if LATE and DEPENDENT:
-            tl.extra.cuda.gdc_wait()
+        acc = _join(acc, low_rank, offs_m, offs_n, LATE, DEPENDENT, INPUT_PRECISION, BLOCK_R)
         if HALVES:
             halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
             for half in tl.static_range(2):
-                part, block = tl.split(halves)[half], 2 * pid_n + half
-                _end(part, low_rank, epilogue, dot, dots_ptr, y_desc, row, block, M, LATE, INPUT_PRECISION, BLOCK_R)
+                _end(tl.split(halves)[half], N, epilogue, dot, dots_ptr, y_desc, row, 2 * pid_n + half, M)
         else:
-            _end(acc, low_rank, epilogue, dot, dots_ptr, y_desc, row, pid_n, M, LATE, INPUT_PRECISION, BLOCK_R)
+            _end(acc, N, epilogue, dot, dots_ptr, y_desc, row, pid_n, M)
 
 
 @retried("linear_expand")

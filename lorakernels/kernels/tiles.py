@@ -88,6 +88,17 @@ def store_tile(matrix, tile, rows, cols):
 
 
 @triton.jit
+def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    # Programs that run together share rows of x and of W in L2: GROUP_M blocks of rows at a time.
+    num_pid_m = tl.cdiv(M, BLOCK_M)
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    group = tile // (GROUP_M * num_pid_n)
+    rows_in_group = min(num_pid_m - group * GROUP_M, GROUP_M)
+    tile_in_group = tile % (GROUP_M * num_pid_n)
+    return group * GROUP_M + tile_in_group % rows_in_group, tile_in_group // rows_in_group
+
+
+@triton.jit
 def cast_factor(factor, dtype: tl.constexpr):
     """A tile of A, B or S in the dtype that multiplies it: the tokens' own.
 
