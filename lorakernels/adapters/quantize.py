@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from lorakernels.adapters import held
 from lorakernels.adapters.inject import replace_modules
-from lorakernels.adapters.targets import matches, output_layer, plain_modules
+from lorakernels.adapters.targets import output_layer, plain_modules
 from lorakernels.config import check_modules
 from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear, pack
 from lorakernels.nn.whole import whole
+from lorakernels.patterns import matches
 from lorakernels.quant.layers import kind_of, read_on_request
 from lorakernels.quant.packed import PackedWeight
 

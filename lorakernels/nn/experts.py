@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from lorakernels import ops
 from lorakernels.experts import combine_experts, expert_lora_linear, expert_route
-from lorakernels.nn.modules import runs_more_than_forward
+from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.route import ExpertRoute
 
 # The implementations whose numbers are those of a product an expert; of others only their own kernels know.
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 _LLAMA4 = "transformers.models.llama4.modeling_llama4.Llama4TextExperts"
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExpertTerm(NamedTuple):
@@ -33,14 +34,16 @@ class ExpertTerm(NamedTuple):
 def why_not_run(experts: Any) -> str:
     """Why `run_experts` cannot stand for this module's forward; empty where it can."""
     kind = type(experts)
-    if _is_llama4(experts):
-        dispatched = True
-    else:
-        dispatched = getattr(kind.forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
-    if not dispatched:
+    if not is_mixture(experts):
         return f"{kind.__module__}.{kind.__qualname__} is not a mixture whose experts transformers dispatches"
     if runs_more_than_forward(experts) or "parametrizations" in experts._modules:
         return "the experts have hooks, a replaced forward or a parametrization"
+    names = stack_names(experts)
+    stacks = [parameter_of(experts, name) for name in names]
+    if not all(stack.dim() == 3 and stack.dtype in _FLOATS for stack in stacks):
+        return f"{' and '.join(names)} are not both stacks of three dimensions, of floats"
+    if stacks[0].dtype is not stacks[1].dtype or stacks[0].shape[0] == 1:
+        return f"{' and '.join(names)} are not of one dtype and of several experts"
     if _is_llama4(experts):
         return ""
     if getattr(experts, "_is_expert_parallel", False):
@@ -48,6 +51,12 @@ def why_not_run(experts: Any) -> str:
     if implementation_of(experts) not in _IMPLEMENTATIONS:
         return f"the experts' implementation is {implementation_of(experts)!r}; expected one of {_IMPLEMENTATIONS[1:]}"
     return ""
+
+
+def is_mixture(module: Any) -> bool:
+    """Whether these are experts whose forward is known."""
+    forward = getattr(type(module).forward, "__globals__", {})
+    return _is_llama4(module) or forward.get("__name__") == "transformers.integrations.moe"
 
 
 def implementation_of(experts: Any) -> str | None:
@@ -63,6 +72,19 @@ def is_transposed(experts: Any) -> bool:
 def stack_names(experts: Any) -> tuple[str, str]:
     """The parameters that hold the experts, in the order in which they are multiplied."""
     return "gate_up_proj" if _is_llama4(experts) or experts.has_gate else "up_proj", "down_proj"
+
+
+def factors_of_each(
+    A: torch.Tensor, B: torch.Tensor, num_experts: int, *, by_columns: bool, transposed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of PEFT's A [r · E, in], expert slowest, and B [out, r · E], expert fastest, those of each expert's W_e [N, K].
+
+    They are views, [E, r, K] and [E, N, r]. PEFT adds L_e R_e to the stack's own matrix of each expert; whether that is
+    W_e or its transpose, the model knows. With `by_columns`, where `in` is the stack's last dimension, L is B and R is
+    A; else L is Aᵀ and R is Bᵀ.
+    """
+    of_A, of_B = A.unflatten(0, (num_experts, -1)), B.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+    return (of_A, of_B) if by_columns is not transposed else (of_B.mT, of_A.mT)
 
 
 def _is_llama4(experts: Any) -> bool:
