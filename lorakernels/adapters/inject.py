@@ -143,8 +143,10 @@ def base_and_kind(
     """
     base = module.target if isinstance(module, LoRALayer) else module
     kind = LAYERS.get(bases.get(type(base), type(base))) or layer_for(base)
-    if kind is not None:
+    experts = base.experts if isinstance(base, Stack) else None
+    if kind is not None and (experts is None or bases or experts.__dict__.get("_lora_site") is None):
         return base, kind
+    base = experts or base
     assert isinstance(base, nn.Module)
     if base.__dict__.get("_lora_site") is not None:
         raise TypeError(f"{what} is served by an AdapterStore; close() that first, or use another copy of the model")

@@ -258,6 +258,15 @@ def expert_lora_linear(
     return LINEAR(inputs[:4], *inputs)[0]
 
 
+def frozen_experts(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, where: ExpertRoute, sorted_x: bool, impl: str
+) -> torch.Tensor:
+    """x W_eᵀ + bias_e: experts that no adapter changes."""
+    E, N, K = weight.shape
+    A, B = x.new_empty((E, 0, K)), x.new_empty((E, N, 0))
+    return expert_lora_linear(x, weight, A, B, bias, where, sorted_x, 1.0, 0.0, impl)
+
+
 class _Combine(torch.autograd.Function):
     """Σ over the experts of each token, without atomics: its rows are brought together."""
 

@@ -65,9 +65,9 @@ class Mixture(nn.Module):
         return y.view(x.shape)  # Llama 4's is a matrix
 
 
-def shake(model: nn.Module) -> None:
+def shake(model: nn.Module, seed: int = 6) -> None:
     """Give every adapter numbers of its own, none of them zero: the same in each model of the same names."""
-    draw = torch.Generator().manual_seed(6)
+    draw = torch.Generator().manual_seed(seed)
     for key, parameter in sorted(model.named_parameters()):
         if "lora_" in key:
             parameter.data = torch.randn(parameter.shape, generator=draw).to(parameter) / 3

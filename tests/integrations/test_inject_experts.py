@@ -365,10 +365,3 @@ def test_hooks_that_come_later_are_refused() -> None:
     model.block.experts.plain_layer.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="the adapters of these experts cannot be run: the experts have hooks"):
         model(torch.randn(1, 2, 16, dtype=torch.float64))
-
-
-def test_a_store_refuses_them(tmp_path: Path) -> None:
-    lk.save_adapter(injected(), tmp_path)
-    model = nn.ModuleDict({"block": Mixture("qwen3_moe").block, "head": nn.Linear(16, 16)})
-    with pytest.raises(AdapterFileError, match=r"target_parameters=\['block.experts.down_proj', .* is not served"):
-        lk.AdapterStore(model).load("a", tmp_path)
