@@ -57,7 +57,7 @@ FACADE = "lorakernels"  # __init__.py: hands out the library's names, so it may 
 FACADE_USERS = ("__main__", "cli", "tools.demo")  # the rest name the module that they mean
 FACADE_OPEN_NAMES = frozenset({"lorakernels.__version__"})
 
-TRITON_PLACES = ("kernels", "testing", "tools.tune", "tools.compile_report")
+TRITON_PLACES = ("kernels", "testing", "tools.arch", "tools.tune", "tools.compile_report")
 TRITON_UNITS_INSIDE_A_CALL = frozenset({"backend"})
 HOSTS = frozenset({"peft", "transformers", "vllm", "ray"})
 # Each only in integrations/<one of these>.py, and where it is measured.

@@ -20,7 +20,6 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import compile as triton_compile
 from triton.runtime import cache as triton_cache
@@ -28,45 +27,25 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from lorakernels.backend import BackendError
 from lorakernels.configs.config import KernelConfig
-from lorakernels.configs.data_sheet import DATA_SHEETS, speed_of
+from lorakernels.configs.data_sheet import DATA_SHEETS
 from lorakernels.configs.device import assume
-from lorakernels.configs.heuristic import cdiv, next_power_of_two
 from lorakernels.configs.table_file import SHIPPED, read_table
 from lorakernels.kernels.launch import Launch, compile_options, record_launches
-from lorakernels.tools.machine_code import Code, Tile, loop_tiles, narrow_loads, read_amd, read_nvidia
+from lorakernels.tools.arch import ARCHS, Arch
+from lorakernels.tools.machine_code import (
+    Code,
+    Tile,
+    loop_tiles,
+    narrow_loads,
+    nvidia_text,
+    read_amd,
+    read_nvidia,
+    split_sass,
+)
 from lorakernels.tools.processes import in_processes
 from lorakernels.tools.steps import shipped_launches
 from lorakernels.tools.tune.problem import Problem
 from lorakernels.tools.tune.trial import make_inputs, run
-
-
-@dataclass(frozen=True)
-class Arch:
-    """What one streaming multiprocessor (AMD: compute unit) holds. Memory in bytes, registers of 32 bits."""
-
-    name: str
-    target: GPUTarget
-    shared_per_sm: int
-    shared_granule: int = 128
-    shared_reserved: int = 1024  # taken from shared_per_sm by each block besides its own
-    registers_per_sm: int = 65536
-    max_warps_per_sm: int = 64
-    max_blocks_per_sm: int = 32
-    tensor_memory_columns: int = 0
-    sms: int = 132
-
-    @property
-    def shared_per_block(self) -> int:
-        return speed_of(self.name).shared_per_block
-
-
-_ARCHS = (
-    Arch("sm_80", GPUTarget("cuda", 80, 32), 164 << 10, sms=108),
-    Arch("sm_90", GPUTarget("cuda", 90, 32), 228 << 10),
-    Arch("sm_100", GPUTarget("cuda", 100, 32), 228 << 10, tensor_memory_columns=512, sms=148),
-    Arch("gfx942", GPUTarget("hip", "gfx942", 64), 64 << 10, 512, 0, 131072, 32, sms=304),
-)
-ARCHS: dict[str, Arch] = {arch.name: arch for arch in _ARCHS}
 
 
 @dataclass(frozen=True)
@@ -150,13 +129,23 @@ def _reason(error: BaseException) -> str:
     return (complaints or lines[-1:] or [type(error).__name__])[0]
 
 
-def _compile(task: _Task) -> CompileRow:
-    try:
-        compiled = triton_compile(task.source, target=task.arch.target, options=task.options)
-    except Exception as error:
-        return task.row(why=f"does not compile: {_reason(error)}")
+def _compile(tasks: Sequence[_Task]) -> list[CompileRow]:
+    """Of one architecture, whose machine code is read together."""
+    made: list[CompiledKernel | str] = []
+    for task in tasks:
+        try:
+            made.append(triton_compile(task.source, target=task.arch.target, options=task.options))
+        except Exception as error:
+            made.append(f"does not compile: {_reason(error)}")
+    kernels = [each for each in made if not isinstance(each, str)]
+    nvidia = tasks[0].arch.target.backend == "cuda"
+    codes = iter(_read_nvidia(kernels) if nvidia else [read_amd(each.asm["amdgcn"]) for each in kernels])
+    pairs = zip(tasks, made, strict=True)
+    return [task.row(why=k) if isinstance(k, str) else _row(task, k, next(codes)) for task, k in pairs]
+
+
+def _row(task: _Task, compiled: CompiledKernel, code: Code) -> CompileRow:
     arch, meta = task.arch, compiled.metadata
-    code = _read_nvidia(compiled) if arch.target.backend == "cuda" else read_amd(compiled.asm["amdgcn"])
     columns = getattr(meta, "tmem_size", None) or 0
     faults = [code.spills]
     if meta.shared > arch.shared_per_block:
@@ -166,7 +155,7 @@ def _compile(task: _Task) -> CompileRow:
     faults += _product_faults(task.launch, task.source.name, arch.name, code)
     # Not the config's num_warps: warp specialisation adds some.
     threads = meta.num_warps * arch.target.warp_size
-    ctas = _ctas_per_sm(arch, code.registers, meta.shared, columns, meta.num_warps)
+    ctas = arch.blocks_per_sm(code.registers, meta.shared, columns, meta.num_warps)
     in_flight = _bytes_in_flight(task.launch, arch, ctas, loop_tiles(compiled.asm["ttgir"]))
     faults.append(_starves(task, in_flight))
     # A kernel without a loop has none to judge. What float16 meets in float32 is loaded as tf32's operands lie.
@@ -217,13 +206,22 @@ def _starves(task: _Task, in_flight: int | None) -> str:
     return ""
 
 
-def _read_nvidia(compiled: CompiledKernel) -> Code:
-    tools = (knobs.nvidia.cuobjdump.path, "--dump-resource-usage"), (knobs.nvidia.nvdisasm.path, "--no-dataflow")
+def _read_nvidia(kernels: Sequence[CompiledKernel]) -> list[Code]:
+    """Of one architecture: the disassembler takes 0.4 s to start, and no time for a kernel's instructions."""
+    if not kernels:
+        return []
+    texts = [nvidia_text(kernel.asm["cubin"]) for kernel in kernels]
+    usages = [_tool(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", kernel.asm["cubin"]) for kernel in kernels]
+    (sm,) = re.findall(r"^\.target sm_(\w+)", kernels[0].asm["ptx"], re.MULTILINE)
+    sass = _tool(knobs.nvidia.nvdisasm.path, f"--binary=SM{sm}", b"".join(texts))
+    return [read_nvidia(*each) for each in zip(usages, split_sass(sass, list(map(len, texts))), strict=True)]
+
+
+def _tool(path: str, option: str, content: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(content)
         file.flush()
-        runs = [subprocess.run([*tool, file.name], capture_output=True, text=True, check=True) for tool in tools]
-    return read_nvidia(*(run.stdout for run in runs))
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 _SEARCHES = ("expert_starts_kernel", "expert_tiles_kernel")  # their loops load where a binary search goes
@@ -269,20 +267,6 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
         yield name, value
 
 
-def _ctas_per_sm(arch: Arch, registers: int, shared: int, columns: int, warps: int) -> int:
-    """How many blocks an SM holds at once."""
-    # Registers are handed out eight a lane, and a warp's come from one of the SM's four schedulers.
-    warp_registers = cdiv(max(registers, 1), 8) * 8 * arch.target.warp_size
-    warps_by_registers = arch.registers_per_sm // 4 // warp_registers * 4
-    block_shared = cdiv(max(shared + arch.shared_reserved, 1), arch.shared_granule) * arch.shared_granule
-    limits = [arch.max_blocks_per_sm, min(arch.max_warps_per_sm, warps_by_registers) // warps]
-    limits.append(arch.shared_per_sm // block_shared)
-    if columns:
-        # Tensor memory comes in powers of two, from 32 columns.
-        limits.append(arch.tensor_memory_columns // max(32, next_power_of_two(columns)))
-    return min(limits)
-
-
 def compile_report(
     launches: Iterable[Launch], archs: Sequence[str] = tuple(ARCHS), jobs: int = 2, progress: bool = True
 ) -> list[CompileRow]:
@@ -316,6 +300,10 @@ def table_launches(arch: str, folder: Path = SHIPPED) -> list[Launch]:
     return launches
 
 
+_BATCH = 8  # kernels whose machine code is read together, at most
+_CRASHED = "does not compile: the compiler crashed"
+
+
 def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> dict[tuple[Any, ...], CompileRow]:
     """By the key of what is compiled."""
     largest: dict[tuple[Any, ...], _Task] = {}  # of launches that make the same code, for what large ones must be
@@ -324,10 +312,26 @@ def _report(every: Iterable[_Task], jobs: int, progress: bool = True) -> dict[tu
             largest[task.key] = task
     tasks = list(largest.values())
     triton_cache.triton_key()  # kept for all processes: it reads the whole of Triton
-    results = in_processes(lambda index: _compile(tasks[index]), len(tasks), jobs)
-    rows = dict(tqdm(results, total=len(tasks), desc="compile", unit="kernel", disable=None if progress else True))
-    crashed = "does not compile: the compiler crashed"
-    return {key: rows[index] or task.row(why=crashed) for index, (key, task) in enumerate(largest.items())}
+    rows: dict[int, CompileRow] = {}
+    with tqdm(total=len(tasks), desc="compile", unit="kernel", disable=None if progress else True) as bar:
+
+        def compile_batches(batches: list[list[int]]) -> None:
+            results = in_processes(lambda index: _compile([tasks[i] for i in batches[index]]), len(batches), jobs)
+            crashed = []
+            for index, made in results:
+                batch = batches[index]
+                if made is None and len(batch) > 1:
+                    crashed += [[i] for i in batch]  # by which of them?
+                    continue
+                rows.update(zip(batch, made or [tasks[batch[0]].row(why=_CRASHED)], strict=True))
+                bar.update(len(batch))
+            if crashed:
+                compile_batches(crashed)
+
+        size = max(1, min(_BATCH, len(tasks) // (2 * jobs)))
+        by_arch = [[i for i, task in enumerate(tasks) if task.arch is arch] for arch in ARCHS.values()]
+        compile_batches([each[i : i + size] for each in by_arch for i in range(0, len(each), size)])
+    return {key: rows[index] for index, key in enumerate(largest)}
 
 
 def report_table(rows: Iterable[CompileRow]) -> Table:

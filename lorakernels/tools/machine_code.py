@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,7 +44,7 @@ _AMD_UNITS = {"byte": 1, "short": 2, "dword": 4}
 
 
 def read_nvidia(usage: str, sass: str) -> Code:
-    """`usage` is of cuobjdump --dump-resource-usage, `sass` of nvdisasm."""
+    """`usage` is of cuobjdump --dump-resource-usage, `sass` of nvdisasm --binary: jumps are to addresses."""
     registers, stack = (max(map(int, re.findall(rf"\b{key}:(\d+)", usage))) for key in ("REG", "STACK"))
     lines = _sass_lines(sass)
     instructions = [line.name for line in lines if line.name]
@@ -92,17 +93,43 @@ def read_amd(amdgcn: str) -> Code:
     )
 
 
+def nvidia_text(cubin: bytes) -> bytes:
+    """The instructions of a cubin of one kernel: its section .text.NAME (ELF-64, System V ABI)."""
+    (headers,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + size * i) for i in range(count)]  # name, …, offset, size
+    texts = [s for s in sections if cubin.startswith(b".text.", sections[names][4] + s[0])]
+    if len(texts) != 1:
+        raise ValueError(f"a cubin has {len(texts)} sections of instructions; expected one")
+    return cubin[texts[0][4] : texts[0][4] + texts[0][5]]
+
+
+def split_sass(sass: str, sizes: Sequence[int]) -> list[str]:
+    """The lines of each of several kernels of so many bytes that were disassembled one behind the other."""
+    lines = re.findall(r"^\s*/\*([0-9a-f]+)\*/(.*)$", sass, re.MULTILINE)
+    kernels: list[list[str]] = []
+    end = 0
+    for address, code in lines:
+        if int(address, 16) >= end:
+            end += sizes[len(kernels)]
+            kernels.append([])
+        kernels[-1].append(f"/*{address}*/{code}")
+    return ["\n".join(kernel) for kernel in kernels]
+
+
 def _sass_lines(sass: str) -> list[Instruction]:
+    found = re.findall(r"^\s*/\*([0-9a-f]+)\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;]*)", sass, re.MULTILINE)
+    jumps = [
+        re.search(r"\b0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None for *_, name, operands in found
+    ]
+    targets = {int(jump[1], 16) for jump in jumps if jump}
     lines = []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            lines.append(Instruction(label[1]))
-        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(@\S+\s+)?([A-Z][\w.]*)\s*([^;]*)", line):
-            predicate, name, operands = code.groups()
-            jump = re.search(r"`\((\.L_\w+)\)", operands) if name.startswith("BRA") else None
-            # A branch has its condition in front, or among its operands.
-            ends = name in ("EXIT", "RET") or (name == "BRA" and operands.startswith("`"))
-            lines.append(Instruction(None, name, jump and jump[1], bool(predicate) or not ends))
+    for (address, predicate, name, operands), jump in zip(found, jumps, strict=True):
+        if int(address, 16) in targets:
+            lines.append(Instruction(f"{int(address, 16):x}"))
+        # A branch has its condition in front, or among its operands.
+        ends = name in ("EXIT", "RET") or (name == "BRA" and operands.startswith("0x"))
+        lines.append(Instruction(None, name, jump and jump[1], bool(predicate) or not ends))
     return lines
 
 

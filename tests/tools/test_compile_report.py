@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.kernels.launch import Launch
 from lorakernels.kernels.tiles import Matrix
 from lorakernels.tools import compile_report
-from lorakernels.tools.compile_report import ARCHS, CompileRow
+from lorakernels.tools.arch import ARCHS
+from lorakernels.tools.compile_report import CompileRow
 from lorakernels.tools.machine_code import Tile, loop_tiles, narrow_loads, read_amd, read_nvidia, sass_load_bytes
 from lorakernels.tools.processes import in_processes
 
@@ -152,9 +154,16 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_report.compile_report([Launch(object(), (1,), {}, {}, KernelConfig())], ["sm_90"])
 
 
-def sass(*instructions: str) -> str:
-    lines = (i if i.startswith(".L") else f"        /*{16 * n:04x}*/   {i} ;" for n, i in enumerate(instructions))
-    return "\n".join(lines)
+def sass(*lines: str) -> str:
+    """As nvdisasm prints the instructions among these lines; the others are labels that they jump to."""
+    code, labels = [], {}
+    for line in lines:
+        if line.endswith(":"):
+            labels[line[:-1]] = f"0x{16 * len(code):x}"
+        else:
+            code.append(line)
+    text = "\n".join(f"        /*{16 * n:04x}*/   {line} ;" for n, line in enumerate(code))
+    return re.sub(r"\.L\w+", lambda label: labels[label[0]], text)
 
 
 def test_a_stack_frame_alone_is_no_spill() -> None:
@@ -172,20 +181,20 @@ def test_the_main_loop_of_sass() -> None:
     """Of a prologue, a loop over the rank, the main loop with a wait that lies behind the code, and an epilogue."""
     code = sass(
         "LDG.E.U16 R0",
-        ".L_x_0:", "LDG.E.64 R1", "HMMA.16816.F32 R4", "@P0 BRA `(.L_x_0)",
-        ".L_x_1:", "LDGSTS.E.BYPASS.128 [R1]", "SYNCS.PHASECHK P1", "@!P1 BRA `(.L_x_9)",
-        ".L_x_2:", "HMMA.16816.F32 R4", "HMMA.16816.F32 R8", "LDG.E.64 R2", "@P0 BRA `(.L_x_1)",
+        ".L_x_0:", "LDG.E.64 R1", "HMMA.16816.F32 R4", "@P0 BRA .L_x_0",
+        ".L_x_1:", "LDGSTS.E.BYPASS.128 [R1]", "SYNCS.PHASECHK P1", "@!P1 BRA .L_x_9",
+        ".L_x_2:", "HMMA.16816.F32 R4", "HMMA.16816.F32 R8", "LDG.E.64 R2", "@P0 BRA .L_x_1",
         "LDG.E R3", "HMMA.16816.F32 R4", "HMMA.16816.F32 R5", "HMMA.16816.F32 R6", "EXIT",
-        ".L_x_9:", "SYNCS.PHASECHK P1", "@!P1 BRA `(.L_x_9)", "BRA `(.L_x_2)",
-        ".L_x_10:", "BRA `(.L_x_10)",
+        ".L_x_9:", "SYNCS.PHASECHK P1", "@!P1 BRA .L_x_9", "BRA .L_x_2",
+        ".L_x_10:", "BRA .L_x_10",
     )  # fmt: skip
     assert read_nvidia("REG:1 STACK:0", code).loads == (16, 8)
 
 
 def test_without_products_the_largest_loop_that_loads_counts() -> None:
     code = sass(
-        ".L_x_0:", "LDG.E R1", "@P0 BRA `(.L_x_0)", ".L_x_1:", "LDG.E.128 R1", "FADD R2", "@P0 BRA `(.L_x_1)",
-        ".L_x_2:", "FADD R2", "FADD R2", "FADD R2", "FADD R2", "FADD R2", "@P0 BRA `(.L_x_2)", "EXIT",
+        ".L_x_0:", "LDG.E R1", "@P0 BRA .L_x_0", ".L_x_1:", "LDG.E.128 R1", "FADD R2", "@P0 BRA .L_x_1",
+        ".L_x_2:", "FADD R2", "FADD R2", "FADD R2", "FADD R2", "FADD R2", "@P0 BRA .L_x_2", "EXIT",
     )  # fmt: skip
     assert read_nvidia("REG:1 STACK:0", code).loads == (16,)
 
@@ -261,7 +270,7 @@ def test_narrow_loads(loads: list[int], tiles: list[tuple[int, int]], fault: str
     ],
 )
 def test_occupancy(arch: str, registers: int, shared: int, columns: int, warps: int, blocks: int) -> None:
-    assert compile_report._ctas_per_sm(ARCHS[arch], registers, shared, columns, warps) == blocks
+    assert ARCHS[arch].blocks_per_sm(registers, shared, columns, warps) == blocks
 
 
 @pytest.mark.parametrize(
@@ -288,10 +297,10 @@ def test_a_pass_that_starves_is_told(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_crash_of_the_compiler_costs_its_own_row_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_or_crash(task: Any) -> CompileRow:
-        if task.source.name == "crashes":
+    def compile_or_crash(tasks: Any) -> list[CompileRow]:
+        if any(task.source.name == "crashes" for task in tasks):
             os._exit(1)
-        return task.row(ok=True)
+        return [task.row(ok=True) for task in tasks]
 
     monkeypatch.setattr(compile_report, "_compile", compile_or_crash)
     launch = Launch(object(), (1,), {"x_ptr": torch.empty(0)}, {}, KernelConfig())

@@ -18,7 +18,8 @@ from lorakernels.configs.device import Device, assume, device_of
 from lorakernels.configs.table import clear
 from lorakernels.configs.table_file import Entry, Table, read_table, write_table
 from lorakernels.kernels.launch import record_launches
-from lorakernels.tools.compile_report import ARCHS, CompileRow, compile_report
+from lorakernels.tools.arch import ARCHS
+from lorakernels.tools.compile_report import CompileRow, compile_report
 from lorakernels.tools.tune.candidates import candidates
 from lorakernels.tools.tune.problem import Problem, problems_of
 from lorakernels.tools.tune.trial import Check, Inputs, make_inputs, run
