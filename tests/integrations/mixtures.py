@@ -36,6 +36,7 @@ class Mixture(nn.Module):
         implementation: str = "",
         experts: int = EXPERTS,
         inner: int = INNER,
+        hidden: int = HIDDEN,
     ) -> None:
         super().__init__()
         block, config, number = MIXTURES[name]
@@ -43,7 +44,7 @@ class Mixture(nn.Module):
         settings = getattr(importlib.import_module(f"{folder}.configuration_{name}"), config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            sizes = {key: inner if value == INNER else value for key, value in SIZES.items()}
+            sizes = {key: {INNER: inner, HIDDEN: hidden}.get(value, value) for key, value in SIZES.items()}
             self.config = settings(**sizes, **{number: experts})
         default = "batched_mm" if dtype is torch.float64 else "grouped_mm"
         self.config._experts_implementation = implementation or default

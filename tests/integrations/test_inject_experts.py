@@ -21,14 +21,14 @@ import lorakernels as lk
 from lorakernels.files.inspect import inspect_adapter
 from lorakernels.files.merge import merge_files
 from lorakernels.files.reading import AdapterFileError
-from lorakernels.testing.guards import watch_allocations
+from lorakernels.testing.guards import peak_bytes, watch_allocations
 
 CASES = [("qwen3_moe", BOTH), ("gpt_oss", BOTH), ("llama4", BOTH), ("nemotron_h", FIRST), ("gpt_oss", LAST)]
 REST = [pytest.param(name, BOTH, marks=pytest.mark.slow) for name in sorted(set(MIXTURES) - {"qwen3_moe", "gpt_oss"})]
 
 
 def injected(name: str = "qwen3_moe", which: slice = BOTH, adapter: str = "default", **fields: Any) -> Mixture:
-    model = Mixture(name, **{key: fields.pop(key) for key in ("dtype", "experts") if key in fields})
+    model = Mixture(name, **{key: fields.pop(key) for key in ("dtype", "experts", "hidden", "inner") if key in fields})
     return with_adapter(model, which, adapter, **fields)
 
 
@@ -160,6 +160,18 @@ def test_checkpointed_compiled_and_without_a_copy_of_a_stack() -> None:
     with watch_allocations() as made:
         step(large)
     assert 0 < max(made) < large.block.experts.plain_layer.down_proj.nbytes / 2
+
+
+def test_peak_of_a_training_step() -> None:
+    """Beside weights and adapters it is the frozen block's, the adapters' gradients included."""
+    sizes = {"hidden": 64, "inner": 48, "experts": 8, "dtype": torch.float32}
+    frozen, ours = Mixture("qwen3_moe", **sizes).requires_grad_(False), injected(**sizes)
+    x = torch.randn(1, 1024, 64, requires_grad=True)
+    for model in (frozen, ours):
+        model(x).sum().backward()
+        model.zero_grad()
+    peaks = [peak_bytes(lambda model=model: model(x).sum().backward()) for model in (frozen, ours)]
+    assert 0 < peaks[1] <= 1.2 * peaks[0], peaks
 
 
 def test_hot_swapped(tmp_path: Path) -> None:
