@@ -16,6 +16,7 @@ import torch
 from lorakernels import ops
 from lorakernels.plan import BatchPlan, PlanError
 from lorakernels.quant.packed import PackedWeight
+from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -125,11 +126,16 @@ def check_adapter(weight: Any, lora_A: Any, lora_B: Any) -> None:
 def check_stack(x: Any, weight: Any, bias: torch.Tensor | None) -> None:
     """Rows [M, K], and a stack of linear layers."""
     check_matrix("x", x, "[T, K]")
-    check_floats("weight", weight)
+    is_packed = isinstance(weight, PackedStack)
+    if not is_packed:
+        check_floats("weight", weight)
     if weight.dim() != 3 or weight.shape[2] != x.shape[1]:
         flipped = weight.dim() == 3 and weight.shape[1] == x.shape[1]
         raise _wrong_shape("weight", weight, f"[E, N, {x.shape[1]}]", "x", x, flipped)
-    check_alike("weight", weight, "x", x)
+    if is_packed and weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device} and x on {x.device}; expected one device")
+    if not is_packed:
+        check_alike("weight", weight, "x", x)
     if bias is not None:
         if not isinstance(bias, torch.Tensor):
             raise no_tensor("bias", bias, " or None")

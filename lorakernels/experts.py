@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from lorakernels import arguments, ops
 from lorakernels.plan import BASE, BatchPlan, PlanError
+from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
 
 
@@ -40,7 +42,7 @@ def expert_route(top_k_index: torch.Tensor, num_experts: int, *, impl: str = "au
 
 def expert_lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedStack,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     route: ExpertRoute,
@@ -62,7 +64,8 @@ def expert_lora_linear(
         x: [T, K], a row a token, which goes to each of its experts; or with `sorted_x` [T · top_k, K], a row for each
             pair of token and expert as an earlier call returned them. float64, float32, float16 or bfloat16. Under
             autocast it is cast to weight's dtype: a stack is never copied.
-        weight: [E, N, K], of x's dtype and any strides: give a stack [E, K, N] as `weight.mT`.
+        weight: [E, N, K], of x's dtype and any strides: give a stack [E, K, N] as `weight.mT`. Or a `PackedStack` of 4
+            or 8 bits a number, in plain torch alone: one expert is unpacked at a time.
         lora_A: [E, r, K], any r ≥ 1, any strides and float dtype. PEFT's [r · E, K] is `A.view(E, r, K)`.
         lora_B: [E, N, r], likewise. PEFT's [N, r · E] is `B.view(N, r, E).permute(2, 0, 1)`.
         route: from `expert_route`, for these tokens and experts.
@@ -81,8 +84,7 @@ def expert_lora_linear(
         TypeError: a dtype is wrong, or an argument is not a tensor.
         BackendError: `impl="triton"` cannot run here.
     """
-    if arguments.autocasts(x) and isinstance(weight, torch.Tensor):
-        x = x.to(weight.dtype)
+    x = _cast(x, weight)
     arguments.check_experts(x, weight, lora_A, lora_B, bias)
     arguments.check_route(route, x, weight.shape[0], sorted_x)
     number, lora_B = arguments.number_of(scaling, lora_B)
@@ -141,7 +143,7 @@ def expert_plan(
 
 def multi_expert_lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedStack,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     route: ExpertRoute,
@@ -171,8 +173,7 @@ def multi_expert_lora_linear(
         TypeError: a dtype is wrong, or an argument is not a tensor.
         BackendError: `impl="triton"` cannot run here.
     """
-    if arguments.autocasts(x) and isinstance(weight, torch.Tensor):
-        x = x.to(weight.dtype)
+    x = _cast(x, weight)
     arguments.check_stack(x, weight, bias)
     arguments.check_route(route, x, weight.shape[0], sorted_x)
     arguments.check_plan(plan, "the route", x, route.order.shape)
@@ -186,6 +187,15 @@ def multi_expert_lora_linear(
     arguments.check_adapters("lora_B", [lora_B], plan, "x", x, [weight.shape[1]], is_B=True)
     arguments.check_one_rank(lora_A, lora_B, plan)
     return ops.multi_expert_lora_linear(x, weight, lora_A, lora_B, bias, route, plan, sorted_x, impl)
+
+
+def _cast(x: torch.Tensor, weight: Any) -> torch.Tensor:
+    """Under autocast in the dtype of a stack that is a tensor, and in autocast's own for one that is packed."""
+    if not arguments.autocasts(x):
+        return x
+    if isinstance(weight, torch.Tensor):
+        return x.to(weight.dtype)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if isinstance(weight, PackedStack) else x
 
 
 def combine_experts(y: torch.Tensor, top_k_weights: torch.Tensor, route: ExpertRoute) -> torch.Tensor:

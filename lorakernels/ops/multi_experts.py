@@ -58,7 +58,7 @@ class _Update(torch.autograd.Function):
 
 def multi_expert_lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
