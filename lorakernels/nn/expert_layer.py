@@ -16,10 +16,12 @@ from lorakernels.nn.experts import (
     is_transposed,
     run_experts,
     stack_names,
+    stack_weight,
     why_not_run,
 )
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import parameter_of
+from lorakernels.quant.stacks import PackedStack
 
 
 class Stack(NamedTuple):
@@ -33,8 +35,8 @@ class Stack(NamedTuple):
         return plain_experts(self.module)
 
     @property
-    def weight(self) -> torch.Tensor:
-        return parameter_of(self.experts, self.name)
+    def weight(self) -> Any:
+        return stack_weight(self.experts, self.name)
 
     @property
     def num_experts(self) -> int:
@@ -120,7 +122,7 @@ class LoRAExperts(LoRALayer):
         return plain_experts(self)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Any:
         return self.target.weight
 
     @property
@@ -150,6 +152,12 @@ class LoRAExperts(LoRALayer):
 
     def _from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
         return self._matrix(matrix)
+
+    def _check_mergeable(self) -> None:
+        if isinstance(self.weight, PackedStack):
+            raise ValueError(
+                "the stacks of these experts are packed, and are not merged into: keep the adapter unmerged"
+            )
 
     def _check_can_change(self) -> None:
         """No experts that are computed at each call are adapted."""

@@ -15,6 +15,8 @@ from lorakernels import ops
 from lorakernels.experts import combine_experts, expert_lora_linear, expert_route, multi_expert_lora_linear
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.plan import BatchPlan
+from lorakernels.quant.packed import PackedWeight
+from lorakernels.quant.stacks import stack_of
 from lorakernels.route import ExpertRoute
 
 # The implementations whose numbers are those of a product an expert; of others only their own kernels know.
@@ -50,7 +52,7 @@ def why_not_run(experts: Any) -> str:
     if runs_more_than_forward(experts) or "parametrizations" in experts._modules:
         return "the experts have hooks, a replaced forward or a parametrization"
     names = stack_names(experts)
-    stacks = [parameter_of(experts, name) for name in names]
+    stacks = [stack_weight(experts, name) for name in names]
     if not all(stack.dim() == 3 and stack.dtype in _FLOATS for stack in stacks):
         return f"{' and '.join(names)} are not both stacks of three dimensions, of floats"
     if stacks[0].dtype is not stacks[1].dtype or stacks[0].shape[0] == 1:
@@ -85,6 +87,13 @@ def is_transposed(experts: Any) -> bool:
     return _is_llama4(experts) or experts.is_transposed
 
 
+def stack_weight(experts: Any, name: str) -> Any:
+    """A stack as it lies, a tensor or packed."""
+    text = experts.__dict__.get("packed_stacks", {}).get(name, "")
+    parts = [experts._parameters.get(f"{name}_{part}") for part in PackedWeight._fields[2:]] if text else ()
+    return stack_of(parameter_of(experts, name), parts, text)
+
+
 def stack_names(experts: Any) -> tuple[str, str]:
     """The parameters that hold the experts, in the order in which they are multiplied."""
     return "gate_up_proj" if _is_llama4(experts) or experts.has_gate else "up_proj", "down_proj"
@@ -116,7 +125,7 @@ def run_experts(experts: Any, adapters: Adapters, hidden: torch.Tensor, *routing
     """
     first, last = stack_names(experts)
     if _is_llama4(experts):
-        num_experts = len(experts.gate_up_proj)
+        num_experts = stack_weight(experts, first).shape[0]
         rows = torch.arange(len(hidden), device=hidden.device)
         route = expert_route((rows // (len(hidden) // num_experts))[:, None], num_experts)
         linear = _linears(experts, adapters, route)
@@ -138,7 +147,7 @@ def _linears(experts: Any, adapters: Adapters, route: ExpertRoute) -> Callable[[
     plan = adapters.plan(route) if isinstance(adapters, ExpertPages) else None
 
     def linear(name: str, x: torch.Tensor, sorted_x: bool) -> torch.Tensor:
-        weight = getattr(experts, name)
+        weight = stack_weight(experts, name)
         weight = weight.mT if is_transposed(experts) else weight
         bias = getattr(experts, f"{name}_bias", None)
         x = x.to(weight.dtype)
@@ -152,7 +161,7 @@ def _linears(experts: Any, adapters: Adapters, route: ExpertRoute) -> Callable[[
 
 def adapted_stack(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     bias: torch.Tensor | None,
     terms: Sequence[ExpertTerm],
     route: ExpertRoute,

@@ -61,7 +61,7 @@ class ExpertSite(Site):
         self.lora_A = self.lora_B = None
         self.stacks = [Stack(module, name) for name in stack_names(module)]
         self.num_experts = self.stacks[0].num_experts
-        step = max(_ALIGNMENT // self.stacks[0].weight.element_size(), 1)
+        step = max(_ALIGNMENT // self.stacks[0].weight.dtype.itemsize, 1)
         self.sizes: dict[str, tuple[int, int]] = {}  # N and K of each
         self._begins: dict[str, tuple[int, int]] = {}
         self.N = self.K = 0
