@@ -30,6 +30,9 @@ class KernelConfig:
     planes are added in a fixed order, so that a result is bitwise the same on every run.
     With `tma` tiles are copied through tensor descriptors, and PROGRAMS_PER_SM programs a multiprocessor
     take tile after tile; with `cublas` the base product is torch's own and the kernel adds to it;
+    with `late` the low-rank term is added after the loop over K, instead of starting its accumulator;
+    with `halves` a tile by TMA is finished and stored in two halves of its columns;
+    with `dependent` a launch may start before the one ahead of it has ended, and waits where it reads its result;
     with `side_stream` the pass runs beside the products that do not wait for it.
     """
 
@@ -44,6 +47,9 @@ class KernelConfig:
     num_stages: int = 2
     tma: bool = False
     cublas: bool = False
+    late: bool = False
+    halves: bool = False
+    dependent: bool = False
     side_stream: bool = False
 
     def to_fields(self) -> dict[str, int | bool]:

@@ -50,10 +50,14 @@ def heuristic(
         return KernelConfig(BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=8, num_stages=fed)
     if operation == "linear_expand":
         if tma and wide and arch in TMA_ARCHS:
-            # The largest tile whose accumulator, pipeline and epilogues fit: 200 to 255 registers and 213 KiB on sm_90;
-            # on sm_100, where the accumulator comes out of tensor memory, it spills.
-            block_n = 256 if arch == "sm_90" and M * N >= _PROGRAMS * 128 * 256 else 128
-            return KernelConfig(128, block_n, 64, 16, num_warps=8, num_stages=3 if block_n == 256 else 4, tma=True)
+            # The largest tile whose accumulator, pipeline and epilogues fit: 256 columns spill on sm_100, where the
+            # accumulator comes out of tensor memory. Stored in halves they leave 20,000 registers and 50 KiB of sm_90's
+            # multiprocessor to a pass over x or dy beside it.
+            large = arch == "sm_90" and M * N >= _PROGRAMS * 128 * 256
+            block_n, stages = (256, 3) if large else (128, 4)
+            return KernelConfig(
+                128, block_n, 64, 16, num_warps=8, num_stages=stages, tma=True, late=True, halves=True, dependent=True
+            )
         block_r = 16
         if easy and M > 64:
             # On sm_80, with blocks of 32, two programs fit a multiprocessor if DoRA's epilogue spills 32 bytes, and the
@@ -75,13 +79,15 @@ def heuristic(
         return KernelConfig(block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps, num_stages=stages)
     if operation == "outer":
         block_m = 64 if easy else 32
-        # Wide enough that one pass over dy pays, see `takes_one_pass`.
-        block_n = (128 if easy and block_r == 16 else 64) if wide else 32
+        # A pass of many tokens runs beside dx, small enough for what that leaves of a multiprocessor. By itself it is
+        # wide enough that one pass over dy pays, see `takes_one_pass`.
+        beside = easy and arch in TMA_ARCHS and M * N >= _PROGRAMS * 128 * 256
+        block_n = (128 if easy and block_r == 16 and not beside else 64) if wide else 32
         split = _split(cdiv(N, block_n) * cdiv(r, block_r), cdiv(M, 64))
         # On sm_80 a fourth stage spills 24 bytes, and three feed its 2 TB/s.
-        warps, stages = 8 if wide else 4, 3 if arch == "sm_80" else fed
+        warps, stages = 8 if wide else 4, 3 if arch == "sm_80" or (beside and block_r == 64) else fed
         return KernelConfig(
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r, SPLIT=split, num_warps=warps, num_stages=stages
+            block_m, block_n, BLOCK_R=block_r, SPLIT=split, num_warps=warps, num_stages=stages, side_stream=beside
         )
     raise ValueError(f"there is no operation {operation!r}; operations: {', '.join(OPERATIONS)}")
 

@@ -190,6 +190,12 @@ def misfit(
         return "the operands, or the blocks, do not fit tensor descriptors"
     if config.cublas and operation != "linear_expand":
         return f"cublas is for linear_expand, not for {operation}"
+    if config.late and operation != "linear_expand":
+        return f"late is for linear_expand, not for {operation}"
+    if config.halves and not (config.tma and config.BLOCK_N >= 32):
+        return f"halves is for tiles by TMA of at least 32 columns; tma is {config.tma}, BLOCK_N is {config.BLOCK_N}"
+    if config.dependent and (operation != "linear_expand" or arch not in TMA_ARCHS):
+        return f"dependent is for linear_expand on {' and '.join(TMA_ARCHS)}, not for {operation} on {arch}"
     if config.side_stream and operation != "outer":
         return f"side_stream is for outer, not for {operation}"
     if operation == "few_tokens" and r > config.BLOCK_R:

@@ -66,7 +66,8 @@ def _tile(tiles_ptr, pid_m, num_experts):
 @triton.jit
 def _start(s, b, mask_ptr, pid_n, rows, offs_n, P, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
     """What the accumulator starts from: S B_e, through dropout's mask if there is one."""
-    acc = multiply_ranks(s, b, rows, offs_n, INPUT_PRECISION, BLOCK_R)
+    acc = tl.zeros((rows.shape[0], offs_n.shape[0]), dtype=tl.float32)
+    acc = multiply_ranks(acc, s, b, rows, offs_n, None, INPUT_PRECISION, BLOCK_R)
     if mask_ptr is not None:
         acc = drop(acc, mask_ptr, rows, pid_n, P, b.cols)
     return acc

@@ -12,8 +12,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from lorakernels.backend import interpreter_on
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
+from lorakernels.configs.heuristic import TMA_ARCHS
 from lorakernels.configs.table import strike_out
 
 P = ParamSpec("P")
@@ -58,9 +60,23 @@ def input_precision(x: torch.Tensor) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def compile_options(config: KernelConfig) -> dict[str, Any]:
-    """What the compiler is told. Fused multiply-adds are asked for by name: their default changes in triton 3.10."""
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+def compile_options(config: KernelConfig, constexprs: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler is told. Fused multiply-adds are asked for by name: their default changes in triton 3.10.
+
+    A kernel that does not wait for the launch ahead of it is never started before that has ended.
+    """
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return (
+        options | {"launch_pdl": True} if constexprs.get("DEPENDENT") else options
+    )  # AMD's compiler does not know its name
+
+
+def may_depend(device: torch.device) -> bool:
+    """Whether a kernel may start before the one ahead of it has ended: programmatic dependent launch, CUDA guide 4.5.
+
+    It asks for Hopper or Blackwell; in the interpreter kernels run in order.
+    """
+    return device_of(device).arch in TMA_ARCHS and not interpreter_on()
 
 
 def cdiv(a: int, b: int) -> int:
@@ -107,7 +123,7 @@ def launch(
     with torch.cuda.device(device) if elsewhere else nullcontext():
         try:
             # `kernel[grid](…)` would gather the arguments once more, 2 µs of 45.
-            kernel.run(grid=grid, warmup=False, **args, **constexprs, **compile_options(config))
+            kernel.run(grid=grid, warmup=False, **args, **constexprs, **compile_options(config, constexprs))
         except (OutOfResources, PTXASError) as error:  # before anything has run
             raise _DoesNotFit(config, device) from error
 

@@ -1,9 +1,13 @@
-"""y = x Wᵀ + scale · D'(S Bᵀ) + bias: a matrix product whose accumulator starts from the low-rank term.
+"""y = x Wᵀ + scale · D'(S Bᵀ) + bias: a matrix product whose accumulator starts from, or ends with, the low-rank term.
 
 With the strides of W and of B exchanged the same kernel is dx = dy W + D'(G A), where D'
 multiplies by dropout's stored mask. It can also scale y by rows of W (DoRA), or, instead of storing y,
 sum its products with another matrix over tokens: the gradient of that scale. The products of up to three
 pairs of x and W go into one accumulator: dx of several projections of one input.
+
+With LATE the loop over K starts at once and S joins at the end, so that a launch that is DEPENDENT multiplies while
+the pass before it still makes S. With HALVES the tile ends in two halves of columns: the late term and the store then
+take half the registers and shared memory.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import triton.language as tl
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
 from lorakernels.configs.table import choose
-from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, may_depend, retried
 from lorakernels.kernels.packed import unpack
 from lorakernels.kernels.tiles import (
     NO_MATRIX,
@@ -63,25 +67,58 @@ def tile_of(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: t
 
 
 @triton.jit
-def multiply_ranks(s, b, offs_m, offs_n, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
-    """A tile of s [M, R] times b [R, N]."""
-    acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
+def multiply_ranks(acc, s, b, offs_m, offs_n, scale, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+    """acc + a tile of scale · s [M, R] times b [R, N]; scale may be None."""
     # Not pipelined: its buffers would come on top of the main loop's (r = 64: 304 KiB, where a block has 227).
     for r in tl.range(0, b.rows, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         s_tile, b_tile = load_tile(s, offs_m, offs_r), load_tile(b, offs_r, offs_n)
+        if scale is not None:
+            s_tile = (s_tile.to(tl.float32) * scale).to(s_tile.dtype)
         acc = tl.dot(s_tile, b_tile.to(s_tile.dtype), acc, input_precision=INPUT_PRECISION)
     return acc
 
 
 @triton.jit
-def _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr):
+def _start(
+    low_rank, pid_n, offs_m, offs_n, M,
+    LATE: tl.constexpr, DEPENDENT: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """What the accumulator starts from."""
-    b = low_rank.b
-    acc = multiply_ranks(low_rank.s, b, offs_m, offs_n, INPUT_PRECISION, BLOCK_R) * low_rank.scale
-    if low_rank.mask is not None:
-        acc = drop(acc, low_rank.mask, offs_m, pid_n, M, b.cols)
+    acc = tl.zeros((offs_m.shape[0], offs_n.shape[0]), dtype=tl.float32)
+    if not LATE:
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
+        b = low_rank.b
+        acc = multiply_ranks(acc, low_rank.s, b, offs_m, offs_n, None, INPUT_PRECISION, BLOCK_R) * low_rank.scale
+        if low_rank.mask is not None:
+            acc = drop(acc, low_rank.mask, offs_m, pid_n, M, b.cols)
     return acc
+
+
+@triton.jit
+def _end(
+    acc, low_rank, epilogue, dot, y_ptr, y_desc, row, block, M,
+    LATE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The block of this number of the accumulator's columns, finished and stored."""
+    N = low_rank.b.cols
+    offs_m, offs_n = row + tl.arange(0, acc.shape[0]), block * acc.shape[1] + tl.arange(0, acc.shape[1])
+    if LATE:
+        # Scaled before it is multiplied: a second accumulator would take 61 registers more, and no pass over x or dy
+        # would fit beside this kernel on a multiprocessor of sm_90.
+        s, b, scale = low_rank.s, low_rank.b, low_rank.scale
+        acc = multiply_ranks(acc, s, b, offs_m, offs_n, scale, INPUT_PRECISION, BLOCK_R)
+    acc = finish(acc, epilogue, offs_n, N, None)
+    if dot.ptr is not None:
+        # Instead of y: this block's part of Σ over tokens of dot ∘ y. Rows past M are zero in both.
+        acc *= load_tile(dot, offs_m, offs_n).to(tl.float32)
+        dots_at = y_ptr + (row // acc.shape[0]).to(tl.int64) * N + offs_n
+        tl.store(dots_at, tl.sum(acc, axis=0), mask=offs_n < N)
+    elif y_desc is None:
+        store_tile(plane(y_ptr, 0, M, N), acc, offs_m, offs_n)
+    else:
+        y_desc.store([row, block * acc.shape[1]], acc.to(y_desc.dtype))
 
 
 @triton.jit
@@ -93,23 +130,18 @@ def _multiply_tma(acc, x, w, K, row, col, W_IS_NK: tl.constexpr, INPUT_PRECISION
     return acc
 
 
-@triton.jit
-def _store_dot(acc, dot, dots_ptr, pid_m, offs_m, offs_n, M, N):
-    """Instead of y: this block's part of Σ over tokens of dot ∘ y. Rows past M are zero in both."""
-    acc *= load_tile(dot, offs_m, offs_n).to(tl.float32)
-    tl.store(dots_ptr + pid_m.to(tl.int64) * N + offs_n, tl.sum(acc, axis=0), mask=offs_n < N)
-
-
 @triton.jit(do_not_specialize=["M"])
 def linear_expand_kernel(
     pairs,  # of x [M, K] and w [K, N]
     low_rank,
     epilogue,
     dot,  # [M, N], or no matrix
-    y_ptr,  # with dot that which _store_dot writes
+    y_ptr,  # with dot the sums of dot ∘ y, a row a block of tokens
     M,
     HAS_BASE: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
+    LATE: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -125,7 +157,7 @@ def linear_expand_kernel(
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
+    acc = _start(low_rank, pid_n, offs_m, offs_n, M, LATE, DEPENDENT, INPUT_PRECISION, BLOCK_R)
     if HAS_BASE:
         acc += load_tile(plane(y_ptr, 0, M, N), offs_m, offs_n).to(tl.float32)
     else:
@@ -137,11 +169,9 @@ def linear_expand_kernel(
                 offs_k = k + tl.arange(0, BLOCK_K)
                 x_tile, w_tile = load_tile(x, offs_m, offs_k), load_tile(w, offs_k, offs_n)
                 acc = tl.dot(x_tile, w_tile, acc, input_precision=INPUT_PRECISION)
-    acc = finish(acc, epilogue, offs_n, N, None)
-    if dot.ptr is not None:
-        _store_dot(acc, dot, y_ptr, pid_m, offs_m, offs_n, M, N)
-    else:
-        store_tile(plane(y_ptr, 0, M, N), acc, offs_m, offs_n)
+    if LATE and DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    _end(acc, low_rank, epilogue, dot, y_ptr, None, pid_m * BLOCK_M, pid_n, M, LATE, INPUT_PRECISION, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -161,6 +191,9 @@ def linear_expand_tma_kernel(
     M,
     W_IS_NK: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
+    LATE: tl.constexpr,
+    HALVES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -182,17 +215,21 @@ def linear_expand_tma_kernel(
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_m = row + tl.arange(0, BLOCK_M)
         offs_n = col + tl.arange(0, BLOCK_N)
-        acc = _multiply_low_rank(low_rank, pid_n, offs_m, offs_n, M, INPUT_PRECISION, BLOCK_R)
+        acc = _start(low_rank, pid_n, offs_m, offs_n, M, LATE, DEPENDENT, INPUT_PRECISION, BLOCK_R)
         acc = _multiply_tma(acc, x_desc, w_desc, Ks[0], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)
         if NUM_PAIRS > 1:
             acc = _multiply_tma(acc, x2_desc, w2_desc, Ks[1], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)
         if NUM_PAIRS > 2:
             acc = _multiply_tma(acc, x3_desc, w3_desc, Ks[2], row, col, W_IS_NK, INPUT_PRECISION, BLOCK_K)
-        acc = finish(acc, epilogue, offs_n, N, None)
-        if dot.ptr is not None:
-            _store_dot(acc, dot, dots_ptr, pid_m, offs_m, offs_n, M, N)
+        if LATE and DEPENDENT:
+            tl.extra.cuda.gdc_wait()
+        if HALVES:
+            halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+            for half in tl.static_range(2):
+                part, block = tl.split(halves)[half], 2 * pid_n + half
+                _end(part, low_rank, epilogue, dot, dots_ptr, y_desc, row, block, M, LATE, INPUT_PRECISION, BLOCK_R)
         else:
-            y_desc.store([row, col], acc.to(y_desc.dtype))
+            _end(acc, low_rank, epilogue, dot, dots_ptr, y_desc, row, pid_n, M, LATE, INPUT_PRECISION, BLOCK_R)
 
 
 @retried("linear_expand")
@@ -241,13 +278,20 @@ def linear_expand(
         "dot": NO_MATRIX if dot is None else tall(dot),
         "M": M,
     }
-    constexprs = {"NUM_PAIRS": 1 if base else len(pairs), "INPUT_PRECISION": input_precision(x)}
+    late = config.late and not base and mask is None  # the mask is the low-rank term's alone
+    constexprs = {
+        "NUM_PAIRS": 1 if base else len(pairs),
+        "LATE": late,
+        # Tiles of x and W are read before the wait: not where the launch ahead may have written them, and is no shrink.
+        "DEPENDENT": config.dependent and may_depend(x.device) and R > 0 and dot is None,
+        "INPUT_PRECISION": input_precision(x),
+    }
     if config.tma and tma and not base:
         descriptors = _descriptors(pairs, w_is_nk, config)
-        y_desc = None if dot is not None else descriptor(y, (config.BLOCK_M, config.BLOCK_N))
+        y_desc = None if dot is not None else descriptor(y, (config.BLOCK_M, config.BLOCK_N // (1 + config.halves)))
         args = descriptors | {"y_desc": y_desc, "Ks": Ks, "dots_ptr": None if dot is None else out} | args
         grid = (min(num_tiles, device_of(x.device).processors * config.PROGRAMS_PER_SM),)
-        launch(linear_expand_tma_kernel, grid, args, {"W_IS_NK": w_is_nk} | constexprs, config)
+        launch(linear_expand_tma_kernel, grid, args, {"W_IS_NK": w_is_nk, "HALVES": config.halves} | constexprs, config)
     else:
         matrices = (NO_PAIR,) if base else tuple((tall(x), transposed(w)) for x, w in pairs)
         args = {"y_ptr": out, "pairs": matrices} | args

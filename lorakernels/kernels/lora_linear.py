@@ -6,7 +6,6 @@ another makes every dA. dx is one product over all output features together: no 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -75,34 +74,45 @@ def backward(
     launches.
     """
     keep = inverse_keep(threshold)
-    dx = dA = g = None
+    dx = g = None
     if need_dx and len(members) == 1:
         [(W, A, B, *_, scaling)], [dy] = members, dys
         if _takes_few_tokens(dy, members):
             dx, g, _ = few_tokens(dy, W.t(), B.t(), A.t(), s_scale=scaling, y_scale=keep, mask=mask)
     need_g = g is None and (need_dx or need_dA)
-    passes = [
-        dy_pass(
-            dy, member.lora_B, s_i, member.scaling, need_g=need_g, need_dB=dB, bias_dtype=dy.dtype if dbias else None
-        )
-        if need_g or dB or dbias
-        else (None, None, None)
-        for dy, member, s_i, dB, dbias in zip(dys, members, s, need_dB, need_dbias, strict=True)
+    dBs = [
+        dy.new_empty(m.lora_B.shape, dtype=m.lora_B.dtype) if need else None
+        for dy, m, need in zip(dys, members, need_dB, strict=True)
     ]
-    gs, dBs, dbiases = (list(kind) for kind in zip(*passes, strict=True))
+    dbiases = [dy.new_empty((dy.shape[1],)) if need else None for dy, need in zip(dys, need_dbias, strict=True)]
+    rank = sum([member.lora_A.shape[0] for member in members])
+    dA = x.new_empty((rank, x.shape[1]), dtype=grad_dtype(members)) if need_dA and x is not None else None
+    M, N = dys[0].shape
+    beside = need_dx and dx is None and choose("outer", M, N, N, rank, dys[0].element_size(), dys[0].device).side_stream
+
+    def read_dys(need_g: bool) -> list[torch.Tensor | None]:
+        wanted = zip(dys, members, s, dBs, dbiases, strict=True)
+        return [dy_pass(dy, m.lora_B, s_i, m.scaling, need_g, dB, dbias) for dy, m, s_i, dB, dbias in wanted]
+
+    # G first, for dx waits for it; dB and dA, which wait for nothing more, run beside the product that dx is.
+    gs: list[torch.Tensor | None]
+    if beside and need_g:
+        gs = [shrink(dy, m.lora_B.t(), scale=m.scaling)[0] for dy, m in zip(dys, members, strict=True)]
+    else:
+        gs = read_dys(need_g)
     if need_g:
         g = gs[0] if len(gs) == 1 else torch.cat(gs, dim=1)  # type: ignore[arg-type]
-    with contextlib.ExitStack() as beside:  # dA needs x and G only: it may run while dx is multiplied
-        if need_dA:
-            assert g is not None and x is not None
-            M, K = x.shape
-            config = choose("outer", M, K, K, g.shape[1], x.element_size(), x.device)
-            with beside.enter_context(side_stream(x.device, config.side_stream and need_dx)):
-                dA = grad_A(x, g, mask, keep, grad_dtype(members))
+    with side_stream(dys[0].device, beside) as side:
         if need_dx and dx is None:
             assert g is not None
             (dy, W), *more = [(dy, member.weight.t()) for dy, member in zip(dys, members, strict=True)]
             dx = linear_expand(dy, W, g, stacked(members).t(), more=more, scale=keep, mask=mask)
+        with side:
+            if beside:
+                read_dys(False)
+            if dA is not None:
+                assert g is not None and x is not None
+                grad_A(x, g, mask, keep, dA)
     return dx, dA, dBs, dbiases
 
 

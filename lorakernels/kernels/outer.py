@@ -98,43 +98,36 @@ def dy_pass(
     lora_B: torch.Tensor,
     s: torch.Tensor,
     scaling: float,
-    *,
     need_g: bool,
-    need_dB: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """G [M, r] = scaling · dy B, dB [N, r] = scaling · dyᵀ S in B's dtype, dbias [N] = Σ dy.
+    dB: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """G [M, r] = scaling · dy B, if it is asked for. Writes dB [N, r] = scaling · dyᵀ S and dbias [N] = Σ dy, if given.
 
-    The rows of s [M, r] are contiguous. What is not asked for is None and is not computed. dy is read once, or twice
-    where G would be written to more planes than that costs.
+    The rows of s [M, r] are contiguous. dy is read once, or twice where G would be written to more planes than that
+    costs.
     """
     M, N = dy.shape
     R = lora_B.shape[1]
     config = choose("outer", M, N, N, R, dy.element_size(), dy.device)
-    one_pass = need_g and need_dB and takes_one_pass(N, R, dy.element_size(), config.BLOCK_N)
+    one_pass = need_g and dB is not None and takes_one_pass(N, R, dy.element_size(), config.BLOCK_N)
     g = None
     if one_pass:
         g = dy.new_empty((M, R), dtype=low_rank_dtype(dy.dtype))
     elif need_g:
         g, _ = shrink(dy, lora_B.t(), scale=scaling)
-    dB = dy.new_empty((N, R), dtype=lora_B.dtype) if need_dB else None
-    dbias = None if bias_dtype is None else dy.new_empty((N,), dtype=bias_dtype)
     if dB is not None or dbias is not None:
         _outer(dy, s, lora_B, None, dB, (R, 1), g if one_pass else None, dbias, scaling, R, config)
-    return g, dB, dbias
+    return g
 
 
 @retried("outer")
-def grad_A(
-    x: torch.Tensor, g: torch.Tensor, mask: torch.Tensor | None, scale: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """dA [r, K] = scale · Gᵀ D(x) of x [M, K], g [M, r] contiguous, mask [M, ceil(K / 8)] uint8."""
+def grad_A(x: torch.Tensor, g: torch.Tensor, mask: torch.Tensor | None, scale: float, dA: torch.Tensor) -> None:
+    """Writes dA [r, K] = scale · Gᵀ D(x) of x [M, K], g [M, r] contiguous, mask [M, ceil(K / 8)] uint8."""
     M, K = x.shape
     R = g.shape[1]
     config = choose("outer", M, K, K, R, x.element_size(), x.device)
-    dA = x.new_empty((R, K), dtype=dtype)
     _outer(x, g, None, mask, dA, (1, K), None, None, scale, R, config)
-    return dA
 
 
 def _outer(

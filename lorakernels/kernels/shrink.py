@@ -8,7 +8,7 @@ import triton.language as tl
 
 from lorakernels.configs.table import choose
 from lorakernels.dropout import inverse_keep
-from lorakernels.kernels.launch import cdiv, launch, retried
+from lorakernels.kernels.launch import cdiv, launch, may_depend, retried
 from lorakernels.kernels.tiles import (
     dot_factor,
     draw,
@@ -35,11 +35,14 @@ def shrink_kernel(
     M,
     threshold,
     scale,
+    SIGNALS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    if SIGNALS:  # a launch that is dependent may start while this one still runs
+        tl.extra.cuda.gdc_launch_dependents()
     pid_m = tl.program_id(0)
     pid_r = tl.program_id(1)
     pid_k = tl.program_id(2)
@@ -93,7 +96,7 @@ def shrink(
             "threshold": threshold,
             "scale": scale * inverse_keep(threshold),
         },
-        summed_columns(x, lora_A, config, tall=True),
+        {"SIGNALS": may_depend(x.device), **summed_columns(x, lora_A, config, tall=True)},
         config,
     )
     sum_planes(planes, s)

@@ -113,7 +113,7 @@ def _specialise(launch: Launch, arch_name: str) -> _Task:
         raise ValueError(f"unknown architecture {arch_name!r}; expected one of {', '.join(ARCHS)}")
     kernel, arch = launch.kernel, ARCHS[arch_name]
     backend = make_backend(arch.target)
-    keywords = {**launch.args, **launch.constexprs, **compile_options(launch.config)}
+    keywords = {**launch.args, **launch.constexprs, **compile_options(launch.config, launch.constexprs)}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, extra = bind(**keywords)
     options, signature, constexprs, attrs = kernel._pack_args(backend, keywords, bound, specialisation, extra)
@@ -153,6 +153,8 @@ def _row(task: _Task, compiled: CompiledKernel, code: Code) -> CompileRow:
     if columns > arch.tensor_memory_columns:
         faults.append(f"{columns} columns of tensor memory, over the limit of {arch.tensor_memory_columns}")
     faults += _product_faults(task.launch, task.source.name, arch.name, code)
+    if task.options.get("launch_pdl") and "griddepcontrol.wait" not in compiled.asm["ptx"]:
+        faults.append("may start before the launch ahead of it has ended, and never waits for it")
     # Not the config's num_warps: warp specialisation adds some.
     threads = meta.num_warps * arch.target.warp_size
     ctas = arch.blocks_per_sm(code.registers, meta.shared, columns, meta.num_warps)

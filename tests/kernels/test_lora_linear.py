@@ -10,11 +10,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorakernels as lk
 from lorakernels.configs import table
@@ -47,7 +49,7 @@ SEED = 1234
 LARGE = ("several_blocks",)
 IN_ALL_DTYPES = ("plain", "dropout_half_odd", "adapter_float32_dropout", "odd_sizes", "huge_strides")
 # Forms of `linear_expand` alone: the cases where that kernel does something else, and aligned, which descriptors need.
-OF_ONE_KERNEL = ("triton-tma-tiny", "triton-cublas-tiny")
+OF_ONE_KERNEL = ("triton-tma-tiny", "triton-cublas-tiny", "triton-late-tiny", "triton-tma-late-halves-tiny")
 FOR_ONE_KERNEL = (
     "three_dimensions",
     "zero_tokens",
@@ -83,6 +85,8 @@ PATHS = [
     "triton-general-tiny",
     "triton-tma-tiny",
     "triton-cublas-tiny",
+    "triton-late-tiny",
+    "triton-tma-late-halves-tiny",
 ]
 
 
@@ -96,8 +100,9 @@ def path(name: str, r: int = 1) -> Iterator[str]:
         patch.setattr(ops_linear, "SMALL", 1 << 62 if form == "small" else 0)
         if "tiny" in form:
             block_r = max(16, 1 << (r - 1).bit_length()) if few else 16
-            flags = {flag: flag in form for flag in ("tma", "cublas")}
-            tiny = {name: dataclasses.replace(config, BLOCK_R=block_r, **flags) for name, config in TINY.items()}
+            flags = {flag: flag in form for flag in ("tma", "cublas", "late", "halves")}
+            block_n = 32 if flags["halves"] else 16
+            tiny = {n: dataclasses.replace(c, BLOCK_N=block_n, BLOCK_R=block_r, **flags) for n, c in TINY.items()}
             stack.enter_context(table.forced_configs(tiny))
         yield impl
 
@@ -387,6 +392,57 @@ def test_each_stream_forks_to_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert current.waits[-1] is side
         sides.append(side)
     assert sides[0] is sides[2] is not sides[1]
+
+
+@pytest.mark.parametrize("num_members", [1, 3])
+def test_the_backward_forks_after_g(num_members: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dx waits for G alone; what waits for nothing more runs beside it, and leaves nothing in the side stream's memory.
+
+    Else another thread's launches on that stream could be given memory that this one still reads.
+    """
+    events: list[str] = []
+
+    class Marked(TorchDispatchMode):
+        """A stream, inside which memory is noted."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def __enter__(self) -> Marked:
+            events.append(self.name)
+            return super().__enter__() if self.name == "beside" else Marked("beside")
+
+        def __exit__(self, *error: Any) -> None:
+            events.append(f"end of {self.name}")
+            if self.name == "beside":
+                super().__exit__(*error)
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            events.extend(["memory"] if "empty" in str(function) else [])
+            return function(*args, **(kwargs or {}))
+
+    def note(name: str) -> None:
+        called = getattr(kernels_lora_linear, name)
+        monkeypatch.setattr(kernels_lora_linear, name, lambda *a, **k: (events.append(name), called(*a, **k))[1])
+
+    for name in ("shrink", "linear_expand", "dy_pass", "grad_A"):
+        note(name)
+    forks: list[bool] = []
+    monkeypatch.setattr(kernels_lora_linear, "side_stream", lambda device, on: (forks.append(on), Marked("fork"))[1])
+    x, *dys = torch.empty(1 + num_members, 512, 64, device="meta")
+    W, A, B = torch.empty(64, 64, device="meta"), torch.empty(4, 64, device="meta"), torch.empty(64, 4, device="meta")
+    members = [Member(W, A, B, torch.empty(64, device="meta"), None, 1.0)] * num_members
+    forced = {"outer": KernelConfig(side_stream=True), "shrink": KernelConfig(), "linear_expand": KernelConfig()}
+    with table.forced_configs(forced), record_launches():
+        training_step(
+            kernels_lora_linear, x, dys, members, 0, need_dbias=True,
+            ran=lambda part: events.clear() if part == "forward" else None,
+        )  # fmt: skip
+    n = num_members
+    beside = ["beside", *["dy_pass"] * n, "grad_A", "end of beside"]
+    assert events == [*["shrink"] * n, "fork", "linear_expand", *beside, "end of fork"]
+    assert forks == [True]
 
 
 @pytest.mark.parametrize("way", ["torch", "triton-few-tiny", "triton-general-tiny", "many-torch", "many-triton"])

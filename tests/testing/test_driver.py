@@ -49,11 +49,14 @@ def test_every_shipped_launch_is_taken(arch: str) -> None:
         driver.replay(launches)
         names = collections.Counter(launched.kernel for launched in checked.launches)
         asked = collections.Counter(launch.kernel.__name__ for launch in launches)
-        print(json.dumps([names, asked, checked.num_maps, checked.refusals]))
+        dependent = [sum(launched.dependent for launched in checked.launches)]
+        dependent += [sum(launch.constexprs.get("DEPENDENT", False) for launch in launches)]
+        print(json.dumps([names, asked, checked.num_maps, checked.refusals, dependent]))
         """,
         arch,
     )
-    names, asked, num_maps, refusals = found
+    names, asked, num_maps, refusals, dependent = found
+    assert dependent[0] == dependent[1] and (dependent[0] > 0) == (arch == "sm_90")
     assert refusals == [] and names == asked and sum(names.values()) > 500
     assert (num_maps > 0) == ("linear_expand_tma_kernel" in names) == (arch == "sm_90")
 

@@ -163,7 +163,8 @@ def test_known_figures_of_a_group() -> None:
         counted = group_step((4096, 1024, 1024), 8192, 4096, 16)
     ours = costs.tall(counted, HEADLINE)
     frozen = 6 * 64 + 2 * 96 + 6 * 64  # MiB: the two products of each, and two additions of dx
-    assert ours == (frozen + 64 + 96 + 64 - 2 * 64 - 6 * 64) * MIB
+    # x for S and for dA; every dy for G, and again beside dx for dB.
+    assert ours == (frozen + 2 * 64 + 2 * 96 - 2 * 64 - 6 * 64) * MIB
 
 
 # The figures of a layer of 8192 tokens, 4096 → 4096, r = 16, bfloat16: extra MiB in matrices of a row a token, then the

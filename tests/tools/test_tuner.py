@@ -80,8 +80,8 @@ def test_problems_of_shapes() -> None:
     wide, few = (512, 64, 32, 8, torch.bfloat16, 0.1), (16, 64, 32, 8, torch.bfloat16, 0.0)
     names = [(p.operation, p.M, p.N, p.K) for p in problems_of([wide, few, (*wide[:4], torch.float16, 0.0)])]
     assert names == [
-        ("shrink", 512, 32, 32), ("linear_expand", 512, 64, 32), ("outer", 512, 64, 64), ("outer", 512, 32, 32),
-        ("linear_expand", 512, 32, 64), ("shrink", 512, 64, 64),
+        ("shrink", 512, 32, 32), ("linear_expand", 512, 64, 32), ("outer", 512, 64, 64),
+        ("linear_expand", 512, 32, 64), ("outer", 512, 32, 32), ("shrink", 512, 64, 64),
         ("few_tokens", 16, 64, 32), ("few_tokens", 16, 32, 64), ("outer", 16, 64, 64), ("outer", 16, 32, 32),
     ]  # fmt: skip
     for wrong in ((0, 1, 1, 1, torch.float32, 0.0), (1, 1, 1, 1, torch.float64, 0.0), (1, 1, 1, 1, torch.float32, 1.0)):

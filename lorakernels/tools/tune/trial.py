@@ -108,8 +108,10 @@ def run(problem: Problem, config: KernelConfig, inputs: Inputs) -> Outputs:
             )
             outputs = y, s, dx, g, drawn
         else:
-            dy_g, dB, _ = dy_pass(i.z, i.lora_B, i.s, _SCALE, need_g=True, need_dB=True, bias_dtype=None)
-            outputs = dy_g, dB, grad_A(i.z, i.s, i.mask, keep, i.z.dtype)
+            dB, dA = torch.empty_like(i.lora_B), i.z.new_empty((i.s.shape[1], i.z.shape[1]))
+            dy_g = dy_pass(i.z, i.lora_B, i.s, _SCALE, True, dB, None)
+            grad_A(i.z, i.s, i.mask, keep, dA)
+            outputs = dy_g, dB, dA
     return tuple(t for t in outputs if t is not None)
 
 
