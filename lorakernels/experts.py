@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from lorakernels import arguments, ops
@@ -128,16 +129,24 @@ def expert_plan(
         given = f"{arguments.shape_of(adapters)} {adapters.dtype}"
         raise PlanError(f"token_slots is {given}; expected [{route.num_tokens}] integers, as the route has tokens")
     unknown = (adapters < BASE) | (adapters >= S)
-    if device.type == "cpu" and unknown.any():
-        token = int(unknown.to(torch.uint8).argmax())
-        raise PlanError(f"token {token} has adapter {int(adapters[token])}; expected -1 or 0 … {S - 1}")
     width = max(*slot_ranks, 1) if page_table is None else page_table.shape[-1]
     plan = BatchPlan(E * S, max(P, 1), max_rank=width, num_pages=num_pages, invariant=invariant, device=device)
+    ranks, scalings = [*slot_ranks] * E, [*slot_scalings] * E
+    if device.type == "cpu":  # by numpy it takes a tenth of the time
+        if unknown.any():
+            token = int(unknown.to(torch.uint8).argmax())
+            raise PlanError(f"token {token} has adapter {int(adapters[token])}; expected -1 or 0 … {S - 1}")
+        of_row = adapters.numpy()[route.order.numpy() // route.top_k]
+        of_expert = np.repeat(np.arange(E), np.diff(route.starts.numpy()))
+        of_row[len(of_expert) :] = BASE  # of experts that the kernels' route does not know
+        slots = np.where(of_row == BASE, BASE, np.resize(of_expert, P) * S + of_row)
+        table = None if page_table is None else page_table.numpy()
+        plan.update_host(slots, None, np.asarray(ranks), np.asarray(scalings, dtype=np.float32), table)
+        return plan
     places = torch.arange(P, device=device, dtype=route.starts.dtype)
     experts = torch.searchsorted(route.starts[1:], places, right=True)  # E for what the route does not know
     own = adapters.masked_fill(unknown, BASE).index_select(0, route.order // route.top_k)
-    slots = torch.where((own == BASE) | (experts == E), BASE, experts * S + own)
-    plan.update(slots, [*slot_ranks] * E, [*slot_scalings] * E, page_table)
+    plan.update(torch.where((own == BASE) | (experts == E), BASE, experts * S + own), ranks, scalings, page_table)
     return plan
 
 

@@ -24,7 +24,10 @@ from lorakernels.files.reading import AdapterFileError
 from lorakernels.testing.guards import peak_bytes, watch_allocations
 
 CASES = [("qwen3_moe", BOTH), ("gpt_oss", BOTH), ("llama4", BOTH), ("nemotron_h", FIRST), ("gpt_oss", LAST)]
-REST = [pytest.param(name, BOTH, marks=pytest.mark.slow) for name in sorted(set(MIXTURES) - {"qwen3_moe", "gpt_oss", "llama4"})]
+REST = [
+    pytest.param(name, BOTH, marks=pytest.mark.slow)
+    for name in sorted(set(MIXTURES) - {"qwen3_moe", "gpt_oss", "llama4"})
+]
 
 
 def injected(name: str = "qwen3_moe", which: slice = BOTH, adapter: str = "default", **fields: Any) -> Mixture:
