@@ -20,7 +20,7 @@ from lorakernels.files.naming import HEADS, of_files, place
 from lorakernels.files.one_file import fields_of_part
 from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.files.saving import appearing, new_folder
-from lorakernels.files.stacks import fitted_stack, of_own_experts, stored_stacks
+from lorakernels.files.stacks import OwnExperts, fitted_stack, of_own_experts, stored_stacks
 from lorakernels.files.update import BIAS, Update, merged_bias, merged_weight
 from lorakernels.quant.packed import Form
 
@@ -129,18 +129,10 @@ def _of_experts(adapter: AdapterFile, checkpoint: Checkpoint) -> AdapterFile:
     """The same with an update for each expert's own layers, where the model's files have these and no stacks."""
     if not any(update.experts for update in adapter.updates.values()):
         return adapter
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    files = OwnExperts({name: info.shape for name, info in checkpoint.tensors.items()})
     updates: dict[str, Update] = {}
     for path, update in adapter.updates.items():
-        own = of_own_experts(path, update, shapes, adapter.fields) if update.experts else {}
-        for module in list(own)[-1:]:
-            holder, _, leaf = module.rpartition(".")
-            more = f".{holder.rpartition('.')[0]}.{update.experts}.{leaf}.weight"
-            if any(f".{name}".endswith(more) for name in shapes):
-                raise AdapterFileError(
-                    f"the adapter's {path} has {update.experts} experts, and {checkpoint.folder} has more; expected "
-                    "the model that it was trained on"
-                )
+        own = of_own_experts(path, update, files, adapter.fields) if update.experts else {}
         updates |= own or {path: update}
     return replace(adapter, updates=updates)
 

@@ -141,21 +141,41 @@ def fitted_stack(
     return replace(update, tensors=tensors), not by_columns
 
 
-def of_own_experts(
-    path: str, update: Update, shapes: Mapping[str, torch.Size], fields: Mapping[str, Any]
-) -> dict[str, Update]:
+class OwnExperts:
+    """The layers of experts in a model's files, by what is alike in all of its mixtures: a big one has 40,000."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self._by_end: dict[str, list[tuple[str, torch.Size]]] = defaultdict(list)
+        for name, shape in shapes.items():
+            self._by_end[_end(name)].append((f".{name}", shape))
+
+    def find(self, name: str) -> torch.Size | None:
+        """The shape of the tensor of this name, whatever is before it in the files."""
+        return next((shape for known, shape in self._by_end[_end(name)] if known.endswith(f".{name}")), None)
+
+
+def _end(name: str) -> str:
+    """experts.0.gate_proj.weight"""
+    return ".".join(name.split(".")[-4:])
+
+
+def of_own_experts(path: str, update: Update, files: OwnExperts, fields: Mapping[str, Any]) -> dict[str, Update]:
     """The updates of each expert's own layers, by their names, where a model's files hold these and no stack.
 
-    `shapes` are those of the files' tensors by name. Empty where they have no such experts.
+    Empty where they have no such experts; raises AdapterFileError where they have more than the adapter.
     """
     module, _, name = path.rpartition(".")
     for parts in _PARTS[name]:
         for name_now, older in _OLDER_MIXTURES:
             there = module.replace(name_now, older) if name_now else module
-            ends = [f".{there}.0.{part}.weight" for part in parts]
-            found = [shape for end in ends for key, shape in shapes.items() if f".{key}".endswith(end)]
-            if len(found) < len(parts) or any(len(shape) != 2 for shape in found):
+            found = [files.find(f"{there}.0.{part}.weight") for part in parts]
+            if found[0] is None or not all(shape is not None and len(shape) == 2 for shape in found):
                 continue
+            if files.find(f"{there}.{update.experts}.{parts[0]}.weight") is not None:
+                expected = "expected the model that it was trained on"
+                raise AdapterFileError(
+                    f"the adapter's {path} has {update.experts} experts, and the model more; {expected}"
+                )
             N, K = found[0]
             tensors = of_today(path, update.tensors, update.experts, (K, N * len(parts)), True, fields)
             A, B = replace(update, tensors=tensors).factors

@@ -368,7 +368,7 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
             lk.load_adapter(other, tmp_path / "a")
     more = Mixture("qwen3_moe", experts=5)
     folder = files_of(more, tmp_path / "more", {}, apart(more, "block", "gate_proj", "up_proj", "down_proj"))
-    with pytest.raises(AdapterFileError, match=r"has 4 experts, and .* has more"):
+    with pytest.raises(AdapterFileError, match="has 4 experts, and the model more"):
         merge_files(folder, tmp_path / "a", tmp_path / "out")
     with pytest.raises(ValueError, match="target_parameters="):
         lk.add_weighted_adapter(model, ["default"], [1.0], "sum")
