@@ -103,6 +103,8 @@ def _multi(operation: str, T: int, cols: int, max_rank: int, itemsize: int, batc
         if height == 64:
             # Rows at odd addresses are loaded element by element: 64 of them by 4 warps spill 632 bytes on sm_90.
             block_k, warps = (64, 4) if easy else (32, 8 if wide else 4)
+        # A program a token has each lane load x as its rows of A lie: of more than 16 rows that spills.
+        block_r = 16 if height == 1 else block_r
         blocks = max(1, T if height == 1 else T // height) * batch.slices
         split = _split(blocks, cdiv(cols, block_k), _SMALL_PROGRAMS if height == 1 else _PROGRAMS)
         # Of 64 tokens and ranks four stages spill 8 bytes on sm_100 by triton 3.6.

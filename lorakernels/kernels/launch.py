@@ -176,6 +176,11 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorded.reset(outer)
 
 
+def is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being made of the current stream's launches."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @contextmanager
 def side_stream(device: torch.device, enabled: bool) -> Iterator[AbstractContextManager[object]]:
     """Yields the context in which launches go beside those of the current stream; at the end both meet again.

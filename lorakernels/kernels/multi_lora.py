@@ -9,6 +9,7 @@ import torch
 from lorakernels.configs.table import takes_few_tokens_form
 from lorakernels.kernels.adapters import factor_A, factor_B
 from lorakernels.kernels.few_tokens import few_tokens
+from lorakernels.kernels.launch import is_captured, side_stream
 from lorakernels.kernels.multi_expand import multi_expand
 from lorakernels.kernels.multi_outer import multi_outer
 from lorakernels.kernels.multi_shrink import multi_shrink
@@ -33,9 +34,13 @@ def forward(
     thresholds: torch.Tensor | None,
 ) -> tuple[Tensors, torch.Tensor | None, torch.Tensor | None]:
     """A y [T, N] for each slice, S [slices, T, R] if it is to be kept, and dropout's mask [T, ceil(K / 8)] uint8."""
-    ys = [_base(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
-    s, mask = add(x, lora_As, lora_Bs, plan, ys, keep_s=keep_s, seed=seed, thresholds=thresholds)
-    return ys, s, mask
+    # Both read x alone. The fork and its join are work for the host, which a graph does once.
+    with side_stream(x.device, is_captured(x.device)) as side:
+        with side:
+            planes, mask = _shrink(x, lora_As, plan, seed, thresholds)
+        ys = [_base(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    multi_expand(planes, [factor_B(B) for B in lora_Bs], plan, ys)
+    return ys, added(planes) if keep_s else None, mask
 
 
 def _base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
@@ -47,23 +52,20 @@ def _base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tens
     return few_tokens(x, weight, x.new_empty((0, K)), x.new_empty((N, 0)), bias=bias)[0]
 
 
-def add(
+def add(x: torch.Tensor, lora_As: Tensors, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:
+    """Add each slice's update to its y, in place."""
+    multi_expand(_shrink(x, lora_As, plan)[0], [factor_B(B) for B in lora_Bs], plan, ys)
+
+
+def _shrink(
     x: torch.Tensor,
     lora_As: Tensors,
-    lora_Bs: Tensors,
     plan: PlanTensors,
-    ys: Tensors,
-    *,
-    keep_s: bool = False,
     seed: torch.Tensor | None = None,
     thresholds: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Add each slice's update to its y, in place; S and the mask as of `forward`."""
-    planes, mask = multi_shrink(
-        [x] * len(ys), [factor_A(A) for A in lora_As], plan, plan.scales, _width(lora_As, plan), seed, thresholds
-    )
-    multi_expand(planes, [factor_B(B) for B in lora_Bs], plan, ys)
-    return added(planes) if keep_s else None, mask
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    factors = [factor_A(A) for A in lora_As]
+    return multi_shrink([x] * len(factors), factors, plan, plan.scales, _width(lora_As, plan), seed, thresholds)
 
 
 def backward(
@@ -103,8 +105,7 @@ def backward(
 
 def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors) -> torch.Tensor:
     """S [slices, T, R] float32, zero past each slot's rank and in rows of the base."""
-    factors = [factor_A(A) for A in lora_As]
-    return added(multi_shrink([x] * len(factors), factors, plan, plan.scales, _width(lora_As, plan))[0])
+    return added(_shrink(x, lora_As, plan)[0])
 
 
 def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:

@@ -110,11 +110,13 @@ def multi_shrink_token_kernel(
     summed = tl.where(pid_r * BLOCK_R < rank, x.cols, 0)
     for k in range(pid_k * BLOCK_K, summed, BLOCK_K * tl.num_programs(2)):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x_part = tl.load(x_row + offs_k.to(tl.int64) * x.strides[1], mask=offs_k < x.cols, other=0.0).to(tl.float32)
+        # Loaded once a row of A, from L1, as A's tile lies in registers: a row spread over them takes two barriers.
+        x_at = x_row + offs_k.to(tl.int64)[None, :] * x.strides[1] + tl.zeros((BLOCK_R, 1), dtype=tl.int64)
+        x_tile = tl.load(x_at, mask=offs_k[None, :] < x.cols, other=0.0).to(tl.float32)
         inside = loaded[:, None] & (offs_k[None, :] < x.cols)
         a_tile = tl.load(a.ptr + rows[:, None] + offs_k.to(tl.int64)[None, :] * a.strides[2], mask=inside, other=0.0)
         # In x's dtype first, as the tile form multiplies it.
-        acc += cast_factor(a_tile, x.ptr.dtype.element_ty).to(tl.float32) * x_part[None, :]
+        acc += cast_factor(a_tile, x.ptr.dtype.element_ty).to(tl.float32) * x_tile
     s = tl.where(offs_r < rank, tl.sum(acc, axis=1) * tl.load(scales_ptr + slot), 0.0)
     s_row = s_ptr + ((pid_k * NUM_SLICES + pid_s).to(tl.int64) * T + token) * R
     tl.store(s_row + offs_r, s, mask=offs_r < R)

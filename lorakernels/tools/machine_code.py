@@ -192,19 +192,27 @@ class Tile(NamedTuple):
 
 _TILE = re.compile(r"\btensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)")
 _SHAPE = re.compile(r"<((?:\d+x)+)")
-_LOAD = re.compile(r"= (?:tt\.load|ttg\.async_copy_global_to_local|amd\w*\.buffer_load(?:_to_local)?)\b")
+# The group is the pointers, or the offsets from one.
+_LOAD = re.compile(
+    r"= (?:tt\.load|ttg\.async_copy_global_to_local|amd\w*\.buffer_load(?:_to_local)?) (?:%[\w.]+\[)?(%\w+)"
+)
 _DOT = re.compile(r"= (?:tt\.dot|ttng\.\w*(?:dot|mma)\w*)\b|ttng\.tc_gen5_mma\b")
 
 
 def loop_tiles(ttgir: str) -> tuple[Tile, ...]:
-    """The tiles that the innermost loop with the largest products loads, without those that go through descriptors."""
+    """The tiles that the innermost loop with the largest products loads.
+
+    Without those that go through descriptors, and without one row spread over a tile: it comes from L1.
+    """
 
     def multiplied(body: list[str]) -> int:
         return sum(_product(shape) for line in body if _DOT.search(line) for shape in _SHAPE.findall(line))
 
     loops = _ttgir_loops(ttgir.splitlines())
     best = max(loops, key=lambda body: (multiplied(body), len(body)), default=[])
-    tiles = (_TILE.search(line) for line in best if _LOAD.search(line))
+    spread = {name for line in best for name in re.findall(r"(%\w+) = tt\.broadcast", line)}
+    loads = [(line, load) for line in best if (load := _LOAD.search(line))]
+    tiles = (_TILE.search(line) for line, load in loads if load[1] not in spread)
     return tuple(Tile(_product(tile[1]), int(tile[2]) // 8) for tile in tiles if tile)
 
 

@@ -21,6 +21,7 @@ from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import unpack_mask
 from lorakernels.eager.multi_lora import route
 from lorakernels.functional import multi_lora_embedding
+from lorakernels.kernels import multi_lora as kernels_multi_lora
 from lorakernels.kernels.launch import record_launches
 from lorakernels.plan import PlanError
 from lorakernels.testing.budget import assert_within_budget, error
@@ -39,6 +40,7 @@ from lorakernels.testing.multi_cases import (
     make_multi_inputs,
     run_loop,
 )
+from lorakernels.tools.steps import multi_step
 
 # Sixteen is the smallest block: a small batch then takes several tiles, turns of every loop, and planes.
 TINY = KernelConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_R=16, SPLIT=2)
@@ -421,6 +423,27 @@ class _OnGpu:
     """Stands for `torch.device("cuda")` where there is none."""
 
     type = "cuda"
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_in_a_graph_the_first_product_runs_beside_the_base(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    @contextlib.contextmanager
+    def side_stream(device: torch.device, enabled: bool) -> Iterator[Any]:
+        events.append(("fork", enabled))
+        yield contextlib.nullcontext()
+        events.append("join")
+
+    monkeypatch.setattr(kernels_multi_lora, "side_stream", side_stream)
+    monkeypatch.setattr(kernels_multi_lora, "is_captured", lambda device: captured)
+    for name in ("multi_shrink", "linear", "multi_expand"):
+        called = getattr(kernels_multi_lora, name)
+        noted = lambda *args, _name=name, _called=called: (events.append(_name), _called(*args))[1]  # noqa: E731
+        monkeypatch.setattr(kernels_multi_lora, name, noted)
+    with record_launches():
+        multi_step(torch.bfloat16, 8, 4, 16, 64, (64,), train=False)
+    assert events == [("fork", captured), "multi_shrink", "linear", "join", "multi_expand"]
 
 
 def test_a_list_goes_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,6 +225,8 @@ TTGIR = """
     %y = scf.for %k = %0 to %K step %1 iter_args(%a = %b) -> (tensor<64x64xf32, #mma>)  : i32 {
       %x = ttg.async_copy_global_to_local %p, %q mask %m : tensor<64x32x!tt.ptr<bf16>, #b> -> <64x32xbf16, #shared>
       %w = amdg.buffer_load %p[%o], %m stride = %s : !tt.ptr<i8> -> tensor<64x8xi8, #blocked>
+      %row = tt.broadcast %q : tensor<1x32x!tt.ptr<bf16>, #b> -> tensor<64x32x!tt.ptr<bf16>, #b>
+      %v = tt.load %row, %m : tensor<64x32x!tt.ptr<bf16>, #b>
       %d = tt.dot %t, %u, %a : tensor<64x32xbf16, #l> * tensor<32x64xbf16, #r> -> tensor<64x64xf32, #mma>
       scf.if %c {
       }
