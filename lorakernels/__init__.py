@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from lorakernels.config import LoRAConfig as LoRAConfig
     from lorakernels.experts import combine_experts as combine_experts
     from lorakernels.experts import expert_lora_linear as expert_lora_linear
+    from lorakernels.experts import expert_plan as expert_plan
     from lorakernels.experts import expert_route as expert_route
+    from lorakernels.experts import multi_expert_lora_linear as multi_expert_lora_linear
     from lorakernels.explanation import explain as explain
     from lorakernels.files.reading import AdapterFileError as AdapterFileError
     from lorakernels.functional import lora_expand as lora_expand
@@ -58,6 +60,8 @@ _HOMES = {
     "expert_lora_linear": "lorakernels.experts",
     "expert_route": "lorakernels.experts",
     "combine_experts": "lorakernels.experts",
+    "expert_plan": "lorakernels.experts",
+    "multi_expert_lora_linear": "lorakernels.experts",
     "LoRALinear": "lorakernels.nn.linear",
     "LoRAEmbedding": "lorakernels.nn.embedding",
     "LoRAConv1d": "lorakernels.nn.conv",

@@ -16,6 +16,7 @@ import torch
 from lorakernels import ops
 from lorakernels.plan import BatchPlan, PlanError
 from lorakernels.quant.packed import PackedWeight
+from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -122,14 +123,30 @@ def check_adapter(weight: Any, lora_A: Any, lora_B: Any) -> None:
         raise _unlike("lora_B", lora_B, "weight", weight, cast=True)
 
 
-def check_experts(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: torch.Tensor | None) -> None:
-    """Rows [M, K], a stack of linear layers and an adapter of each."""
+def check_stack(x: Any, weight: Any, bias: torch.Tensor | None) -> None:
+    """Rows [M, K], and a stack of linear layers."""
     check_matrix("x", x, "[T, K]")
-    check_floats("weight", weight)
+    is_packed = isinstance(weight, PackedStack)
+    if not is_packed:
+        check_floats("weight", weight)
     if weight.dim() != 3 or weight.shape[2] != x.shape[1]:
         flipped = weight.dim() == 3 and weight.shape[1] == x.shape[1]
         raise _wrong_shape("weight", weight, f"[E, N, {x.shape[1]}]", "x", x, flipped)
-    check_alike("weight", weight, "x", x)
+    if is_packed and weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device} and x on {x.device}; expected one device")
+    if not is_packed:
+        check_alike("weight", weight, "x", x)
+    if bias is not None:
+        if not isinstance(bias, torch.Tensor):
+            raise no_tensor("bias", bias, " or None")
+        if tuple(bias.shape) != tuple(weight.shape[:2]):
+            raise _wrong_shape("bias", bias, str(list(weight.shape[:2])), "weight", weight, False)
+        check_alike("bias", bias, "x", x)
+
+
+def check_experts(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: torch.Tensor | None) -> None:
+    """Rows [M, K], a stack of linear layers and an adapter of each."""
+    check_stack(x, weight, bias)
     E, N, K = weight.shape
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(factor, torch.Tensor):
@@ -141,12 +158,6 @@ def check_experts(x: Any, weight: Any, lora_A: Any, lora_B: Any, bias: torch.Ten
     r = lora_A.shape[1]
     if tuple(lora_B.shape) != (E, N, r):
         raise _wrong_shape("lora_B", lora_B, str([E, N, r]), "lora_A", lora_A, tuple(lora_B.shape) == (E, r, N))
-    if bias is not None:
-        if not isinstance(bias, torch.Tensor):
-            raise no_tensor("bias", bias, " or None")
-        if tuple(bias.shape) != (E, N):
-            raise _wrong_shape("bias", bias, str([E, N]), "weight", weight, False)
-        check_alike("bias", bias, "x", x)
 
 
 def check_route(route: Any, x: torch.Tensor, num_experts: int | None, is_sorted: bool) -> None:

@@ -26,6 +26,8 @@ class LoRAConfig:
         lora_dropout: probability in [0, 1) that an element of x does not reach lora_A.
         target_modules: names or suffixes of modules (["q_proj", "v_proj"]), a regular expression that
             matches whole names, or "all-linear".
+        target_parameters: names or suffixes of a mixture's stacks of experts (["experts.gate_up_proj"]), each expert of
+            which gets an A and B; beside `target_modules` or alone.
         exclude_modules: names, suffixes or a regular expression of modules to leave alone.
         bias: which biases train: "none", "all", or "lora_only" (those of adapted layers).
         use_rslora: rank-stabilised scaling (Kalajdzievski, arXiv 2312.03732).
@@ -61,11 +63,13 @@ class LoRAConfig:
     modules_to_save: list[str] | tuple[str, ...] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
+    target_parameters: list[str] | tuple[str, ...] | set[str] | None = None
 
     def __post_init__(self) -> None:
-        names = self.modules_to_save or ()
-        if not _are_texts(names) or not all(names):
-            raise TypeError(f"modules_to_save is {names!r}; expected a list of names")
+        for name in ("modules_to_save", "target_parameters"):
+            names = getattr(self, name) or ()
+            if not _are_texts(names) or not all(names):
+                raise TypeError(f"{name} is {names!r}; expected a list of names")
         check_modules(self.target_modules, "target_modules")
         check_modules(self.exclude_modules, "exclude_modules")
         check_rank(self.r)
@@ -142,6 +146,7 @@ def split_fields(arguments: dict[str, Any]) -> tuple[AdapterFields, dict[str, An
 def of_one_layer(config: LoRAConfig, r: int, lora_alpha: float, **changes: Any) -> LoRAConfig:
     """What a layer gets by a model's configuration: the rank and alpha that its patterns give it, and no patterns."""
     changes |= {"target_modules": None, "exclude_modules": None, "rank_pattern": {}, "alpha_pattern": {}}
+    changes["target_parameters"] = None
     return replace(config, r=r, lora_alpha=lora_alpha, **changes)
 
 

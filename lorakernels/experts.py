@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 
 from lorakernels import arguments, ops
+from lorakernels.plan import BASE, BatchPlan, PlanError
+from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
 
 
@@ -37,7 +43,7 @@ def expert_route(top_k_index: torch.Tensor, num_experts: int, *, impl: str = "au
 
 def expert_lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedStack,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     route: ExpertRoute,
@@ -59,7 +65,8 @@ def expert_lora_linear(
         x: [T, K], a row a token, which goes to each of its experts; or with `sorted_x` [T · top_k, K], a row for each
             pair of token and expert as an earlier call returned them. float64, float32, float16 or bfloat16. Under
             autocast it is cast to weight's dtype: a stack is never copied.
-        weight: [E, N, K], of x's dtype and any strides: give a stack [E, K, N] as `weight.mT`.
+        weight: [E, N, K], of x's dtype and any strides: give a stack [E, K, N] as `weight.mT`. Or a `PackedStack` of 4
+            or 8 bits a number, in plain torch alone: one expert is unpacked at a time.
         lora_A: [E, r, K], any r ≥ 1, any strides and float dtype. PEFT's [r · E, K] is `A.view(E, r, K)`.
         lora_B: [E, N, r], likewise. PEFT's [N, r · E] is `B.view(N, r, E).permute(2, 0, 1)`.
         route: from `expert_route`, for these tokens and experts.
@@ -78,14 +85,126 @@ def expert_lora_linear(
         TypeError: a dtype is wrong, or an argument is not a tensor.
         BackendError: `impl="triton"` cannot run here.
     """
-    if arguments.autocasts(x) and isinstance(weight, torch.Tensor):
-        x = x.to(weight.dtype)
+    x = _cast(x, weight)
     arguments.check_experts(x, weight, lora_A, lora_B, bias)
     arguments.check_route(route, x, weight.shape[0], sorted_x)
     number, lora_B = arguments.number_of(scaling, lora_B)
     arguments.check_probability(dropout_p)
     p = dropout_p if training else 0.0
     return ops.expert_lora_linear(x, weight, lora_A, lora_B, bias, route, sorted_x, number, p, impl)
+
+
+def expert_plan(
+    route: ExpertRoute,
+    token_slots: torch.Tensor | Sequence[int],
+    slot_ranks: Sequence[int],
+    slot_scalings: Sequence[float],
+    page_table: torch.Tensor | None = None,
+    *,
+    num_pages: int | None = None,
+    invariant: bool = False,
+) -> BatchPlan:
+    """Which row of a route uses which adapter of its expert: what `multi_expert_lora_linear` is planned by.
+
+    A plan of E · S slots, expert · S + adapter, of the route's rows, and for this route alone.
+
+    Args:
+        route: from `expert_route`.
+        token_slots: [T] integers, the adapter of each token, 0 … S - 1, or -1 for the experts as they are.
+        slot_ranks, slot_scalings: [S] of the adapters; rank or scaling 0 switches one off.
+        page_table: [E · S, R] int32 where the rank rows lie in pages: those of each slot, R at least the largest rank.
+        num_pages: the pages' number, with `page_table`.
+        invariant: as of `BatchPlan`.
+
+    Raises:
+        PlanError: a number or shape does not fit; on a CPU, a token's adapter is not one of the S.
+        TypeError: a dtype is wrong, or the route is none.
+    """
+    if not isinstance(route, ExpertRoute):
+        raise TypeError(f"route must be an ExpertRoute, from expert_route; got {type(route).__name__}")
+    S, E, P = len(slot_ranks), route.num_experts, route.order.shape[0]
+    device = route.order.device
+    adapters = torch.as_tensor(token_slots, device=device)
+    if adapters.shape != (route.num_tokens,) or adapters.is_floating_point():
+        given = f"{arguments.shape_of(adapters)} {adapters.dtype}"
+        raise PlanError(f"token_slots is {given}; expected [{route.num_tokens}] integers, as the route has tokens")
+    unknown = (adapters < BASE) | (adapters >= S)
+    width = max(*slot_ranks, 1) if page_table is None else page_table.shape[-1]
+    plan = BatchPlan(E * S, max(P, 1), max_rank=width, num_pages=num_pages, invariant=invariant, device=device)
+    ranks, scalings = [*slot_ranks] * E, [*slot_scalings] * E
+    if device.type == "cpu":  # by numpy it takes a tenth of the time
+        if unknown.any():
+            token = int(unknown.to(torch.uint8).argmax())
+            raise PlanError(f"token {token} has adapter {int(adapters[token])}; expected -1 or 0 … {S - 1}")
+        of_row = adapters.numpy()[route.order.numpy() // route.top_k]
+        of_expert = np.repeat(np.arange(E), np.diff(route.starts.numpy()))
+        of_row[len(of_expert) :] = BASE  # of experts that the kernels' route does not know
+        slots = np.where(of_row == BASE, BASE, np.resize(of_expert, P) * S + of_row)
+        table = None if page_table is None else page_table.numpy()
+        plan.update_host(slots, None, np.asarray(ranks), np.asarray(scalings, dtype=np.float32), table)
+        return plan
+    places = torch.arange(P, device=device, dtype=route.starts.dtype)
+    experts = torch.searchsorted(route.starts[1:], places, right=True)  # E for what the route does not know
+    own = adapters.masked_fill(unknown, BASE).index_select(0, route.order // route.top_k)
+    plan.update(torch.where((own == BASE) | (experts == E), BASE, experts * S + own), ranks, scalings, page_table)
+    return plan
+
+
+def multi_expert_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | PackedStack,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    route: ExpertRoute,
+    plan: BatchPlan,
+    *,
+    bias: torch.Tensor | None = None,
+    sorted_x: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """`expert_lora_linear` of many adapters: each row with its own token's, of its own expert.
+
+    y = x W_eᵀ + bias_e + scaling_s · (x A_esᵀ) B_esᵀ for a row of expert e and adapter s. A row without an adapter is
+    the frozen experts' to the bit. Differentiable once in x, lora_A and lora_B.
+
+    Args:
+        x, weight, route, bias, sorted_x: as for `expert_lora_linear`.
+        lora_A: [E · S, R, K], slot expert · S + adapter; [pages, K] for a plan with pages. Any strides and float dtype.
+        lora_B: [E · S, N, R], or [pages, N].
+        plan: from `expert_plan`, of this route.
+        impl: "auto", "torch" or "triton"; a named one never falls back.
+
+    Returns:
+        [T · top_k, N], sorted by expert; `combine_experts` gives the tokens' sums.
+
+    Raises:
+        ValueError: a shape is wrong, or (PlanError) the plan does not fit the route or the adapters.
+        TypeError: a dtype is wrong, or an argument is not a tensor.
+        BackendError: `impl="triton"` cannot run here.
+    """
+    x = _cast(x, weight)
+    arguments.check_stack(x, weight, bias)
+    arguments.check_route(route, x, weight.shape[0], sorted_x)
+    arguments.check_plan(plan, "the route", x, route.order.shape)
+    if plan.num_slots % weight.shape[0]:
+        expected = f"expected E · S of E={weight.shape[0]}, from expert_plan"
+        raise PlanError(f"the plan has {plan.num_slots} slots; {expected}")
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(factor, torch.Tensor):
+            raise arguments.no_tensor(name, factor)
+    arguments.check_adapters("lora_A", [lora_A], plan, "x", x, [weight.shape[2]], is_B=False)
+    arguments.check_adapters("lora_B", [lora_B], plan, "x", x, [weight.shape[1]], is_B=True)
+    arguments.check_one_rank(lora_A, lora_B, plan)
+    return ops.multi_expert_lora_linear(x, weight, lora_A, lora_B, bias, route, plan, sorted_x, impl)
+
+
+def _cast(x: torch.Tensor, weight: Any) -> torch.Tensor:
+    """Under autocast in the dtype of a stack that is a tensor, and in autocast's own for one that is packed."""
+    if not arguments.autocasts(x):
+        return x
+    if isinstance(weight, torch.Tensor):
+        return x.to(weight.dtype)
+    return x.to(torch.get_autocast_dtype(x.device.type)) if isinstance(weight, PackedStack) else x
 
 
 def combine_experts(y: torch.Tensor, top_k_weights: torch.Tensor, route: ExpertRoute) -> torch.Tensor:

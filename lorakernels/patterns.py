@@ -38,6 +38,13 @@ def fullmatch(pattern: str, name: str) -> bool:
     return _means(_compiled(pattern), name)
 
 
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """Whether a full name is meant: by a regular expression for all of it, or by one of several suffixes."""
+    if isinstance(patterns, str):
+        return fullmatch(patterns, name)
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
+
+
 def by_pattern(names: Iterable[str], patterns: Mapping[str, T], otherwise: T) -> dict[str, T]:
     """For each name the value of the first pattern that means it, whole or as a suffix (PEFT's rule for rank_pattern).
 

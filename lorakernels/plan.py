@@ -201,6 +201,7 @@ class BatchPlan:
         capacity: int | None = None,
         slot_ranks: Sequence[int] | np.ndarray | None = None,
         slot_scalings: Sequence[float] | np.ndarray | None = None,
+        page_table: np.ndarray | None = None,
     ) -> None:
         """`update` from numbers that the host knows, as a serving engine does: one copy, and no launch on the device.
 
@@ -210,16 +211,15 @@ class BatchPlan:
                 captured for, or `max_tokens`. T if None.
             slot_ranks: as `update` takes them; `max_rank` for each slot if None, as for stacks with zeros past a rank.
             slot_scalings: as `update` takes them; 1 for each slot if None.
+            page_table: as `update` takes it, of a plan with num_pages, in a copy of its own.
 
         Raises:
-            PlanError: a shape does not fit, a slot, rank or scaling is out of range, or the plan has pages.
+            PlanError: a shape does not fit, or a slot, rank, scaling or page is out of range.
             TypeError: a dtype is wrong.
             RuntimeError: a CUDA graph is being captured, a replay of which would copy old numbers.
         """
         if self._is_capturing():
             raise RuntimeError("update_host cannot be captured in a CUDA graph: call it before, or use update")
-        if self.num_pages is not None:
-            raise PlanError("update_host is for plans without num_pages: use update")
         S = self.num_slots
         slots = _integers("token_slots", token_slots)
         num_tokens = len(slots) if capacity is None else capacity
@@ -229,6 +229,7 @@ class BatchPlan:
         if len(slots) and not BASE <= np.minimum.reduce(slots) <= np.maximum.reduce(slots) < S:
             self._refuse_token((slots < BASE) | (slots >= S), slots)
         ranks, scalings = self._host_ranks(slot_ranks, slot_scalings)
+        pages = self._host_pages(page_table, ranks)
         if self._staging is None:
             self._staging = Staging(self._whole)
         numbers = self._staging.next()
@@ -236,6 +237,8 @@ class BatchPlan:
         numbers[self.layout.size : -1].view(np.float32)[:] = scalings
         self._snapshots, self.on_host = {}, None
         self._staging.copy_to(self._whole)
+        if pages is not None and self._page_table is not None:
+            self._page_table[:-1].copy_(torch.from_numpy(pages))
         self.num_tokens = num_tokens
         self.version += 1
 
@@ -320,6 +323,20 @@ class BatchPlan:
         for slot in np.flatnonzero((ranks < 0) | (ranks > self.max_rank) | ~np.isfinite(scalings)):
             self._refuse(int(slot), int(ranks[slot]), float(scalings[slot]))
         return np.where(scalings == 0, 0, ranks), scalings
+
+    def _host_pages(self, page_table: np.ndarray | None, ranks: np.ndarray) -> np.ndarray | None:
+        """The pages of `update_host`, 0 past each slot's rank."""
+        if (page_table is None) != (self.num_pages is None):
+            raise PlanError("page_table is for plans with num_pages, which need it in every update")
+        if page_table is None or self.num_pages is None:
+            return None
+        if page_table.shape != (self.num_slots, self.max_rank):
+            raise PlanError(f"page_table is {list(page_table.shape)}; expected {[self.num_slots, self.max_rank]}")
+        pages = np.where(np.arange(self.max_rank) < ranks[:, None], page_table, 0)
+        wrong = ((pages < 0) | (pages >= self.num_pages)).any(1)
+        if wrong.any():
+            self._refuse(int(wrong.argmax()), 0, 1.0)
+        return pages.astype(np.int32)
 
     def _check_slots(self, ranks: Any, scalings: Any) -> None:
         for name, numbers in (("slot_ranks", ranks), ("slot_scalings", scalings)):

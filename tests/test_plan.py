@@ -193,6 +193,20 @@ def test_an_update_from_the_host_refuses(arguments: Any, error: type[Exception],
     assert (read(plan), plan.tensors.scales.tolist(), plan.version) == before
     with pytest.raises(PlanError, match="num_pages"):
         BatchPlan(2, 8, max_rank=4, num_pages=8).update_host([0])
+    with pytest.raises(PlanError, match="slot 1 has a page outside 0 … 7"):
+        paged = BatchPlan(2, 8, max_rank=2, num_pages=8)
+        paged.update_host([0], None, [2, 1], None, np.array([[0, 7], [8, 1]]))
+
+
+def test_an_update_of_pages_from_the_host() -> None:
+    plans = [BatchPlan(2, 8, max_rank=3, num_pages=8) for _ in range(2)]
+    table = [[4, 2, 9], [7, 9, 9]]  # what is past a rank is not looked at
+    plans[0].update_host([1, -1, 0], None, [2, 1], [0.5, 2.0], np.array(table))
+    plans[1].update([1, -1, 0], [2, 1], [0.5, 2.0], torch.tensor(table))
+    found, expected = (plan.tensors for plan in plans)
+    assert read(plans[0]) == read(plans[1]) and torch.equal(found.scales, expected.scales)
+    assert found.page_table is not None and expected.page_table is not None
+    assert torch.equal(found.page_table, expected.page_table)
 
 
 def test_an_update_from_the_host_is_one_copy_and_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:

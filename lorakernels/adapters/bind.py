@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +15,16 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.inject import base_and_kind
 from lorakernels.adapters.saved_modules import SavedModule, state_of
-from lorakernels.adapters.targets import find_modules_to_save, plain_modules, why_without_effect
+from lorakernels.adapters.targets import Target, find_modules_to_save, known_stacks, plain_modules, why_without_effect
 from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.files.config_file import check_start, not_supported
 from lorakernels.files.naming import Model, own_names, renamings_of
 from lorakernels.files.peft import PREFIX, PeftFile, plain_name, unknown_key, updates_of
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
+from lorakernels.files.stacks import of_today
 from lorakernels.files.update import Shapes, Update
+from lorakernels.nn.expert_layer import Stack
+from lorakernels.nn.experts import stack_names, why_not_run
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import named_parameters
 from lorakernels.quant.layers import is_transposed
@@ -33,13 +37,14 @@ Values = list[tuple[torch.Tensor, torch.Tensor]]  # of the model, and beside it 
 class Contents:
     """An adapter's files, all checked: nothing in here can fail to fit the model.
 
-    `layers` has the updates by module path, their tensors by the names of `LoRALayer.adapter_shapes`; `whole` those of
-    whole modules by path and the module's own names; `biases` each of the model's beside its new value, and `base` the
-    same of base weights.
+    `layers` has the updates by path, their tensors by the names of `LoRALayer.adapter_shapes`, and `targets` what is at
+    these paths in the model; `whole` has those of whole modules by path and their own names; `biases` each of the
+    model's beside its new value, and `base` the same of base weights.
     """
 
     config: LoRAConfig
     modules: dict[str, nn.Module]
+    targets: dict[str, Target]
     layers: dict[str, Update]
     whole: dict[str, Tensors]
     biases: Values
@@ -58,24 +63,32 @@ def bind(
     check_start(file.fields, file.source)
     with as_file_error(file.source):
         to_save = find_modules_to_save(model, config.modules_to_save)
-    modules, others = dict(plain_modules(model)), _with_own_names(file.others, model)
+    modules = dict(plain_modules(model))
+    known: dict[str, Target] = {**modules, **(known_stacks(model) if file.stacks else {})}
+    others = _with_own_names(file.others, model)
     whole = _take_whole(others, to_save, modules)
     biases = _take_biases(others, model) if config.bias != "none" else []
     # Before ranks and shapes: how many modules there can be is the model's.
     weights = own_names(
         [f"{path}.weight" for path in file.layers],
-        {f"{path}.weight": None for path in modules},
+        {f"{path}.weight": None for path in known},
         partial(renamings_of, model),
     )
     own = {path: weights[f"{path}.weight"].removesuffix(".weight") for path in file.layers}
-    found = {path: _layer(modules, own[path], bases) for path in file.layers}
+    found = {path: _layer(known, modules, own[path], bases) for path in file.layers}
+    of_stacks = {
+        path: of_today(path, file.layers[path], stack.num_experts, stack.sizes, stack.by_columns, file.fields)
+        for path, (stack, _) in found.items()
+        if isinstance(stack, Stack)
+    }
+    file = dataclasses.replace(file, layers=file.layers | of_stacks)
 
     if file.fields.get("fan_in_fan_out") and not any(is_transposed(base) for base, _ in found.values()):
         raise not_supported("fan_in_fan_out", file.fields["fan_in_fan_out"], file.source)
     if file.fields.get("ensure_weight_tying"):  # where nothing is tied it says nothing
         trained = [base for base, _ in found.values()] + list(to_save.values())
         with as_file_error(file.source):
-            tied = (parameter for module in trained for parameter in module.parameters())
+            tied = (p for module in trained if isinstance(module, nn.Module) for p in module.parameters())
             held.refuse_tied(model, tied, "ensure_weight_tying=True")
     base = _take_base(others, model, file.source, base_weights)
 
@@ -83,14 +96,20 @@ def bind(
         (base, kind), variant = found[path], (config.use_dora, config.lora_bias, config.pooled)
         with as_file_error(f"module {path!r}"):
             kind.check_adapter(base, of_one_layer(config, r, alpha, init_lora_weights=True))
-            return f"a {kind.BASE.__name__}", kind.adapter_shapes(base, r, *variant)
+            what = "a stack of experts" if isinstance(base, Stack) else f"a {kind.BASE.__name__}"
+            return what, kind.adapter_shapes(base, r, *variant)
 
     layers = {own[path]: update for path, update in updates_of(file, shapes_of).items()}
-    for path in [*layers, *whole]:
-        for name, tensor in modules[path].named_parameters():
+    targets = {path: known[path] for path in layers}
+    for path, target in {**{path: modules[path] for path in whole}, **targets}.items():
+        for name, tensor in (target.experts if isinstance(target, Stack) else target).named_parameters():
             if tensor.is_meta:  # nothing can be put into it, and what is loaded later would start anew
                 raise AdapterFileError(f"{path}.{name} is on the meta device and has no values; put them there first")
-    return Contents(dataclasses.replace(config, target_modules=sorted(layers)), modules, layers, whole, biases, base)
+    stacks = {own[path] for path in file.stacks}
+    config = dataclasses.replace(
+        config, target_modules=sorted(layers.keys() - stacks), target_parameters=sorted(stacks) or None
+    )
+    return Contents(config, modules, targets, layers, whole, biases, base)
 
 
 def _take_whole(
@@ -188,10 +207,13 @@ def _with_own_names(tensors: Tensors, model: nn.Module) -> Tensors:
 
 
 def _layer(
-    modules: Mapping[str, nn.Module], path: str, bases: Mapping[type, type]
-) -> tuple[nn.Module, type[LoRALayer]]:
-    """The layer that a path means, without its adapters, and what adapts it."""
-    layer = modules.get(path)
+    known: Mapping[str, Target], modules: Mapping[str, nn.Module], path: str, bases: Mapping[type, type]
+) -> tuple[Any, type[LoRALayer]]:
+    """The layer or stack that a path means, without its adapters, and what adapts it."""
+    layer, experts = known.get(path), modules.get(path.rpartition(".")[0])
+    if layer is None and experts is not None and path.rpartition(".")[2] in experts._parameters:
+        why = why_not_run(experts) or f"their stacks are {' and '.join(stack_names(experts))}"
+        raise AdapterFileError(f"{path} is no stack of experts that can be adapted: {why}")
     if layer is None:
         near = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
         raise AdapterFileError(f"the model has no module {path!r}; near names: {', '.join(near) or 'none'}")

@@ -12,6 +12,7 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.inject import add, check_new_name
 from lorakernels.adapters.rank_slices import by_group, smaller
+from lorakernels.adapters.targets import Target
 from lorakernels.config import LoRAConfig, check_alpha, check_rank
 from lorakernels.files.peft import with_ranks
 from lorakernels.nn.layer import LoRALayer
@@ -77,7 +78,7 @@ def add_weighted_adapter(
     Raises:
         KeyError: the model lacks one of `adapters`, or was not given it as a whole.
         ValueError, TypeError: naming the argument; with "linear", adapters of different ranks; adapters with DoRA, a
-            trained bias or modules_to_save, which have no weighted sum.
+            trained bias, modules_to_save or target_parameters, of which there is no weighted sum.
         RuntimeError: adapters are merged, one has changed the base weights, or ranks past those of a hot swap have
             trained.
     """
@@ -92,14 +93,14 @@ def add_weighted_adapter(
     plain = LoRAConfig()
     for name in adapters:
         config = held.config_of(model, name)
-        for field in ("use_dora", "lora_bias", "use_qalora", "bias", "modules_to_save"):
+        for field in ("use_dora", "lora_bias", "use_qalora", "bias", "modules_to_save", "target_parameters"):
             value = getattr(config, field)
             if value and value != getattr(plain, field):
                 raise ValueError(f"adapter {name!r} has {field}={value!r}, of which there is no weighted sum")
     held.refuse_merged(model)
     held.refuse_changed_base(model)
 
-    pairs: dict[nn.Module, Pair] = {}
+    pairs: dict[Target, Pair] = {}
     having = {name: held.layers_of(model, name) for name in adapters}
     for path, layer in layers.items():
         own = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if path in having[name]]
@@ -111,7 +112,9 @@ def add_weighted_adapter(
     ranks = {path: pairs[layer][0].shape[0] for path, layer in layers.items() if layer in pairs}
     most = max(ranks.values())
     config = with_ranks(LoRAConfig(r=most, lora_alpha=most, target_modules=sorted(ranks)), ranks, ranks)
-    configs = {layer: LoRAConfig(r=A.shape[0], lora_alpha=A.shape[0]) for layer, (A, _) in pairs.items()}
+    configs: dict[Target, LoRAConfig] = {
+        layer: LoRAConfig(r=A.shape[0], lora_alpha=A.shape[0]) for layer, (A, _) in pairs.items()
+    }
     add(model, adapter_name, configs, tensors=pairs)
     held.remember(model, adapter_name, config)
     return compiled

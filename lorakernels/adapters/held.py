@@ -9,6 +9,7 @@ from torch import nn
 
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
+from lorakernels.nn.expert_layer import LoRAExperts
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import names_of, unwrapped
 
@@ -38,9 +39,20 @@ def remember(model: nn.Module, adapter_name: str, config: LoRAConfig, unused: It
 
 
 def holders(model: nn.Module, adapter_name: str | None = None) -> dict[str, LoRALayer | SavedModule]:
-    """What holds adapters in `model`, or this one, by full names: adapted layers and wrapped modules."""
-    found = {path: one for one, path in names_of(model).items() if isinstance(one, (LoRALayer, SavedModule))}
+    """What holds adapters in `model`, or this one, by full names: adapted layers and stacks, and wrapped modules."""
+    found = {
+        _path(path, one): one for one, path in names_of(model).items() if isinstance(one, (LoRALayer, SavedModule))
+    }
     return {path: one for path, one in found.items() if adapter_name is None or adapter_name in one.adapters}
+
+
+def _path(path: str, holder: nn.Module) -> str:
+    """A holder's name in the model without adapters: of a stack of experts the parameter's."""
+    if not isinstance(holder, LoRAExperts):
+        return path
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return f"{path}.{holder.parameter_name}"
 
 
 def names(model: nn.Module) -> dict[str, None]:

@@ -13,7 +13,7 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.bind import Contents, as_named, bind
 from lorakernels.adapters.load import check_numbers, copy_whole
-from lorakernels.adapters.rank_slices import smaller, used_part
+from lorakernels.adapters.rank_slices import num_experts, smaller, used_part
 from lorakernels.adapters.saved_modules import copies_of, state_of
 from lorakernels.config import check_rank
 from lorakernels.files.convert import read_for
@@ -97,7 +97,7 @@ def hotswap_adapter(
     check_numbers(contents)
     _check_fits(original, adapter_name, contents)
 
-    updates = {contents.modules[path]: update for path, update in contents.layers.items()}
+    updates = {contents.targets[path]: update for path, update in contents.layers.items()}
     owners = held.owners(original, adapter_name)
     for layer in owners.values():
         _fill(layer, adapter_name, updates.get(layer), contents.config.use_rslora)
@@ -109,24 +109,24 @@ def hotswap_adapter(
 
 def _room(layer: LoRALayer, name: str) -> int:
     """The rank that an adapter's parameters have room for."""
-    return next(iter(layer.adapter_tensors(name).values())).shape[0]
+    return next(iter(layer.adapter_tensors(name).values())).shape[0] // num_experts(layer.target)
 
 
 def _padded(layer: LoRALayer, name: str, max_rank: int) -> list[tuple[nn.Parameter, torch.Tensor]]:
     adapter, r, padded = layer.adapters[name], _room(layer, name), []
-    shapes = type(layer).adapter_shapes(layer.base_layer, max_rank, adapter.use_dora, adapter.lora_bias, adapter.pooled)
+    shapes = type(layer).adapter_shapes(layer.target, max_rank, adapter.use_dora, adapter.lora_bias, adapter.pooled)
     if r > max_rank:
         raise ValueError(f"adapter {name!r} has rank {r}, more than max_rank={max_rank}")
     for suffix, parameter in layer.adapter_tensors(name).items():
         if tuple(parameter.shape) != shapes[suffix]:
             value = parameter.new_zeros(shapes[suffix])
-            _copy_into(suffix, value, smaller(suffix, parameter, r, layer.base_layer), r, layer)
+            _copy_into(suffix, value, smaller(suffix, parameter, r, layer.target), r, layer)
             padded.append((parameter, value))
     return padded
 
 
 def _copy_into(suffix: str, room: torch.Tensor, value: torch.Tensor, r: int, layer: LoRALayer) -> None:
-    used = used_part(suffix, room, r, layer.base_layer)
+    used = used_part(suffix, room, r, layer.target)
     used.copy_(value.reshape(used.shape))
 
 
@@ -143,7 +143,7 @@ def _check_fits(model: nn.Module, name: str, contents: Contents) -> None:
                 "another name"
             )
     for path, update in contents.layers.items():
-        layer = contents.modules[path]
+        layer = contents.targets[path]
         if not isinstance(layer, LoRALayer) or name not in layer.adapters:
             raise AdapterFileError(f"the file has {path!r}, where adapter {name!r} is not; load it under another name")
         r, room = update.r, _room(layer, name)

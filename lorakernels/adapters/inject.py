@@ -12,6 +12,7 @@ from torch import nn
 from lorakernels.adapters import held
 from lorakernels.adapters.saved_modules import give_copies, saved_modules
 from lorakernels.adapters.targets import (
+    Target,
     find_modules_to_save,
     find_targets,
     plain_modules,
@@ -24,6 +25,7 @@ from lorakernels.config import LoRAConfig, of_one_layer
 from lorakernels.nn import siblings
 from lorakernels.nn.adapt import LAYERS, layer_for
 from lorakernels.nn.base import DEFAULT, Adapter, check_adapter_name, no_fast_path
+from lorakernels.nn.expert_layer import LoRAExperts, Stack
 from lorakernels.nn.init import changes_base
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
@@ -64,8 +66,8 @@ def inject(
         ValueError: nothing matches (with near names), or the name is taken or malformed, or a layer cannot have
             such an adapter; one of several adapters trains biases; PiSSA or OLoRA on a weight that is tied, computed
             at each call, or on the meta device; no module has two adapted linear layers of the names of a group.
-        TypeError: a target is not a layer that can be adapted, or its weight is no plain tensor; `groups` is not a list
-            of lists of names.
+        TypeError: a target is not a layer that can be adapted, or its weight is no plain tensor, or a parameter is no
+            stack of experts that are known; `groups` is not a list of lists of names.
         RuntimeError: adapters are merged, or one in the model has changed the base weights (PiSSA, OLoRA).
     """
     if not isinstance(model, nn.Module) or not isinstance(config, LoRAConfig):
@@ -93,7 +95,7 @@ def inject(
             kind.check_adapter(base, configs[name])
         except (ValueError, TypeError) as error:
             raise type(error)(f"target {name!r}: {error}") from error
-    linears = {m for m in targets.values() if isinstance(m, LoRALinear) or layer_for(m) is LoRALinear}
+    linears = {m for m in targets.values() if isinstance(m, nn.Module) and _is_linear(m)}
     siblings_of = siblings.find(model, lambda module: module in linears or isinstance(module, LoRALinear), groups)
     held.refuse_changed_base(model)
     if changes_base(config.init_lora_weights):
@@ -106,7 +108,7 @@ def inject(
         held.refuse_tied(model, [module.weight for module in targets.values()], start)  # type: ignore[misc]
     warn_of_unused(model, config, targets)
 
-    of_modules: dict[nn.Module, LoRAConfig] = {}
+    of_modules: dict[Target, LoRAConfig] = {}
     for name, module in targets.items():  # a module under two names stays one module, with one adapter
         of_modules.setdefault(module, configs[name])
     made = add(model, adapter_name, of_modules, to_save.values())
@@ -122,6 +124,10 @@ def inject(
     return compiled
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, LoRALinear) or layer_for(module) is LoRALinear
+
+
 def check_new_name(adapter_name: str, earlier: Iterable[str]) -> None:
     check_adapter_name(adapter_name)
     if adapter_name in earlier:
@@ -129,16 +135,19 @@ def check_new_name(adapter_name: str, earlier: Iterable[str]) -> None:
 
 
 def base_and_kind(
-    what: str, module: nn.Module, bases: Mapping[type, type] = MappingProxyType({})
-) -> tuple[nn.Module, type[LoRALayer]]:
-    """A layer without its adapters, and the class that adapts it; raises TypeError of `what` where there is none.
+    what: str, module: Target, bases: Mapping[type, type] = MappingProxyType({})
+) -> tuple[Any, type[LoRALayer]]:
+    """A layer or stack without its adapters, and the class that adapts it; raises TypeError of `what` for no such one.
 
     `bases` says of a layer's class which plain one stands for it, where a store has switched the model's.
     """
-    base = module.base_layer if isinstance(module, LoRALayer) else module
+    base = module.target if isinstance(module, LoRALayer) else module
     kind = LAYERS.get(bases.get(type(base), type(base))) or layer_for(base)
-    if kind is not None:
+    experts = base.experts if isinstance(base, Stack) else None
+    if kind is not None and (experts is None or bases or experts.__dict__.get("_lora_site") is None):
         return base, kind
+    base = experts or base
+    assert isinstance(base, nn.Module)
     if base.__dict__.get("_lora_site") is not None:
         raise TypeError(f"{what} is served by an AdapterStore; close() that first, or use another copy of the model")
     expected = f"expected exactly one of {', '.join(f'torch.nn.{base.__name__}' for base in LAYERS)}"
@@ -149,9 +158,9 @@ def base_and_kind(
 def add(
     model: nn.Module,
     adapter_name: str,
-    configs: Mapping[nn.Module, LoRAConfig],
+    configs: Mapping[Target, LoRAConfig],
     to_save: Iterable[nn.Module] = (),
-    tensors: Mapping[nn.Module, Iterable[torch.Tensor]] = MappingProxyType({}),
+    tensors: Mapping[Target, Iterable[torch.Tensor]] = MappingProxyType({}),
 ) -> dict[nn.Module, nn.Module]:
     """Give modules an adapter, and those `to_save` a copy, within a change of the whole model.
 
@@ -162,24 +171,34 @@ def add(
     Returns what has come into the model, by what it has replaced.
     """
     made: dict[nn.Module, nn.Module] = {}
+    configs = dict(sorted(configs.items(), key=lambda item: _depth(item[0])))
     restore_activity = activity(model)
     had = set(held.holders(model, adapter_name).values())
-    for module, config in configs.items():
-        if not isinstance(module, LoRALayer):
-            kind = layer_for(module)
-            assert kind is not None, "whoever calls has asked base_and_kind"
-            made[module] = kind.from_base(module, adapter_name, config)
-        elif module in had:
-            module.adapters[adapter_name] = Adapter.of(config)
+    for target, config in configs.items():
+        if isinstance(target, LoRALayer):
+            layer = target
+        elif isinstance(target, Stack):  # around the layer of another stack of the same experts
+            layer = made[target.module] = LoRAExperts(made.get(target.module, target.module), target.name)
         else:
-            module.add_adapter(adapter_name, config)
-        if module in tensors:
-            _set_tensors(made.get(module, module), adapter_name, tensors[module])
+            kind = layer_for(target)
+            assert kind is not None, "whoever calls has asked base_and_kind"
+            layer = made[target] = kind.from_base(target, adapter_name, config)
+        if layer in had:
+            layer.adapters[adapter_name] = Adapter.of(config)
+        elif adapter_name not in layer.adapters:
+            layer.add_adapter(adapter_name, config)
+        if target in tensors:
+            _set_tensors(layer, adapter_name, tensors[target])
     made |= give_copies([module for module in to_save if module not in had], adapter_name)
     replace_modules(model, made)
     keep_packing(model)
     restore_activity()
     return made
+
+
+def _depth(target: Target) -> int:
+    """Which of a module's layers is around which: that of a parameter that it has later is further out."""
+    return list(target.experts._parameters).index(target.name) if isinstance(target, Stack) else -1
 
 
 def _set_tensors(layer: Any, adapter_name: str, tensors: Iterable[torch.Tensor]) -> None:

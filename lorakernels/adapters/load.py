@@ -83,8 +83,8 @@ def load_adapter(
     earlier = held.names(model)
     configs, tensors = {}, {}
     for path, update in contents.layers.items():
-        configs[contents.modules[path]] = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
-        tensors[contents.modules[path]] = update.tensors.values()
+        configs[contents.targets[path]] = of_one_layer(config, update.r, update.alpha, init_lora_weights=True)
+        tensors[contents.targets[path]] = update.tensors.values()
     add(model, adapter_name, configs, [contents.modules[path] for path in contents.whole], tensors)
     if not earlier:
         freeze_all_but_adapters(model, config.bias if trainable else "none")
@@ -105,8 +105,8 @@ def load_adapter(
 def check_numbers(contents: Contents) -> None:
     """Raise AdapterFileError for what torch cannot add or promote, and for what overflows in the model's dtype."""
     for path, update in contents.layers.items():
-        module = contents.modules[path]
-        dtype = weight_of(module.base_layer if isinstance(module, LoRALayer) else module).dtype
+        module = contents.targets[path]
+        dtype = weight_of(module.target if isinstance(module, LoRALayer) else module).dtype
         for suffix, tensor in update.tensors.items():
             if tensor.element_size() == 1:  # adapters keep the file's dtype
                 raise AdapterFileError(
@@ -131,7 +131,7 @@ def _check_name_is_free(model: nn.Module, adapter_name: str, contents: Contents)
     owners = held.owners(model, adapter_name).values()
     taken = {layer: _shapes(layer.adapter_tensors(adapter_name)) for layer in owners}
     copies = copies_of(model, adapter_name)
-    new = {contents.modules[path]: _shapes(update.tensors) for path, update in contents.layers.items()}
+    new = {contents.targets[path]: _shapes(update.tensors) for path, update in contents.layers.items()}
     if (taken or copies) and (taken != new or copies.keys() != contents.whole.keys()):
         raise AdapterFileError(
             f"the model has an adapter {adapter_name!r} with other layers or ranks ({len(taken)} layers; the file has "

@@ -10,11 +10,14 @@ from tqdm import tqdm
 
 from lorakernels.adapters import held
 from lorakernels.adapters.inject import replace_modules
-from lorakernels.adapters.targets import matches, output_layer, plain_modules
+from lorakernels.adapters.targets import output_layer, plain_modules
 from lorakernels.config import check_modules
+from lorakernels.nn.experts import is_mixture
 from lorakernels.nn.modules import unwrapped
 from lorakernels.nn.quantized import QuantizedLinear, pack
+from lorakernels.nn.quantized_experts import quantized_experts
 from lorakernels.nn.whole import whole
+from lorakernels.patterns import matches
 from lorakernels.quant.layers import kind_of, read_on_request
 from lorakernels.quant.packed import PackedWeight
 
@@ -27,6 +30,7 @@ def quantize(
     block: int | None = None,
     double_quant: bool = False,
     exclude: str | Sequence[str] = (),
+    experts: bool = False,
 ) -> nn.Module:
     """Pack the weight of every `torch.nn.Linear` of `model` but its output layer, in place and frozen.
 
@@ -40,6 +44,8 @@ def quantize(
             in_features, of "mxfp4" always 32.
         double_quant: of "nf4" and "fp4", whether the scales have 8 bits each, as bitsandbytes' `compress_statistics`.
         exclude: names or suffixes of layers to leave alone, or a regular expression that matches whole names.
+        experts: whether the stacks of mixtures of experts that are known are packed too; their products are then plain
+            torch's, which on a GPU waits for it.
 
     Returns:
         `model` itself, with `QuantizedLinear` layers. Nothing changes when an error is raised.
@@ -69,6 +75,14 @@ def quantize(
             raise ValueError(f"layer {name!r}: {error}") from error
         if packed is not None:
             made[module] = QuantizedLinear(packed, module.bias).train(module.training)
+    mixtures = [(name, m) for name, m in plain_modules(plain) if experts and is_mixture(m)]
+    for name, module in mixtures:
+        if exclude and matches(name, exclude):
+            continue
+        try:
+            made[module] = made.get(module) or quantized_experts(module, kind, block, double_quant)
+        except ValueError as error:
+            raise ValueError(f"experts {name!r}: {error}") from error
     if not made:
         raise ValueError(f"{type(plain).__name__} has no torch.nn.Linear to pack, or exclude={exclude!r} leaves none")
     replace_modules(plain, made)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +19,10 @@ from lorakernels.config import LoRAConfig
 from lorakernels.files.peft import with_ranks, write_peft
 from lorakernels.files.reading import Tensors
 from lorakernels.nn.base import DEFAULT
+from lorakernels.nn.expert_layer import LoRAExperts
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.modules import named_parameters, unwrapped
+from lorakernels.patterns import matches
 from lorakernels.quant.layers import is_transposed
 
 
@@ -60,10 +64,23 @@ def save_adapter(
     if not sharded or torch.distributed.get_rank() == 0:
         base = getattr(model, "name_or_path", None) or None  # of a transformers model
         transposed = any(is_transposed(layer.base_layer) for layer in layers.values())
-        write_peft(Path(folder), with_ranks(config, ranks, alphas), updates, others, base, transposed)
+        stacks = {path for path, layer in layers.items() if isinstance(layer, LoRAExperts)}
+        config = with_ranks(_of_stacks(config, stacks), ranks, alphas)
+        write_peft(Path(folder), config, updates, others, base, transposed, stacks)
     if sharded:
         torch.distributed.barrier()  # every process may read the files when the call returns
     return Path(folder)
+
+
+def _of_stacks(config: LoRAConfig, stacks: Collection[str]) -> LoRAConfig:
+    """`config` as PEFT takes it for these stacks of experts: without entries that mean none, and without dropout."""
+    if not stacks:
+        return config
+    if config.lora_dropout:
+        dropped = f"lora_dropout={config.lora_dropout} is written as 0, for PEFT refuses dropout beside"
+        warnings.warn(f"{dropped} target_parameters; whoever trains the adapter further sets it again", stacklevel=3)
+    entries = [name for name in config.target_parameters or () if any(matches(path, [name]) for path in stacks)]
+    return replace(config, lora_dropout=0.0, target_parameters=sorted(entries))
 
 
 def _whole(tensors: Mapping[str, torch.Tensor]) -> Tensors:
@@ -88,7 +105,7 @@ def _plain(
         tensors |= dict(zip(tensors, layer.as_plain_lora(name), strict=False))
         # Of twice the rank, and with the same scaling.
         return tensors, 2 * r, alpha * (math.sqrt(2) if adapter.use_rslora else 2)
-    return {suffix: smaller(suffix, tensor, r, layer.base_layer) for suffix, tensor in tensors.items()}, r, alpha
+    return {suffix: smaller(suffix, tensor, r, layer.target) for suffix, tensor in tensors.items()}, r, alpha
 
 
 def _saved_biases(model: nn.Module, config: LoRAConfig, adapter_name: str) -> Tensors:

@@ -146,7 +146,7 @@ def unload(model: nn.Module, *, merge: bool = False) -> nn.Module:
 @whole
 def _strip(model: nn.Module, plain: dict[nn.Module, nn.Module]) -> None:
     """Put the base layers in the place of the adapted ones, and into `plain` by these."""
-    plain |= {layer: layer.base_layer for layer in held.layers(model).values()}
+    plain |= {layer: layer.plain_layer for layer in held.layers(model).values()}
     plain |= {wrapper: wrapper.running.requires_grad_(False) for wrapper in saved_modules(model).values()}
     for parent in model.modules():
         if not plain.keys().isdisjoint(parent._modules.values()):

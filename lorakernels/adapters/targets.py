@@ -14,10 +14,12 @@ from torch import nn
 from lorakernels.adapters.saved_modules import SavedModule
 from lorakernels.config import LoRAConfig
 from lorakernels.nn.adapt import layer_for
+from lorakernels.nn.expert_layer import LoRAExperts, Stack
+from lorakernels.nn.experts import is_mixture, stack_names
 from lorakernels.nn.layer import LoRALayer
 from lorakernels.nn.linear import LoRALinear
 from lorakernels.nn.modules import named_modules
-from lorakernels.patterns import by_pattern, fullmatch
+from lorakernels.patterns import by_pattern, matches
 
 ALL_LINEAR = "all-linear"
 # What PEFT's layers, and its copies of whole modules, are subclasses of.
@@ -32,31 +34,71 @@ _READERS = re.compile(
 WITHOUT_FORWARD = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
-    """The modules to adapt by their full names, shared ones under each of their names.
+Target = nn.Module | Stack  # an adapted layer, or what gets to be one
 
-    Raises ValueError, with the names that come near, when a configuration means no module.
+
+def find_targets(model: nn.Module, config: LoRAConfig) -> dict[str, Target]:
+    """The modules and stacks of experts to adapt by their full names, shared ones under each of their names.
+
+    Raises ValueError, with the names that come near, when a configuration means none.
     """
-    if config.target_modules is None:
+    stacks = find_stacks(model, config.target_parameters or ())
+    if config.target_modules is None and not config.target_parameters:
         raise ValueError('target_modules is None; expected names, suffixes, a regular expression or "all-linear"')
+    if config.target_parameters and not stacks:
+        raise ValueError(
+            f"target_parameters={config.target_parameters!r} matches no parameter of {type(model).__name__}"
+            f"{_near_parameters(config.target_parameters, model)}"
+        )
+    wanted = config.target_modules or ()
+    return _find_modules(model, config, wanted) | stacks if wanted or not stacks else stacks
+
+
+def find_stacks(model: nn.Module, names: Iterable[str]) -> dict[str, Target]:
+    """The parameters of one of `names`, or with such an end, as stacks or the layers that adapt them.
+
+    As in PEFT, in the order in which their module has them, and whatever exclude_modules and modules_to_save say.
+    """
+    names = list(names)
+    return {path: target for path, target in _parameters(model) if matches(path, names)} if names else {}
+
+
+def known_stacks(model: nn.Module) -> dict[str, Target]:
+    """The stacks of the experts that are known, by full names."""
+    found = {}
+    for path, target in _parameters(model):
+        stack = target.target if isinstance(target, LoRAExperts) else target
+        if isinstance(stack, Stack) and is_mixture(stack.experts) and stack.name in stack_names(stack.experts):
+            found[path] = target
+    return found
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, Target]]:
+    for path, module in plain_modules(model):
+        adapted = {one.parameter_name: one for one in module.around()} if isinstance(module, LoRAExperts) else {}
+        for name in (module.plain_layer if isinstance(module, LoRALayer) else module)._parameters:
+            yield f"{path}.{name}", adapted.get(name, Stack(module, name))
+
+
+def _find_modules(model: nn.Module, config: LoRAConfig, wanted: str | Iterable[str]) -> dict[str, Target]:
     modules = dict(plain_modules(model))
-    if config.target_modules == ALL_LINEAR:
+    if wanted == ALL_LINEAR:
         head = output_layer(model)
         linears = {name for name, module in modules.items() if _is_linear(module) and module is not head}
         named = {name for name in linears if not why_without_effect(modules, name)}
     else:
-        named = {name for name in modules if matches(name, config.target_modules)}
+        named = {name for name in modules if matches(name, wanted)}
     whole = find_modules_to_save(model, config.modules_to_save)
     excluded = config.exclude_modules or ()
-    found = {name: modules[name] for name in modules if name in named and owner_of(name, whole) is None}
+    found: dict[str, Target] = {n: modules[n] for n in modules if n in named and owner_of(n, whole) is None}
     found = {name: module for name, module in found.items() if not matches(name, excluded)}
     if not found:
         left_out = [field for field in ("exclude_modules", "modules_to_save") if getattr(config, field)]
         rest = " and ".join(f"{field}={getattr(config, field)!r}" for field in left_out)
         without = f", of which {rest} leaves none" if named else ""
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches {len(named)} modules of {type(model).__name__}"
-            f"{without}; {_near_names(config.target_modules, modules)}"
+            f"target_modules={wanted!r} matches {len(named)} modules of {type(model).__name__}"
+            f"{without}; {_near_names(wanted, modules)}"
         )
     return found
 
@@ -84,6 +126,9 @@ def warn_of_unused(model: nn.Module, config: LoRAConfig, targets: Iterable[str])
         given = getattr(config, field) or ()
         entries = [[entry] for entry in given] if not isinstance(given, str) else [given] if given != ALL_LINEAR else []
         unused += [f"{field}={entry!r}" for entry in entries if not any(matches(name, entry) for name in names)]
+    parameters = [name for name, _ in _parameters(model)] if config.target_parameters else []
+    given = config.target_parameters or ()
+    unused += [f"target_parameters={entry!r}" for entry in given if not any(matches(n, [entry]) for n in parameters)]
     for field in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, field):
             if not any(by_pattern(targets, {key: True}, False).values()):
@@ -114,13 +159,6 @@ def owner_of(name: str, modules: Iterable[str]) -> str | None:
     return next((module for module in modules if name == module or name.startswith(f"{module}.")), None)
 
 
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """Whether a full module name is meant: by a regular expression for all of it, or by one of several suffixes."""
-    if isinstance(patterns, str):
-        return fullmatch(patterns, name)
-    return any(name == suffix or name.endswith(f".{suffix}") for suffix in patterns)
-
-
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module under each of its names, adapted layers and saved modules as one: what is inside is no target.
 
@@ -140,13 +178,22 @@ def _is_of_peft(kinds: tuple[type, ...]) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return layer_for(module.base_layer if isinstance(module, LoRALayer) else module) is LoRALinear
+    return layer_for(module.target if isinstance(module, LoRALayer) else module) is LoRALinear
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
     """The head of a transformers model, which "all-linear" leaves alone as PEFT does."""
     get: Any = getattr(model, "get_output_embeddings", None)
     return get() if callable(get) else None
+
+
+def _near_parameters(names: Iterable[str], model: nn.Module) -> str:
+    known = list(known_stacks(model))
+    suffixes = sorted({".".join(name.split(".")[-2:]) for name in known} | set(known))
+    near = [name for want in names for name in difflib.get_close_matches(want, suffixes, n=3, cutoff=0.5)]
+    if not known:
+        return ", which has no experts that can be adapted"
+    return f"; near names: {', '.join(dict.fromkeys(near)) or ', '.join(suffixes[:4])}"
 
 
 def _near_names(patterns: str | Iterable[str], modules: Mapping[str, nn.Module]) -> str:

@@ -51,7 +51,7 @@ def _save_pretrained(
 def _tie_weights(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The base weights are tied: not an adapter's copy of a head to a base embedding, nor the other way round."""
     held.refuse_merged(model)
-    plain: dict[nn.Module, nn.Module] = {layer: layer.base_layer for layer in held.layers(model).values()}
+    plain: dict[nn.Module, nn.Module] = {layer: layer.plain_layer for layer in held.layers(model).values()}
     plain |= {wrapper: wrapper.original_module for wrapper in saved_modules(model).values()}
     children = [(parent, name, one) for parent in model.modules() for name, one in parent._modules.items()]
     places = [(parent, name, one) for parent, name, one in children if one in plain]

@@ -42,11 +42,12 @@ def _first_pass(model: nn.Module, args: Any) -> None:
     if getattr(model, "_is_replica", False):  # of DataParallel, with whose other ones it shares its hooks
         return
     unwatch(model)
-    modules = {path: module for module, path in names_of(model).items()}
+    paths = names_of(model)
+    modules = {path: module for module, path in paths.items()}
     layers = {path: layer for path, layer in held.layers(model).items() if layer.active_adapters}
     if any(map(is_compiled, model.modules())):
         return  # of a graph nothing is seen, and a hook would have it compiled again
-    parents = {path: modules[path.rpartition(".")[0]] for path in layers}
+    parents = {path: modules[paths[layer].rpartition(".")[0]] for path, layer in layers.items()}
     ran = WeakSet([model])
     LoRABase.ran = ran  # in the place of one that an interrupt, which runs no hook, has left
 

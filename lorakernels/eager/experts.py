@@ -19,6 +19,7 @@ from lorakernels.dropout import inverse_keep
 from lorakernels.eager.dropout import draw_mask
 from lorakernels.low_rank import low_rank_dtype, rank_room, rank_rows
 from lorakernels.member import cast, sum_rows
+from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
 from lorakernels.weight import multiply
 
@@ -238,7 +239,12 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, where: ExpertRoute, spans: 
 
 def _takes_grouped(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether torch's grouped product takes these, and is not slow: a CPU's of float16 is, with a transposed weight."""
-    if x.shape[0] == 0 or x.dtype is torch.float64 or (x.is_cpu and x.dtype is torch.float16):
+    if (
+        isinstance(weight, PackedStack)
+        or x.shape[0] == 0
+        or x.dtype is torch.float64
+        or (x.is_cpu and x.dtype is torch.float16)
+    ):
         return False
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False

@@ -27,7 +27,7 @@ _PEFT_VERSION = (0, 21)  # whose fields are known
 # PEFT's other fields, each of which changes the maths.
 _OF_PEFT = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
-    *("target_parameters", "trainable_token_indices", "use_bdlora"),
+    *("trainable_token_indices", "use_bdlora"),
 )
 
 
@@ -47,7 +47,7 @@ def config_from_fields(fields: Mapping[str, Any], source: str) -> LoRAConfig:
             continue
         if name in _OF_PEFT:
             raise not_supported(name, value, source)
-        if not isinstance(value, str) or _is_newer(fields.get("peft_version")):
+        if not isinstance(value, str) or (peft_version(fields) or (0, 0)) > _PEFT_VERSION:
             raise AdapterFileError(
                 f"{source}: {name}={value!r} is a field that is not known, and may change what the adapter computes; "
                 "take it out of the file if it does not"
@@ -72,10 +72,11 @@ def config_from_fields(fields: Mapping[str, Any], source: str) -> LoRAConfig:
         return LoRAConfig(**arguments)
 
 
-def _is_newer(version: Any) -> bool:
-    """Whether a file is of a PEFT that may have other fields than are known here."""
+def peft_version(fields: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Which PEFT has written a file, where it says so."""
+    version = fields.get("peft_version")
     numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version) if isinstance(version, str) else None
-    return numbers is not None and tuple(map(int, numbers.groups())) > _PEFT_VERSION
+    return None if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
 def not_supported(name: str, value: Any, source: str) -> AdapterFileError:

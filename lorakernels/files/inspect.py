@@ -60,12 +60,13 @@ def singular_values(update: Update) -> torch.Tensor:
     """The singular values of scaling · B A in float64, largest first, without forming B A.
 
     With B = Q_B R_B and Aᵀ = Q_A R_A, B A = Q_B (R_B R_Aᵀ) Q_Aᵀ has those of the [r, r] matrix in the middle. The B of
-    a convolution with groups is block-diagonal here.
+    a convolution with groups is block-diagonal here, and the whole update of a stack of experts.
     """
-    A, B = (factor.double().flatten(1) for factor in update.factors)
-    R_B = torch.linalg.qr(torch.block_diag(*B.chunk(update.groups)), mode="r").R
-    R_A = torch.linalg.qr(A.T, mode="r").R
-    return torch.linalg.svdvals(R_B @ R_A.T) * abs(update.scaling)
+    A, B = (factor.double() for factor in update.factors)
+    if not update.experts:
+        A, B = A.flatten(1), torch.block_diag(*B.flatten(1).chunk(update.groups))
+    R_B, R_A = (torch.linalg.qr(factor, mode="r").R for factor in (B, A.mT))
+    return torch.linalg.svdvals(R_B @ R_A.mT).flatten().sort(descending=True).values * abs(update.scaling)
 
 
 def effective_rank(values: torch.Tensor) -> float:

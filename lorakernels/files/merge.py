@@ -6,9 +6,10 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from lorakernels.files.naming import HEADS, of_files, place
 from lorakernels.files.one_file import fields_of_part
 from lorakernels.files.reading import AdapterFileError, Tensors
 from lorakernels.files.saving import appearing, new_folder
+from lorakernels.files.stacks import OwnExperts, fitted_stack, of_own_experts, stored_stacks
 from lorakernels.files.update import BIAS, Update, merged_bias, merged_weight
 from lorakernels.quant.packed import Form
 
@@ -88,6 +90,7 @@ def _changes(adapter: AdapterFile, checkpoint: Checkpoint, prefix: str | None) -
     """What happens to which tensor; everything that can be wrong is found here, before anything is written."""
     for path in adapter.updates:
         _refuse_quantised(path, checkpoint)  # whose weight may have another name
+    adapter = _of_experts(adapter, checkpoint)
     part, names = place(adapter, of_files(checkpoint), prefix)
     if part in adapter.assumed:
         warnings.warn(f"{adapter.source}: {adapter.assumed[part]}, as files without it mean", stacklevel=3)
@@ -98,6 +101,10 @@ def _changes(adapter: AdapterFile, checkpoint: Checkpoint, prefix: str | None) -
     changes: dict[str, Change] = {}
     updates = {names[name]: update for name, update in adapter.updates.items() if name in names}
     for module, found in updates.items():
+        if found.experts:
+            name = stored_stacks(checkpoint.tensors)[module]
+            changes[name] = _of_stack(name, found, checkpoint, fields)
+            continue
         update = _fitted(module, found, checkpoint, transposed)
         changes[f"{module}.weight"] = partial(merged_weight, update=update, fan_in_fan_out=transposed)
         if BIAS in update.tensors:
@@ -116,6 +123,31 @@ def _changes(adapter: AdapterFile, checkpoint: Checkpoint, prefix: str | None) -
             raise AdapterFileError(f"the adapter both replaces and updates {target}; expected one of them")
         changes[target] = partial(_replaced, value=value, then=changes.get(target))
     return changes
+
+
+def _of_experts(adapter: AdapterFile, checkpoint: Checkpoint) -> AdapterFile:
+    """The same with an update for each expert's own layers, where the model's files have these and no stacks."""
+    if not any(update.experts for update in adapter.updates.values()):
+        return adapter
+    files = OwnExperts({name: info.shape for name, info in checkpoint.tensors.items()})
+    updates: dict[str, Update] = {}
+    for path, update in adapter.updates.items():
+        own = of_own_experts(path, update, files, adapter.fields) if update.experts else {}
+        updates |= own or {path: update}
+    return replace(adapter, updates=updates)
+
+
+def _of_stack(name: str, update: Update, checkpoint: Checkpoint, fields: Mapping[str, Any]) -> Change:
+    """What happens to a stack of experts that the model's files hold as one tensor."""
+    info = checkpoint.tensors[name]
+    if info.dtype not in DTYPES:
+        raise AdapterFileError(f"{name} is {info.dtype}; merge into the unquantised model instead")
+    by_rows = False
+    if len(info.shape) == 3 and info.shape[0] == update.experts:
+        update, by_rows = fitted_stack(name, update, info.shape, checkpoint.config.get("model_type"), fields)
+    expected = (update.shape[0], *update.shape[:0:-1]) if by_rows else update.shape
+    checkpoint.check_holds(name, torch.Size(expected), "updates")
+    return partial(merged_weight, update=update, fan_in_fan_out=by_rows)
 
 
 def _refuse_quantised(module: str, checkpoint: Checkpoint) -> None:

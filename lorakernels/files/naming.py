@@ -15,6 +15,7 @@ from lorakernels.files.checkpoint import Checkpoint
 from lorakernels.files.formats import AdapterFile
 from lorakernels.files.one_file import part_of
 from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.stacks import stored_stacks
 from lorakernels.files.unet_names import original_names
 
 HEADS = ("lm_head", "embed_out", "output_projection")
@@ -39,7 +40,10 @@ def of_files(checkpoint: Checkpoint) -> Model:
     """A model's folder. What transformers has renamed is known where it is imported, and `lorakernels` does not."""
     unknown = "architectures" in checkpoint.config and "transformers" not in sys.modules
     hint = "; names that transformers has changed since are known after `import transformers`" if unknown else ""
-    return Model(checkpoint.tensors, str(checkpoint.folder), partial(_renamings_of_files, checkpoint), hint)
+    # A stack of experts is a parameter, not a module's weight.
+    stacks = stored_stacks(checkpoint.tensors).items()
+    weights = {**checkpoint.tensors, **{f"{path}.weight": checkpoint.tensors[name] for path, name in stacks}}
+    return Model(weights, str(checkpoint.folder), partial(_renamings_of_files, checkpoint), hint)
 
 
 def _renamings_of_files(checkpoint: Checkpoint) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorakernels.config import FLOAT32_MAX, scaling_of
-from lorakernels.files.config_file import config_from_fields
+from lorakernels.files.config_file import config_from_fields, not_supported
 from lorakernels.files.peft import PREFIX, PeftFile, plain_keys, unknown_key, updates_of
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error
 from lorakernels.files.update import BIAS, CONFIG_FILE, LINEAR, MAGNITUDE, Update, check_pair, check_tensors, own_shapes
@@ -91,6 +91,8 @@ def read_file(path: Path) -> tuple[str, Mapping[str, Any], dict[str, Update], di
             raise AdapterFileError(f"{path} has {next(iter(alphas))}.alpha, and lora_alpha in its header; expected one")
         if configured:
             config = config_from_fields(configured, str(path))
+            if config.target_parameters:
+                raise not_supported("target_parameters", config.target_parameters, str(path))
             inner = {part_of(format, name)[1]: name for name in names}
             layers = {rest: adapters[name] for rest, name in inner.items()}
             found = updates_of(PeftFile(str(path), configured, config, layers, {}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lorakernels.files.checkpoint import weight_map_of
 from lorakernels.files.config_file import config_from_fields, fields_of
 from lorakernels.files.reading import AdapterFileError, Tensors, as_file_error, check_finite
 from lorakernels.files.saving import read_together, save_together, write_weights
+from lorakernels.files.stacks import WRITTEN_AS, by_parameter, num_experts, wrapped_names
 from lorakernels.files.update import (
     BIAS,
     CONFIG_FILE,
@@ -76,8 +77,9 @@ _OTHER_KINDS = {
 class PeftFile:
     """What PEFT's files hold, by name: nothing of it is measured yet.
 
-    `layers` has the tensors of adapted modules by module path and PEFT's suffix, `others` the rest by key: trained
-    biases, whole modules, base weights. `fields` is the configuration as it is written.
+    `layers` has the tensors of adapted modules by module path and PEFT's suffix, and of `stacks` of experts by their
+    parameters' names; `others` the rest by key: trained biases, whole modules, base weights. `fields` is the
+    configuration as it is written.
     """
 
     source: str
@@ -85,6 +87,7 @@ class PeftFile:
     config: LoRAConfig
     layers: dict[str, Tensors]
     others: Tensors
+    stacks: frozenset[str] = frozenset()
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -158,7 +161,8 @@ def parse(fields: Mapping[str, Any], tensors: Tensors, source: str) -> PeftFile:
             others[key] = tensor
     if inside:
         others = _merged_inside(PeftFile(source, fields, config, inside, {}), others)
-    return PeftFile(source, fields, config, layers, others)
+    layers, stacks = by_parameter(layers, config, source)
+    return PeftFile(source, fields, config, layers, others, frozenset(stacks))
 
 
 def plain_keys(tensors: Tensors, source: str) -> Tensors:
@@ -252,15 +256,17 @@ def updates_of(
         r, alpha = ranks[path], alphas[path]
         if shapes_of is None and config.pooled and LINEAR[0] in tensors:  # as a plain adapter that does the same
             tensors = {**tensors, LINEAR[0]: spread_over_groups(tensors[LINEAR[0]], config.pooled)}
+        experts = num_experts(path, tensors, r) if path in file.stacks else 0
         if shapes_of is None:
-            kind, shapes = "its own", own_shapes(path, tensors, r, config.use_dora, config.lora_bias)
+            kind, shapes = "its own", own_shapes(path, tensors, r * (experts or 1), config.use_dora, config.lora_bias)
         else:
             kind, shapes = shapes_of(path, r, alpha)
             tensors = of_kernel(tensors, shapes[LINEAR[0]][2:]) if LINEAR[0] in shapes else tensors
         means = f"{kind}, use_dora={config.use_dora}, lora_bias={config.lora_bias}"
         means += f", use_qalora=True with groups of {config.pooled}" if config.pooled else ""
         check_tensors(path, tensors, shapes, means, r)
-        updates[path] = Update({name: tensors[name] for name in shapes}, alpha, scaling_of(alpha, r, config.use_rslora))
+        own = {name: tensors[name] for name in shapes}
+        updates[path] = Update(own, alpha, scaling_of(alpha, r, config.use_rslora), experts)
     return updates
 
 
@@ -313,15 +319,19 @@ def write_peft(
     others: Tensors | None = None,
     base: str | None = None,
     fan_in_fan_out: bool = False,
+    stacks: Iterable[str] = (),
 ) -> None:
     """Write both files, whole, together or not at all: see `save_together`.
 
     `updates` is by module path and PEFT's suffix, `others` by the model's names; `base` says where the model came from,
-    and `fan_in_fan_out` that its linear layers are GPT-2's.
+    `fan_in_fan_out` that its linear layers are GPT-2's, and `stacks` which of `updates` are a mixture's parameters.
     """
+    names = wrapped_names(stacks)
     tensors = {f"{PREFIX}{name}": tensor for name, tensor in (others or {}).items()}
-    tensors |= {f"{PREFIX}{path}.{suffix}": t for path, own in updates.items() for suffix, t in own.items()}
-    fields = fields_of(config) | {"base_model_name_or_path": base, "fan_in_fan_out": fan_in_fan_out}
+    of_layers = [(names.get(path, path), own) for path, own in updates.items()]
+    tensors |= {f"{PREFIX}{path}.{suffix}": t for path, own in of_layers for suffix, t in own.items()}
+    version = {"peft_version": WRITTEN_AS} if names else {}
+    fields = fields_of(config) | {"base_model_name_or_path": base, "fan_in_fan_out": fan_in_fan_out} | version
     save_together(
         folder,
         (WEIGHTS_FILE, lambda path: write_weights(path, tensors)),

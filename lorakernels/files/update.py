@@ -26,11 +26,13 @@ class Update:
     `tensors` is by PEFT's names, A and B first. They are [r, K] and [N, r] (linear), [r, K, *kernel] and
     [N, r / groups, 1, ...] (convolution), or [r, vocabulary] and [width, r] (`embedding`, whose weight
     [vocabulary, width] gets the transpose). Beside them DoRA's magnitude, a length for every row, or a bias of lora_B.
+    Of a stack of `experts` they are [r · E, in], the expert slowest, and [out, r · E], the expert fastest.
     """
 
     tensors: Tensors
     alpha: float
     scaling: float
+    experts: int = 0
 
     @property
     def embedding(self) -> bool:
@@ -38,23 +40,27 @@ class Update:
 
     @property
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B."""
+        """A and B, of experts [E, r, in] and [E, out, r]."""
         A, B, *_ = self.tensors.values()
+        if self.experts:
+            return A.unflatten(0, (self.experts, -1)), B.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
         return A, B
 
     @property
     def r(self) -> int:
-        return self.factors[0].shape[0]
+        return self.factors[0].shape[1 if self.experts else 0]
 
     @property
     def groups(self) -> int:
         """Of a convolution: A reads all channels, and each group of B's rows a part of A's outputs."""
-        return self.r // self.factors[1].shape[1]
+        return 1 if self.experts else self.r // self.factors[1].shape[1]
 
     @property
     def shape(self) -> torch.Size:
-        """The weight's, [N, K, *kernel]; an embedding's [vocabulary, width]."""
+        """The weight's, [N, K, *kernel]; an embedding's [vocabulary, width]; of experts [E, out, in]."""
         A, B = self.factors
+        if self.experts:
+            return torch.Size((self.experts, B.shape[1], A.shape[2]))
         shape = torch.Size((B.shape[0], *A.shape[1:]))
         return shape[::-1] if self.embedding else shape
 
@@ -74,14 +80,19 @@ def merged_weight(weight: torch.Tensor, update: Update, *, fan_in_fan_out: bool 
     """weight + scaling · B A, for DoRA with every row brought to its length (arXiv 2402.09353, eq. 5).
 
     Args:
-        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`.
+        weight: [N, K], [N, K, *kernel], or [vocabulary, width] of an embedding; [K, N] with `fan_in_fan_out`. Of
+            experts a stack of these.
 
     Returns:
         The weight's layout, in float32 (float64 for a float64 weight): the caller rounds, once.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    A, B = (factor.to(dtype).flatten(1) for factor in update.factors)
     merged = weight.to(dtype, copy=True).contiguous()
+    if update.experts:
+        A, B = (factor.to(dtype) for factor in update.factors)
+        (merged.mT if fan_in_fan_out else merged).baddbmm_(B, A, alpha=update.scaling)
+        return merged
+    A, B = (factor.to(dtype).flatten(1) for factor in update.factors)
     rows = merged.T if fan_in_fan_out or update.embedding else merged.flatten(1)
     rows.addmm_(B, A, alpha=update.scaling)  # into the copy: no second matrix of the weight's size
     if MAGNITUDE in update.tensors:

@@ -10,6 +10,7 @@ from torch import nn
 from lorakernels.integrations.peft_terms import autocast_is_on, is_plain
 from lorakernels.nn.experts import (
     ExpertTerm,
+    factors_of_each,
     implementation_of,
     is_transposed,
     run_experts,
@@ -19,7 +20,6 @@ from lorakernels.nn.experts import (
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 
 Terms = dict[str, list[ExpertTerm]]
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def experts_forward(layer: Any, x: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor | None:
@@ -55,11 +55,8 @@ def expert_terms(layer: Any) -> Terms | str:
     if why:
         return why
     names = stack_names(base)
-    stacks = [parameter_of(base, name) for name in names]
-    if not all(is_plain(stack) and stack.dim() == 3 and stack.dtype in _FLOATS for stack in stacks):
-        return f"{' and '.join(names)} are not both plain stacks of three dimensions"
-    if stacks[0].dtype is not stacks[1].dtype or stacks[0].shape[0] == 1:
-        return f"{' and '.join(names)} are not of one dtype and of several experts"
+    if not all(is_plain(parameter_of(base, name)) for name in names):
+        return f"{' and '.join(names)} are not both plain tensors"
     terms: Terms = {}
     while hasattr(layer, "parameter_name"):
         name, wrapper, layer = layer.parameter_name, layer, layer._modules["base_layer"]
@@ -78,11 +75,7 @@ def expert_terms(layer: Any) -> Terms | str:
 
 
 def _term(wrapper: Any, adapter: str, stack: torch.Tensor, transposed: bool) -> ExpertTerm | str:
-    """PEFT adds L_e R_e to the stack's own matrix of each expert; whether it is W_e or its transpose, the model knows.
-
-    Of A [r · E, in], expert slowest, and B [out, r · E], expert fastest, L is B and R is A where `in` is the stack's
-    last dimension; PEFT before 0.19 has A over the one before it always.
-    """
+    # PEFT before 0.19 has A over the dimension before the last always.
     A, B = wrapper.lora_A[adapter], wrapper.lora_B[adapter]
     scaling = wrapper.scaling[adapter]
     if type(A) is not nn.Linear or type(B) is not nn.Linear or not (is_plain(A.weight) and is_plain(B.weight)):
@@ -95,6 +88,5 @@ def _term(wrapper: Any, adapter: str, stack: torch.Tensor, transposed: bool) -> 
     r = A.weight.shape[0] // E
     if A.weight.shape != (r * E, wide) or B.weight.shape != (tall, r * E):
         return f"lora_A and lora_B of adapter {adapter!r} are not of the stack {list(stack.shape)}"
-    of_A, of_B = A.weight.view(E, r, wide), B.weight.view(tall, r, E).permute(2, 0, 1)
-    left, right = (of_B, of_A) if by_columns else (of_A.mT, of_B.mT)
-    return ExpertTerm(left.mT, right.mT, scaling) if transposed else ExpertTerm(right, left, scaling)
+    factors = factors_of_each(A.weight, B.weight, E, by_columns=by_columns, transposed=transposed)
+    return ExpertTerm(*factors, scaling)

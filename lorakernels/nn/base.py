@@ -56,7 +56,7 @@ class Adapter:
     def rescale(self, scaling: float) -> None:
         """In a slot for hot swaps the tensor stays, and gets the value."""
         if isinstance(self.scaling, torch.Tensor):
-            write(self.scaling, torch.tensor(scaling))
+            write(self.scaling, torch.tensor(scaling, dtype=torch.float64))
         else:
             self.scaling = scaling
 
@@ -150,6 +150,16 @@ class LoRABase(nn.Module):
         """The base weight, a tensor or a `PackedWeight`. Settable, as the bias is, while no adapter is merged."""
         base = self._modules["base_layer"]
         return read(base) if self._is_packed else parameter_of(base, "weight")
+
+    @property
+    def target(self) -> Any:
+        """What its adapters are made for, as `adapter_shapes` takes it: the base layer, or one stack of its experts."""
+        return self.base_layer
+
+    @property
+    def plain_layer(self) -> nn.Module:
+        """What stands in its place in the model without adapters."""
+        return self.base_layer
 
     @property
     def bias(self) -> torch.Tensor | None:

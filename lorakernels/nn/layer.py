@@ -80,7 +80,7 @@ class LoRALayer(init.Startable):
         """
         config = layer_config(config, fields)
         check_adapter_name(adapter_name)
-        self.check_adapter(self.base_layer, config)
+        self.check_adapter(self.target, config)
         self._refuse_while_merged()
         if adapter_name in self.adapters:
             raise ValueError(f"this layer has an adapter {adapter_name!r} already; its adapters: {self.adapter_names}")
@@ -91,7 +91,7 @@ class LoRALayer(init.Startable):
         self._add_parameters(adapter_name, config.r, config.lora_bias, config.pooled, **factory)
         self.adapters[adapter_name] = Adapter.of(config)
         if config.use_dora:
-            shape = self.adapter_shapes(self.base_layer, config.r, True)[MAGNITUDE]
+            shape = self.adapter_shapes(self.target, config.r, True)[MAGNITUDE]
             self.lora_magnitude_vector[adapter_name] = Magnitude(
                 torch.empty(shape, device=self.weight.device, dtype=dtype)
             )

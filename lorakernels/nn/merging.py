@@ -184,7 +184,7 @@ class Mergeable(LoRABase):
         """What goes into the layer: the records, the weight, and the bias if it changes. Raises where it cannot."""
         self._check_mergeable()
         if not self._is_packed:
-            check_can_change(self.base_layer)
+            self._check_can_change()
         records = self._records()
         weight = self._with(records)
         if (
@@ -200,6 +200,10 @@ class Mergeable(LoRABase):
         bias = sum(biases, wide(self.bias))
         _check_finite(bias, self.bias.dtype, records)
         return records, weight, bias
+
+    def _check_can_change(self) -> None:
+        """Raise ValueError where what is written into the base weight would be lost."""
+        check_can_change(self.base_layer)
 
     def _records(self) -> dict[str, _Merged]:
         records = {}

@@ -10,6 +10,7 @@ from torch import nn
 from lorakernels import ops
 from lorakernels.quant import int4, mx, nf4, wide
 from lorakernels.quant.packed import PackedWeight
+from lorakernels.quant.stacks import PackedStack
 
 FORMATS = ("nf4", "fp4", "mxfp4", "int4", "int8", "fp8")
 PARTS = PackedWeight._fields[2:]
@@ -63,3 +64,11 @@ def pack(weight: torch.Tensor, kind: str, block: int | None = None, double_quant
     if kind in ("nf4", "fp4"):
         return nf4.pack(weight, kind, block or 64, double_quant)
     return int4.pack(weight, block or 64) if kind == "int4" else wide.pack(weight, kind)
+
+
+def pack_stack(weight: torch.Tensor, kind: str, block: int | None = None, double_quant: bool = False) -> PackedStack:
+    """weight [E, N, K] as `pack` packs each expert's.
+
+    Raises what that does, and ValueError where an expert is not of whole blocks.
+    """
+    return PackedStack.of_packed(pack(weight.flatten(0, 1), kind, block, double_quant), weight.shape[0])

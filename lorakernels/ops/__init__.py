@@ -3,6 +3,7 @@
 from lorakernels.ops.experts import combine_experts as combine_experts
 from lorakernels.ops.experts import expert_lora_linear as expert_lora_linear
 from lorakernels.ops.experts import expert_route as expert_route
+from lorakernels.ops.experts import frozen_experts as frozen_experts
 from lorakernels.ops.flops import register_flop_formulas
 from lorakernels.ops.linear import frozen_linear as frozen_linear
 from lorakernels.ops.linear import is_small as is_small
@@ -11,6 +12,7 @@ from lorakernels.ops.linear import lora_linear_group as lora_linear_group
 from lorakernels.ops.linear import small_lora_linear as small_lora_linear
 from lorakernels.ops.linear_operators import autocast_arguments as autocast_arguments
 from lorakernels.ops.multi_embedding import multi_lora_embedding as multi_lora_embedding
+from lorakernels.ops.multi_experts import multi_expert_lora_linear as multi_expert_lora_linear
 from lorakernels.ops.multi_linear import bound_update as bound_update
 from lorakernels.ops.multi_linear import bound_updates as bound_updates
 from lorakernels.ops.multi_linear import multi_lora_linear as multi_lora_linear

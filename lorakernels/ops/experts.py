@@ -3,17 +3,19 @@ experts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from lorakernels.backend import resolve_impl
+from lorakernels.backend import BackendError, resolve_impl
 from lorakernels.dropout import drop_threshold
 from lorakernels.eager import experts as eager_experts
 from lorakernels.low_rank import low_rank_dtype, rank_room
 from lorakernels.ops.flops import expert_lora_linear_backward_flops, expert_lora_linear_flops
 from lorakernels.ops.operator import Operator, functorch_is_active, is_batched, one_by_one
+from lorakernels.quant.stacks import PackedStack, stack_of
 from lorakernels.route import ExpertRoute, expert_plan_size
 
 
@@ -73,8 +75,11 @@ def _forward(
     scaling: float,
     dropout_p: float,
     impl: str,
+    parts: Sequence[torch.Tensor | None],
+    form: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """y, and for the backward S and the mask."""
+    """y, and for the backward S and the mask. `parts` and `form` are those of a packed stack."""
+    weight = stack_of(weight, parts, form)
     where = ExpertRoute(order, inverse, starts, plan, top_k)
     rows, threshold = x if sorted_x else where.take(x), drop_threshold(dropout_p)
     return _implementation(impl, x.device, x.dtype).forward(
@@ -98,8 +103,10 @@ def _forward_fake(
     scaling: float,
     dropout_p: float,
     impl: str,
+    parts: Sequence[torch.Tensor | None],
+    form: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    P, (_, N, K) = order.shape[0], weight.shape
+    P, (_, N, K) = order.shape[0], stack_of(weight, parts, form).shape
     s = x.new_empty((P, lora_A.shape[1]), dtype=low_rank_dtype(x.dtype))
     on_triton = resolve_impl(impl, x.device, x.dtype) == "triton"
     mask = x.new_empty((P, (K + 7) // 8 if on_triton else K), dtype=torch.uint8) if drop_threshold(dropout_p) else None
@@ -124,8 +131,11 @@ def _backward(
     dropout_p: float,
     needs: list[bool],
     impl: str,
+    parts: Sequence[torch.Tensor | None],
+    form: str,
 ) -> tuple[torch.Tensor | None, ...]:
     """dx, dW, dA, dBᵀ and dbias; None for what is not asked for."""
+    weight = stack_of(weight, parts, form)
     where = ExpertRoute(order, inverse, starts, plan, top_k)
     need_dx, need_dW, need_dA, need_dB, need_dbias = needs
     rows = x if x is None or sorted_x else where.take(x)
@@ -159,8 +169,10 @@ def _backward_fake(
     dropout_p: float,
     needs: list[bool],
     impl: str,
+    parts: Sequence[torch.Tensor | None],
+    form: str,
 ) -> tuple[torch.Tensor | None, ...]:
-    E, N, K = weight.shape
+    E, N, K = stack_of(weight, parts, form).shape
     need_dx, need_dW, need_dA, need_dB, need_dbias = needs
     return (
         dy.new_empty((order.shape[0] // (1 if sorted_x else top_k), K)) if need_dx else None,
@@ -174,17 +186,18 @@ def _backward_fake(
 LINEAR = Operator(
     "expert_lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor order, "
     "Tensor inverse, Tensor starts, Tensor? plan, int top_k, bool sorted_x, Tensor? seed, float scaling, "
-    "float dropout_p, str impl) -> (Tensor, Tensor, Tensor)",
+    "float dropout_p, str impl, Tensor?[] parts, str form) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     flops=expert_lora_linear_flops,
-    cast=lambda dtype, x, weight, *rest: (x.to(weight.dtype), weight, *rest),  # a stack is never cast
+    # A stack is never cast; that of a packed one's numbers are none of x's.
+    cast=lambda dtype, x, weight, *rest: (x.to(weight.dtype if weight.is_floating_point() else dtype), weight, *rest),
     reads=True,
 )
 LINEAR_BACKWARD = Operator(
     "expert_lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor order, "
     "Tensor inverse, Tensor starts, Tensor? plan, int top_k, bool sorted_x, Tensor? s, Tensor? mask, float scaling, "
-    "float dropout_p, bool[] needs, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float dropout_p, bool[] needs, str impl, Tensor?[] parts, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
     flops=expert_lora_linear_backward_flops,
@@ -200,40 +213,41 @@ class _ExpertLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> Any:
-        return LINEAR(inputs[:4], *inputs)
+        *arguments, form = inputs[:16]
+        return LINEAR(inputs[:4], *arguments, list(inputs[16:]), form)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        x, weight, A, B, _, order, inverse, starts, plan, *numbers = inputs
-        ctx.top_k, ctx.sorted_x, _, ctx.scaling, ctx.dropout_p, ctx.impl = numbers
+        x, weight, A, B, _, order, inverse, starts, plan, *numbers = inputs[:16]
+        ctx.top_k, ctx.sorted_x, _, ctx.scaling, ctx.dropout_p, ctx.impl, ctx.form = numbers
         _, s, mask = output
         ctx.mark_non_differentiable(*(t for t in (s, mask) if t is not None))
         ctx.set_materialize_grads(False)
         need_x = any(ctx.needs_input_grad[1:3])
-        ctx.save_for_backward(x if need_x else None, weight, A, B, order, inverse, starts, plan, s, mask)
+        ctx.save_for_backward(x if need_x else None, weight, A, B, order, inverse, starts, plan, s, mask, *inputs[16:])
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor | None) -> tuple[Any, ...]:
         dy = dys[0]
         if dy is None:
-            return (None,) * 15
+            return (None,) * len(ctx.needs_input_grad)
         if torch.is_grad_enabled():
             raise RuntimeError("expert_lora_linear cannot be differentiated twice: use lora_linear for one expert")
         if is_batched((dy,)):
             return tuple(one_by_one(lambda dy: _ExpertLoRALinear.backward(ctx, dy), (dy,)))
-        x, weight, A, B, order, inverse, starts, plan, s, mask = ctx.saved_tensors
+        x, weight, A, B, order, inverse, starts, plan, s, mask, *parts = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         found = LINEAR_BACKWARD(
             (dy, weight, A, B), dy, x, weight, A, B, order, inverse, starts, plan, ctx.top_k, ctx.sorted_x, s, mask,
-            ctx.scaling, ctx.dropout_p, needs, ctx.impl,
+            ctx.scaling, ctx.dropout_p, needs, ctx.impl, parts, ctx.form,
         )  # fmt: skip
         dx, dW, dA, dB, dbias = (gradient if need else None for gradient, need in zip(found, needs, strict=True))
-        return (dx, dW, dA, None if dB is None else dB.mT, dbias, *[None] * 10)
+        return (dx, dW, dA, None if dB is None else dB.mT, dbias, *[None] * (len(ctx.needs_input_grad) - 5))
 
 
 def expert_lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Any,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
@@ -244,6 +258,15 @@ def expert_lora_linear(
     impl: str,
 ) -> torch.Tensor:
     """y [P, N] of checked arguments."""
+    parts: tuple[torch.Tensor | None, ...] = ()
+    form = ""
+    if isinstance(weight, PackedStack):
+        if impl == "triton":
+            raise BackendError(
+                "impl='triton' has no kernel for a packed stack of experts; expected 'auto' or 'torch', which unpack "
+                "one expert at a time"
+            )
+        impl, form, parts, weight = "torch", weight.text, weight.weight.parts, weight.weight.data
     seed = None
     if dropout_p > 0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
@@ -254,8 +277,17 @@ def expert_lora_linear(
     # Under a transform of torch.func the operator alone would lose the tangents, where the Function raises.
     transformed = torch.autograd.forward_ad._current_level >= 0 or functorch_is_active()
     if transformed or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5])):
-        return _ExpertLoRALinear.apply(*inputs)[0]
-    return LINEAR(inputs[:4], *inputs)[0]
+        return _ExpertLoRALinear.apply(*inputs, form, *parts)[0]
+    return LINEAR(inputs[:4], *inputs, list(parts), form)[0]
+
+
+def frozen_experts(
+    x: torch.Tensor, weight: Any, bias: torch.Tensor | None, where: ExpertRoute, sorted_x: bool, impl: str
+) -> torch.Tensor:
+    """x W_eᵀ + bias_e: experts that no adapter changes."""
+    E, N, K = weight.shape
+    A, B = x.new_empty((E, 0, K)), x.new_empty((E, N, 0))
+    return expert_lora_linear(x, weight, A, B, bias, where, sorted_x, 1.0, 0.0, impl)
 
 
 class _Combine(torch.autograd.Function):

@@ -131,15 +131,15 @@ def expert_lora_linear_flops(
     x: Shape, weight: Shape, lora_A: Shape, lora_B: Shape, bias: Any, order: Shape, *_: Any, **__: Any
 ) -> int:
     """What as many rows of one linear take, for each pair of a token and an expert is a row."""
-    return lora_linear_flops([order[0], x[1]], weight[1:], lora_A[1:])
+    return lora_linear_flops([order[0], x[1]], [lora_B[1], x[1]], lora_A[1:])
 
 
 def expert_lora_linear_backward_flops(
     dy: Shape, x: Shape | None, weight: Shape, lora_A: Shape, lora_B: Shape, *rest: Any, **__: Any
 ) -> int:
     """As `expert_lora_linear_flops`."""
-    *_, needs, impl = rest
-    return lora_linear_backward_flops(dy, x, weight[1:], lora_A[1:], [*needs, False], impl)
+    needs, impl = rest[10:12]
+    return lora_linear_backward_flops(dy, x, [lora_B[1], lora_A[2]], lora_A[1:], [*needs, False], impl)
 
 
 def _width(lora_As: Sequence[Shape], page_table: Shape | None) -> int:

@@ -118,6 +118,35 @@ class PackedWeight(NamedTuple):
     def detach(self) -> PackedWeight:
         return self
 
+    def rows(self, first: int, last: int) -> PackedWeight:
+        """Rows `first` to `last`, as views; raises ValueError where they are not whole bytes and blocks."""
+        N, K, block_rows, block = self.form[1:5]
+        per_row = -(-K // block)
+        begin, end = first * K, last * K  # of numbers
+        if block_rows == 0:
+            whole = begin % block == end % block == 0
+            scales = slice(begin // block, end // block)
+        else:
+            whole = first % block_rows == last % block_rows == 0
+            scales = slice(first // block_rows * per_row, last // block_rows * per_row)
+        nested = self.table is not None
+        if nested:
+            whole = whole and scales.start % 256 == scales.stop % 256 == 0
+        if not whole or self.form.halves or (self.form.bits == 4 and (begin % 2 or end % 2)):
+            raise ValueError(f"rows {first} to {last} of {self.text} are not whole blocks; expected rows that are")
+        data = self.data.view(N, K)[first:last] if self.form.bits == 8 else self.data.flatten()[begin // 2 : end // 2]
+        scale, zero, table, absmax, offset = self.parts
+        assert scale is not None
+        return PackedWeight(
+            str(self.form._replace(N=last - first)),
+            data,
+            scale.flatten()[scales],
+            None if zero is None else zero.flatten()[scales],
+            table,
+            absmax.flatten()[scales.start // 256 : scales.stop // 256] if nested and absmax is not None else absmax,
+            offset,
+        )
+
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """All of it, [N, K]: for merging, and for nothing that runs at a call."""
         out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from lorakernels.adapters.targets import plain_modules
+from lorakernels.nn.expert_layer import Stack
+from lorakernels.nn.experts import is_mixture, is_transposed, stack_names, why_not_run
 from lorakernels.nn.whole import in_turn
 from lorakernels.quant.layers import weight_of
 
@@ -39,9 +41,49 @@ class Site:
         self.lora_A: torch.Tensor | None = None
         self.lora_B: torch.Tensor | None = None
 
+    @property
+    def spans(self) -> dict[str, tuple[slice, slice]]:
+        """Where A and B lie in a page: by names where they are several."""
+        return {"": (slice(self.begin_A, self.begin_A + self.K), slice(self.begin_B, self.begin_B + self.N))}
+
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A copied or pickled model is nobody's to serve: it gets no site, and runs as the base."""
         return type(None), ()
+
+
+class ExpertSite(Site):
+    """A mixture's experts: the A of both stacks beside each other, and so the B. A rank takes a page an expert."""
+
+    def __init__(self, path: str, module: nn.Module, base: type[nn.Module], owner: object) -> None:
+        self.path, self.module, self.base, self.owner = path, module, base, owner
+        self.begin_A = self.begin_B = 0
+        self.is_seen = False
+        self.lora_A = self.lora_B = None
+        self.stacks = [Stack(module, name) for name in stack_names(module)]
+        self.num_experts = self.stacks[0].num_experts
+        step = max(_ALIGNMENT // self.stacks[0].weight.dtype.itemsize, 1)
+        self.sizes: dict[str, tuple[int, int]] = {}  # N and K of each
+        self._begins: dict[str, tuple[int, int]] = {}
+        self.N = self.K = 0
+        for stack in self.stacks:
+            weight = stack.weight.mT if is_transposed(module) else stack.weight
+            self._begins[stack.name] = self.K, self.N
+            _, N, K = weight.shape
+            self.sizes[stack.name] = N, K
+            self.N, self.K = self.N + -(-N // step) * step, self.K + -(-K // step) * step
+
+    @property
+    def spans(self) -> dict[str, tuple[slice, slice]]:
+        spans = {}
+        for name, (N, K) in self.sizes.items():
+            A, B = (begin + own for begin, own in zip((self.begin_A, self.begin_B), self._begins[name], strict=True))
+            spans[name] = slice(A, A + K), slice(B, B + N)
+        return spans
+
+    def pages(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """A [pages, K] and B [pages, N] of each stack, once the pool is made."""
+        memory: Any = self.pool.readable
+        return {name: (memory[:, A], memory[:, B]) for name, (A, B) in self.spans.items()}
 
 
 class Writer:
@@ -95,13 +137,15 @@ class Writer:
 class Pool:
     """The pages of the modules of one leaf name and shape. Their memory is made at its first use."""
 
-    def __init__(self, name: str, dtype: torch.dtype, writer: Writer, num_pages: int) -> None:
-        self.name, self.dtype, self.writer, self.num_pages = name, dtype, writer, num_pages
+    def __init__(self, name: str, dtype: torch.dtype, writer: Writer, num_pages: int, per_rank: int = 1) -> None:
+        self.name, self.dtype, self.writer, self.num_pages = name, dtype, writer, num_pages * per_rank
+        self.per_rank = per_rank  # how many pages a rank takes
         # Sites hold it; were that in turn, the memory would outlive its store until a collection.
         self.sites: weakref.WeakSet[Site] = weakref.WeakSet()
         self.width = 0
         self.memory: torch.Tensor | None = None
-        self.free = list(range(num_pages))
+        self.free = list(range(self.num_pages))
+        self.readable: torch.Tensor | None = None
 
     def add(self, site: Site) -> None:
         site.pool = self
@@ -128,14 +172,14 @@ class Pool:
             with self.writer.writing():
                 memory = torch.zeros(self.num_pages, self.width, dtype=self.dtype, device=self.writer.device)
                 # Counts its versions by itself: other adapters may be written between a forward and its backward.
-                readable = memory.data
+                self.readable = memory.data
             for site in self.sites:
-                site.lora_A = readable[:, site.begin_A : site.begin_A + site.K]
-                site.lora_B = readable[:, site.begin_B : site.begin_B + site.N]
+                site.lora_A = self.readable[:, site.begin_A : site.begin_A + site.K]
+                site.lora_B = self.readable[:, site.begin_B : site.begin_B + site.N]
             self.memory = memory
 
     def drop(self) -> None:
-        self.memory = None
+        self.memory = self.readable = None
         for site in self.sites:
             site.lora_A = site.lora_B = None
 
@@ -179,22 +223,29 @@ class Pool:
 def find_sites(
     model: nn.Module, bases: dict[type[nn.Module], type[nn.Module]], num_pages: int, owner: object
 ) -> dict[str, Site]:
-    """Every module whose type is in `bases`, which says what it was by nature, under each of its names."""
+    """Every module whose type is in `bases`, which says what it was by nature, under each of its names.
+
+    Experts come under the names of their stacks.
+    """
     by_module: dict[nn.Module, Site] = {}
     pools: dict[tuple[Any, ...], Pool] = {}
     writers: dict[torch.device, Writer] = {}
     sites: dict[str, Site] = {}
     for path, module in plain_modules(model):
         base = bases.get(type(module))
-        if base is None:
+        mixture = is_mixture(module)
+        if base is None or (mixture and why_not_run(module)):
             continue
         if module not in by_module:
-            site = by_module[module] = Site(path, module, base, owner)
-            weight = weight_of(module)
-            key = (path.rpartition(".")[2], base, tuple(weight.shape), weight.dtype, weight.device)
+            site = by_module[module] = (ExpertSite if mixture else Site)(path, module, base, owner)
+            weights = [stack.weight for stack in site.stacks] if isinstance(site, ExpertSite) else [weight_of(module)]
+            dtype, device = weights[0].dtype, weights[0].device
+            name, shapes = path.rpartition(".")[2], tuple(tuple(weight.shape) for weight in weights)
+            key = (name, base, shapes, dtype, device)
             if key not in pools:
-                writer = writers.setdefault(weight.device, Writer(weight.device))
-                pools[key] = Pool(key[0], weight.dtype, writer, num_pages)
+                writer = writers.setdefault(device, Writer(device))
+                pools[key] = Pool(name, dtype, writer, num_pages, getattr(site, "num_experts", 1))
             pools[key].add(site)
-        sites[path] = by_module[module]
+        site = by_module[module]
+        sites |= {f"{path}.{name}" if name else path: site for name in site.spans}
     return sites

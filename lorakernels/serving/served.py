@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from lorakernels import ops
+from lorakernels.experts import expert_plan
 from lorakernels.functional import multi_lora_embedding
+from lorakernels.nn.experts import ExpertPages, is_mixture, run_experts, why_not_run
 from lorakernels.nn.mixed import Slice, mixed_linear
 from lorakernels.nn.modules import parameter_of, runs_more_than_forward
 from lorakernels.plan import BatchPlan
 from lorakernels.quant.layers import is_linear, weight_of
+from lorakernels.route import ExpertRoute
 from lorakernels.serving.errors import StaleBatchError
 from lorakernels.serving.pools import Pool, Site
 
@@ -38,21 +41,42 @@ class _Route:
     ) -> None:
         self.device, self.adapters, self.least_rank = device, adapters, least_rank
         self.plans: dict[torch.Size, BatchPlan] = {}
+        self._of_experts: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def plan(self, token_slots: torch.Tensor, unit: int) -> BatchPlan:
-        ranks = [len(pages) for pages, _ in self.adapters]
+        slots, table = self._on_device(token_slots, 1)
+        sizes: dict[str, Any] = {"max_rank": table.shape[1], "num_pages": self.num_pages, "invariant": unit}
+        plan = BatchPlan(len(self.adapters), len(token_slots), **sizes, device=self.device)
+        plan.update(slots, *self._ranks_and_scalings(1), table)
+        return plan
+
+    def expert_plan(self, token_slots: torch.Tensor, route: ExpertRoute, invariant: bool) -> BatchPlan:
+        """The plan of the rows of a route; what does not depend on it is kept."""
+        key = (len(token_slots), route.num_experts)
+        if key not in self._of_experts:
+            self._of_experts[key] = self._on_device(token_slots, route.num_experts)
+        slots, table = self._of_experts[key]
+        numbers = self._ranks_and_scalings(route.num_experts)
+        return expert_plan(route, slots, *numbers, table, num_pages=self.num_pages, invariant=invariant)
+
+    @property
+    def num_pages(self) -> int:
+        return max((max(pages) for pages, _ in self.adapters if pages), default=0) + 1
+
+    def _ranks_and_scalings(self, experts: int) -> tuple[list[int], list[float]]:
+        return [len(pages) // experts for pages, _ in self.adapters], [scaling for _, scaling in self.adapters]
+
+    def _on_device(self, token_slots: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The slots, and the pages [experts · adapters, width] of each expert's rank rows."""
+        ranks, _ = self._ranks_and_scalings(experts)
         width = max(self.least_rank, 1 << (max(ranks) - 1).bit_length())
         on_gpu = self.device.type == "cuda"
-        table = torch.zeros(len(ranks), width, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
+        table = torch.zeros(experts, len(ranks), width, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         for slot, (pages, _) in enumerate(self.adapters):
-            table[slot, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
-        num_pages = int(table.max()) + 1
-        sizes: dict[str, Any] = {"max_rank": width, "num_pages": num_pages, "invariant": unit}
-        plan = BatchPlan(len(ranks), len(token_slots), **sizes, device=self.device)
+            table[:, slot, : ranks[slot]] = torch.tensor(pages, dtype=torch.int32, device="cpu").view(experts, -1)
         token_slots = token_slots.pin_memory() if on_gpu else token_slots
-        on_device = [tensor.to(self.device, non_blocking=on_gpu) for tensor in (token_slots, table)]
-        plan.update(on_device[0], ranks, [scaling for _, scaling in self.adapters], on_device[1])
-        return plan
+        slots, table = (t.to(self.device, non_blocking=on_gpu) for t in (token_slots, table.flatten(0, 1)))
+        return slots, table
 
 
 class Batch:
@@ -93,17 +117,17 @@ class Batch:
                 "and backward within `with`"
             )
 
+    def expert_plans(self, site: Site, tokens: int, times: int = 1) -> Callable[[ExpertRoute], BatchPlan] | None:
+        """What plans a route of so many tokens, `times` one after the other; None as of `plan`."""
+        lead = torch.Size([tokens])
+        route = self._route(site, lead)
+        if route is None or not tokens:
+            return None
+        return partial(route.expert_plan, self._token_slots(site, lead).repeat(times), invariant=self.is_invariant)
+
     def plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead`, or None where the base model's forward is what is asked for."""
-        self.check_open(site)
-        if self.called is not None and not site.is_seen:
-            self.called.add(site)
-        site.pool.writer.check_no_capture()
-        if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
-            for tokens, path in self._flat.items():
-                _refuse_some(path, tokens, lead)
-            self._flat, self._whole = {}, lead
-        route = self._routes.get(site.pool)
+        route = self._route(site, lead)
         if route is None:
             return None
         plan = route.plans.get(lead)
@@ -118,6 +142,17 @@ class Batch:
                 del route.plans[next(iter(route.plans))]
             route.plans[lead] = plan
         return plan
+
+    def _route(self, site: Site, lead: torch.Size) -> _Route | None:
+        self.check_open(site)
+        if self.called is not None and not site.is_seen:
+            self.called.add(site)
+        site.pool.writer.check_no_capture()
+        if len(lead) > 1 and len(self.slots) and lead[0] % len(self.slots) == 0:  # positions [1, T] are no rows
+            for tokens, path in self._flat.items():
+                _refuse_some(path, tokens, lead)
+            self._flat, self._whole = {}, lead
+        return self._routes.get(site.pool)
 
     def kept_plan(self, site: Site, lead: torch.Size) -> BatchPlan | None:
         """The plan for x of leading shape `lead` that another module of the same adapters has asked for."""
@@ -275,6 +310,23 @@ class _ServedOther(_ServedMatrix):
         return ops.frozen_linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+class _ServedExperts(_Served):
+    """A mixture's experts that a store has switched; its own class is made by `know`."""
+
+    def forward(self, hidden: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        site: Any = self.__dict__.get("_lora_site")
+        batch = None if site is None else _batches.get().get(site.owner)
+        plans = None
+        if batch is not None:  # without a router each expert has all tokens
+            times = 1 if routing else site.num_experts
+            plans = batch.expert_plans(site, len(hidden) // times, times)
+        if plans is None:
+            return BASES[type(self)].forward(self, hidden, *routing)  # as ServedLinear, to the bit
+        if why := why_not_run(self):
+            raise RuntimeError(f"the adapters of {site.path!r} cannot be run: {why}")
+        return _within(run_experts(self, ExpertPages(site.pages(), plans), hidden, *routing), site)
+
+
 _SERVED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ServedLinear, nn.Embedding: ServedEmbedding}
 
 
@@ -290,9 +342,11 @@ BASES = {base: base for base in _SERVED} | {served: base for base, served in _SE
 
 
 def know(model: nn.Module) -> None:
-    """Make the classes for the linear layers of a model that are not torch's."""
-    for base in {type(module) for module in model.modules() if is_linear(module)} - set(BASES):
-        served = type(f"Served{base.__name__}", (_ServedOther, base), {})
+    """Make the classes for the linear layers of a model that are not torch's, and for its experts."""
+    kinds: dict[type, type] = {type(module): _ServedOther for module in model.modules() if is_linear(module)}
+    kinds |= {type(module): _ServedExperts for module in model.modules() if is_mixture(module)}
+    for base in kinds.keys() - set(BASES):
+        served = type(f"Served{base.__name__}", (kinds[base], base), {})
         if "torch._dynamo" in sys.modules:
             served.forward = torch.compiler.disable(served.forward)  # type: ignore[attr-defined]
         _SERVED[base] = served

@@ -18,9 +18,11 @@ from lorakernels.config import LoRAConfig
 from lorakernels.files.config_file import fields_of
 from lorakernels.files.peft import parse, read_peft
 from lorakernels.files.reading import AdapterFileError
+from lorakernels.files.update import Update
+from lorakernels.nn.experts import factors_of_each, is_transposed, why_not_run
 from lorakernels.quant.layers import kind_of
 from lorakernels.serving.errors import CapacityError
-from lorakernels.serving.pools import Pool, Site
+from lorakernels.serving.pools import ExpertSite, Pool, Site
 from lorakernels.serving.served import BASES, served_by
 
 # experts, expert_0, local_experts; not shared_expert, which is sent every token.
@@ -102,20 +104,21 @@ def _find_parts(
             mend = "load_adapter runs such an adapter alone, on another copy of the model"
             raise AdapterFileError(f"{field}={getattr(config, field)!r} is not served; expected {off!r}: {mend}")
     largest: dict[Pool, tuple[int, float]] = {}
-    taken: dict[Site, str] = {}
+    taken: dict[Any, str] = {}
     for path, update in contents.layers.items():
-        reason = _why_not_served(path, modules, sites.get(path))
+        reason = _why_not_served(path, modules, sites.get(path), bool(update.experts))
         if reason:
             raise AdapterFileError(f"module {path!r} {reason}")
         site = sites[path]
-        if site in taken:
-            raise AdapterFileError(f"{taken[site]!r} and {path!r} are one module; expected one of them in the file")
-        taken[site] = path
+        place = (site, path.rpartition(".")[2] if update.experts else "")
+        if place in taken:
+            raise AdapterFileError(f"{taken[place]!r} and {path!r} are one module; expected one of them in the file")
+        taken[place] = path
         rank, scaling = update.r, update.scaling
         if rank > max_rank:
             raise CapacityError(f"module {path!r} has rank {rank}; the store takes at most max_rank={max_rank}")
         most, scale = largest.get(site.pool, (0, 0.0))
-        largest[site.pool] = max(most, rank), max(scale, scaling, key=abs)
+        largest[site.pool] = max(most, rank * site.pool.per_rank), max(scale, scaling, key=abs)
     return {pool: Part(rank, _of_plan(scaling, pool.dtype)) for pool, (rank, scaling) in largest.items()}
 
 
@@ -129,10 +132,19 @@ def _of_plan(scaling: float, dtype: torch.dtype) -> float:
     return torch.tensor(scaling, dtype=torch.float32, device="cpu").item() or 1.0
 
 
-def _why_not_served(path: str, modules: Mapping[str, nn.Module], site: Site | None) -> str:
+def module_path(path: str, update: Update) -> str:
+    """Of the module that an update's path means: a stack is a parameter of one."""
+    return path.rpartition(".")[0] if update.experts else path
+
+
+def _why_not_served(path: str, modules: Mapping[str, nn.Module], site: Site | None, is_stack: bool) -> str:
     """What speaks against serving a module that an adapter reaches; nothing where it can be served."""
+    path = path.rpartition(".")[0] if is_stack else path
     module: Any = modules[path]
-    parent, weight, other = modules[path.rpartition(".")[0]], module.weight, served_by(module)
+    parent, other = modules[path.rpartition(".")[0]], served_by(module)
+    if is_stack and site is None:
+        why = why_not_run(module) or "of experts, how many rows one multiplies depends on the others"
+        return f"is not served: {why}; expected experts that are known, and a store without invariant=True"
     if site is None or site.module is not module:
         return (
             f"is a {type(module).__qualname__}; a store serves what was torch.nn.Linear or Embedding when it was made"
@@ -142,6 +154,8 @@ def _why_not_served(path: str, modules: Mapping[str, nn.Module], site: Site | No
         return "is served by another AdapterStore; close() that one first"
     if "forward" in module.__dict__:
         return "has a forward of its own (such as accelerate's hooks), which goes first"
+    if is_stack:
+        return ""
     if any(_EXPERT.fullmatch(part) for part in path.split(".")):
         return "is an expert, which is sent some of the tokens; not served"
     if path.rpartition(".")[2] == _POSITIONS:
@@ -149,10 +163,20 @@ def _why_not_served(path: str, modules: Mapping[str, nn.Module], site: Site | No
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         mend = "call torch.backends.mha.set_fastpath_enabled(False) first"
         return f"is not called by the fast path of TransformerEncoderLayer, which leaves the adapter out; {mend}"
+    weight: Any = module.weight
     plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()
     if not plain and not kind_of(module):
         return f"has a weight that is a {type(weight).__qualname__}, {weight.dtype}; not served"
     return ""
+
+
+def _factors(site: Site, path: str, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, K] and B [N, r], of a stack those of each expert."""
+    if not isinstance(site, ExpertSite):
+        return update.factors
+    [stack] = [stack for stack in site.stacks if stack.name == path.rpartition(".")[2]]
+    A, B, *_ = update.tensors.values()
+    return factors_of_each(A, B, update.experts, by_columns=stack.by_columns, transposed=is_transposed(site.module))
 
 
 def _pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
@@ -163,13 +187,16 @@ def _pack(contents: Contents, parts: Parts, sites: Mapping[str, Site]) -> Rows:
     """
     rows = {pool: pool.host_rows(part.rank) for pool, part in parts.items()}
     for path, update in contents.layers.items():
-        site, (A, B) = sites[path], update.factors
+        site, (A, B) = sites[path], _factors(sites[path], path, update)
         of_class = parts[site.pool].scaling
         if update.scaling != of_class:
             B = B.to(torch.promote_types(B.dtype, torch.float32)) * (update.scaling / of_class)
-        own = rows[site.pool][: update.r]
-        spans = own[:, site.begin_A :][:, : site.K], own[:, site.begin_B :][:, : site.N]
-        for span, factor in zip(spans, (A, B.T), strict=True):
+        own = rows[site.pool]
+        if update.experts:  # a page a rank row of each, expert by expert
+            own = own.unflatten(0, (update.experts, -1))
+        of_A, of_B = site.spans[path.rpartition(".")[2] if update.experts else ""]
+        spans = [own[..., : update.r, span] for span in (of_A, of_B)]
+        for span, factor in zip(spans, (A, B.mT), strict=True):
             span.copy_(factor)
         # Of the class's row no more than was written: with every layer's, the whole would be read once for each.
         if not all(math.isfinite(span.abs().amax().item()) for span in spans):

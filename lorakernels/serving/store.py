@@ -25,7 +25,7 @@ from lorakernels.nn import siblings
 from lorakernels.nn.modules import unwrapped
 from lorakernels.serving import sources
 from lorakernels.serving.books import Books, Lease, Version
-from lorakernels.serving.pools import Site, Writer, find_sites
+from lorakernels.serving.pools import ExpertSite, Site, Writer, find_sites
 from lorakernels.serving.served import BASES, Batch, know, restore, running, serve
 from lorakernels.serving.sources import Given
 from lorakernels.serving.stats import StoreStats
@@ -45,7 +45,7 @@ class AdapterStore:
 
     Args:
         model: on its device and in its dtype by now; A and B are kept in that dtype. Served are modules of exactly
-            `torch.nn.Linear` and `torch.nn.Embedding`.
+            `torch.nn.Linear` and `torch.nn.Embedding`, packed and GPT-2's linears, and the experts that are known.
         max_adapters: how many adapters lie on the device at once.
         max_rank: the largest rank of one.
         num_pages: how many rank rows the adapters on the device have together, of each module; by default 16 for each
@@ -92,7 +92,9 @@ class AdapterStore:
         self.root = None if root is None else Path(root).resolve(strict=True)
         self._owner = object()
         know(self.model)
-        self._sites = find_sites(self.model, BASES, num_pages, self._owner)
+        found_sites = find_sites(self.model, BASES, num_pages, self._owner)
+        # How many rows an expert multiplies, and so a row's bits, depends on the other rows.
+        self._sites = {p: one for p, one in found_sites.items() if not (invariant and isinstance(one, ExpertSite))}
         if not self._sites:
             raise ValueError(f"{type(model).__name__} has no torch.nn.Linear or torch.nn.Embedding to serve")
         linears = {site.module for site in self._sites.values() if site.base is not nn.Embedding}
@@ -215,7 +217,9 @@ class AdapterStore:
                 load_seconds=books.load_seconds,
                 device_bytes=sum(pool.num_pages * pool.page_bytes for pool in made),
                 used_bytes=sum((pool.num_pages - len(pool.free)) * pool.page_bytes for pool in made),
-                padded_bytes=sum(self.max_rank * pool.page_bytes for version in on_device for pool in version.parts),
+                padded_bytes=sum(
+                    self.max_rank * pool.per_rank * pool.page_bytes for version in on_device for pool in version.parts
+                ),
                 host_bytes=sum(version.nbytes for version in in_host),
             )
 
@@ -319,7 +323,8 @@ class AdapterStore:
                 books.find(name)
             kept = None if isinstance(source, tuple) else source
             parents = {"": self.model, **contents.modules}
-            reached = {self._sites[path]: parents[path.rpartition(".")[0]] for path in contents.layers}
+            paths = {path: sources.module_path(path, update) for path, update in contents.layers.items()}
+            reached = {self._sites[path]: parents[own.rpartition(".")[0]] for path, own in paths.items()}
             books.add(Version(name, next(self._numbers), kept, parts, list(reached)), rows)
             books.reach(reached)
             for site in reached:

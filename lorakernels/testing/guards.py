@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -65,6 +66,16 @@ def watch_allocations() -> Iterator[list[int]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         yield found
     found += [event.self_cpu_memory_usage for event in profile.events() or ()]
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory on a CPU that a call has at once, beside what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(itertools.accumulate(number for _, number in changes), default=0)
 
 
 @contextmanager

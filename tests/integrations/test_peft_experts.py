@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixtures import MIXTURES, Mixture
+from mixtures import BOTH, FIRST, LAST, MIXTURES, Mixture, assert_same, shake, step
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
@@ -17,8 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import lorakernels as lk
 from lorakernels.testing.guards import watch_allocations
-
-BOTH, FIRST, LAST = slice(None), slice(0, 1), slice(1, 2)
 
 
 def adapted(
@@ -39,10 +37,7 @@ def adapted(
             inject_adapter_in_model(config, model, adapter)
     for parameter in model.router.parameters():
         parameter.requires_grad_()
-    draw = torch.Generator().manual_seed(6)
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            parameter.data = torch.randn(parameter.shape, generator=draw).to(parameter) / 3
+    shake(model)
     activate(model, list(adapters))
     return model
 
@@ -51,26 +46,6 @@ def activate(model: nn.Module, names: list[str]) -> None:
     for module in model.modules():
         if isinstance(module, ParamWrapper):
             module.set_adapter(names)
-
-
-def step(model: nn.Module, run: Callable[[torch.Tensor], torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """y, dx and every gradient."""
-    model.zero_grad()
-    parameter = next(model.parameters())
-    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1)).to(parameter.dtype).requires_grad_()
-    y = (model if run is None else run)(x)
-    torch.manual_seed(2)
-    y.backward(torch.randn(y.shape).to(y))
-    found = {"y": y.detach(), "dx": x.grad}
-    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 1e-14) -> None:
-    """Each within `tolerance` of its largest element."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        reached = float((found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-30))
-        assert reached <= tolerance, (name, reached)
 
 
 def fused(model: nn.Module) -> lk.integrations.peft.AccelerationReport:  # type: ignore[name-defined]

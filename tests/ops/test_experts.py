@@ -16,6 +16,7 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.table import forced_configs
 from lorakernels.eager import experts as eager_experts
 from lorakernels.kernels.launch import record_launches
+from lorakernels.nn.quantized import pack_stack
 from lorakernels.plan_layout import num_tiles, plan_layout
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.guards import watch_allocations
@@ -244,12 +245,12 @@ def test_opcheck(impl: str, device: str) -> None:
     tests = {"test_utils": "test_faketensor"} if impl == "triton" else {}
     torch.library.opcheck(torch.ops.lorakernels.expert_route.default, (index, E, impl), **tests)
     seed = torch.tensor([5], device=device)
-    arguments = (x, weight, A, B, bias, *route, TOP_K, False, seed, 0.5, 0.3, impl)
+    arguments = (x, weight, A, B, bias, *route, TOP_K, False, seed, 0.5, 0.3, impl, [], "")
     torch.library.opcheck(torch.ops.lorakernels.expert_lora_linear.default, arguments, **tests)
     y, s, mask = torch.ops.lorakernels.expert_lora_linear(*arguments)
     torch.library.opcheck(
         torch.ops.lorakernels.expert_lora_linear_backward.default,
-        (y, x, weight, A, B, *route, TOP_K, False, s, mask, 0.5, 0.3, [True, False, True, True, True], impl),
+        (y, x, weight, A, B, *route, TOP_K, False, s, mask, 0.5, 0.3, [True, False, True, True, True], impl, [], ""),
         **tests,
     )
 
@@ -275,6 +276,39 @@ def test_nothing_of_the_stacks_size_is_made() -> None:
         y = lk.expert_lora_linear(x, weight, A, B, lk.expert_route(index, experts))
         y.square().sum().backward()
     assert 0 < max(made) < weight.nbytes // 4
+
+
+PACKED = [("nf4", {"block": 32}), ("nf4", {"block": 32, "double_quant": True}), ("int4", {"block": 32}), ("int8", {})]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(("kind", "options"), PACKED, ids=str)
+def test_packed_stacks(kind: str, options: dict[str, Any], flipped: bool) -> None:
+    """y and every gradient are those of the unpacked stack; of its size, and of an expert that has no rows, nothing."""
+    sizes = (128, 64) if not flipped else (64, 128)
+    inputs = make(torch.float32, sizes=sizes)
+    packed = pack_stack(inputs.weight.mT.contiguous() if flipped else inputs.weight, kind, **options)
+    packed = packed.mT if flipped else packed
+    assert packed.shape == inputs.weight.shape and packed.nbytes < inputs.weight.nbytes / 3
+    dense = packed.weight.dense(torch.float32).view(E, *packed.weight.shape[1:], -1).view(E, -1, packed.weight.shape[1])
+    dense = dense.mT if flipped else dense
+    expected = both_ways(inputs._replace(weight=dense), False)
+    with watch_allocations() as made:
+        found = both_ways(inputs._replace(weight=packed), False)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert 0 < max(made) < dense.nbytes / 2
+    x, _, A, B, bias, index = inputs
+    data, parts = packed.weight.data, list(packed.weight.parts)
+    route = lk.expert_route(index, E)[:4]
+    arguments = (x.detach(), data, A.detach(), B.detach(), bias.detach(), *route, TOP_K, False, None, 0.5, 0.0, "torch")
+    torch.library.opcheck(torch.ops.lorakernels.expert_lora_linear.default, (*arguments, parts, packed.text))
+    with pytest.raises(lk.BackendError, match="no kernel for a packed stack"):
+        call(inputs._replace(weight=packed), impl="triton")  # type: ignore[arg-type]
+
+
+def test_stacks_that_cannot_be_packed() -> None:
+    with pytest.raises(ValueError, match=r"rows 0 to 3 of nf4 .* are not whole blocks"):
+        pack_stack(torch.randn(2, 3, 24), "nf4")
 
 
 def test_recomputed_by_checkpointing() -> None:
