@@ -32,6 +32,7 @@ class KernelConfig:
     take tile after tile; with `cublas` the base product is torch's own and the kernel adds to it;
     with `late` the low-rank term is added after the loop over K, instead of starting its accumulator;
     with `halves` a tile by TMA is finished and stored in two halves of its columns;
+    with `gluon` tiles by TMA are those of the kernel in Gluon, which loads the next tile while one ends;
     with `dependent` a launch may start before the one ahead of it has ended, and waits where it reads its result;
     with `side_stream` the pass runs beside the products that do not wait for it.
     """
@@ -49,6 +50,7 @@ class KernelConfig:
     cublas: bool = False
     late: bool = False
     halves: bool = False
+    gluon: bool = False
     dependent: bool = False
     side_stream: bool = False
 

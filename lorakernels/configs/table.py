@@ -194,6 +194,15 @@ def misfit(
         return f"late is for linear_expand, not for {operation}"
     if config.halves and not (config.tma and config.BLOCK_N >= 32):
         return f"halves is for tiles by TMA of at least 32 columns; tma is {config.tma}, BLOCK_N is {config.BLOCK_N}"
+    if config.gluon and (operation != "linear_expand" or arch != "sm_90" or itemsize != 2):
+        return f"gluon is for linear_expand of 16 bits on sm_90, not for {operation} of {8 * itemsize} bits on {arch}"
+    if config.gluon and not (config.tma and config.late):
+        return f"gluon is for what is late and by TMA; late is {config.late}, tma is {config.tma}"
+    parts = 1 + config.halves
+    if config.gluon and (config.num_warps < 4 or config.BLOCK_M % (16 * config.num_warps) or config.num_stages < 2):
+        return "gluon asks for 4 warps, 16 rows a warp and 2 stages at least"
+    if config.gluon and 2 * config.BLOCK_R * parts > config.BLOCK_M:
+        return f"gluon has room for {config.BLOCK_M // (2 * parts)} ranks at a time, and BLOCK_R is {config.BLOCK_R}"
     if config.dependent and (operation != "linear_expand" or arch not in TMA_ARCHS):
         return f"dependent is for linear_expand on {' and '.join(TMA_ARCHS)}, not for {operation} on {arch}"
     if config.side_stream and operation != "outer":
@@ -219,7 +228,10 @@ def pipeline_bytes(operation: str, config: KernelConfig, itemsize: int) -> int:
         "multi_shrink": 0 if c.BLOCK_M == 1 else (c.BLOCK_M + c.BLOCK_R) * c.BLOCK_K,
         "multi_outer": (c.BLOCK_N + c.BLOCK_R) * c.BLOCK_M,
     }
-    return tiles.get(operation, 0) * itemsize * (c.num_stages - 1)
+    pipeline = tiles.get(operation, 0) * itemsize
+    if c.gluon:  # all of it: the stages, a tile of y, the barriers
+        return (pipeline + 8) * c.num_stages + c.BLOCK_M * c.BLOCK_N // (1 + c.halves) * itemsize
+    return pipeline * (c.num_stages - 1)
 
 
 def _forget() -> None:

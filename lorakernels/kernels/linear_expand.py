@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.backend import interpreter_on
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
 from lorakernels.configs.table import choose
@@ -281,12 +282,21 @@ def linear_expand(
         "DEPENDENT": config.dependent and may_depend(x.device) and R > 0 and dot is None,
         "INPUT_PRECISION": input_precision(x),
     }
-    if config.tma and tma and not base:
+    resident = (min(num_tiles, device_of(x.device).processors * config.PROGRAMS_PER_SM),)
+    # Of one pair without a mask, with a block of K for each stage but one. The interpreter knows no Gluon.
+    gluon = config.gluon and tma and late and dot is None and not more and R > 0 and not interpreter_on()
+    if gluon and Ks[0] > (config.num_stages - 2) * config.BLOCK_K:
+        from lorakernels.kernels.linear_expand_gluon import linear_expand_gluon  # Triton may have no such Gluon
+
+        w = weight if w_is_nk else weight.t()
+        constexprs = {"W_IS_NK": w_is_nk, "DEPENDENT": constexprs["DEPENDENT"]}
+        linear_expand_gluon(x, w, y, args["low_rank"], args["epilogue"], resident, constexprs, config)
+    elif config.tma and tma and not base:
         descriptors = _descriptors(pairs, w_is_nk, config)
         y_desc = None if dot is not None else descriptor(y, (config.BLOCK_M, config.BLOCK_N // (1 + config.halves)))
         args = descriptors | {"y_desc": y_desc, "Ks": Ks, "dots_ptr": None if dot is None else out} | args
-        grid = (min(num_tiles, device_of(x.device).processors * config.PROGRAMS_PER_SM),)
-        launch(linear_expand_tma_kernel, grid, args, {"W_IS_NK": w_is_nk, "HALVES": config.halves} | constexprs, config)
+        constexprs |= {"W_IS_NK": w_is_nk, "HALVES": config.halves}
+        launch(linear_expand_tma_kernel, resident, args, constexprs, config)
     else:
         matrices = (NO_PAIR,) if base else tuple((tall(x), transposed(w)) for x, w in pairs)
         args = {"y_ptr": out, "pairs": matrices} | args

@@ -8,6 +8,7 @@ machine that has such a GPU takes it.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import json
@@ -148,7 +149,7 @@ def _on_host(value: Any) -> Any:
         values = map(_on_host, value)
         return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
     if hasattr(value, "block_shape"):  # a tensor descriptor
-        return type(value)(_on_host(value.base), value.shape, value.strides, value.block_shape)
+        return dataclasses.replace(value, base=_on_host(value.base))
     return value
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from triton import knobs
 from triton.compiler.compiler import ASTSource, CompiledKernel, make_backend
 from triton.compiler.compiler import compile as triton_compile
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import cache as triton_cache
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -117,7 +118,8 @@ def _specialise(launch: Launch, arch_name: str) -> _Task:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialisation, extra = bind(**keywords)
     options, signature, constexprs, attrs = kernel._pack_args(backend, keywords, bound, specialisation, extra)
-    return _Task(launch, arch, ASTSource(kernel, signature, constexprs, attrs), options.__dict__)
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    return _Task(launch, arch, source(kernel, signature, constexprs, attrs), options.__dict__)
 
 
 def _reason(error: BaseException) -> str:

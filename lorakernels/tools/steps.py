@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import device_of
+from lorakernels.configs.table import forced_configs
 from lorakernels.member import Member, training_step
 from lorakernels.plan import BatchPlan
 from lorakernels.quant.packed import CODES, Form, PackedWeight
@@ -36,6 +39,10 @@ MIXTURES = (
 )
 PACKED = ("nf4-nested", "int4", "int8", "fp8")
 _THRESHOLD = 6554  # of p = 0.1
+# What no heuristic takes, and a table may.
+_GLUON = KernelConfig(
+    128, 256, 64, 16, num_warps=8, num_stages=4, tma=True, late=True, halves=True, dependent=True, gluon=True
+)
 
 
 def shipped_launches() -> list[Any]:
@@ -60,6 +67,9 @@ def shipped_launches() -> list[Any]:
             step(torch.bfloat16, M, K, [(N, 16)], factor_dtype=single, packed=kind)
         for dtype, kind in ((single, "nf4"), (torch.bfloat16, "mxfp4")):
             step(dtype, TOKENS[1], K, [(N, 16)], packed=kind)
+        if device_of(torch.device("meta")).arch == "sm_90":
+            with forced_configs({"linear_expand": _GLUON}):
+                step(torch.bfloat16, TOKENS[-1], K, [(N, 16)], factor_dtype=single, bias=True)
         for T, slots in BATCHES:
             multi_step(torch.bfloat16, T, slots, 16, 4096, QKV, train=False)
             multi_step(torch.bfloat16, T, slots, 64, 4096, (4096,), paged=True, train=False)

@@ -373,6 +373,7 @@ def test_load_table_refuses_and_changes_nothing(tmp_path: Path, on_h100: torch.d
 
 FEW = KernelConfig(16, 64, 64, 16)
 TMA = KernelConfig(128, 128, 64, 16, num_warps=8, num_stages=3, tma=True)
+GLUON = KernelConfig(128, 256, 64, 16, num_warps=8, num_stages=4, tma=True, late=True, halves=True, gluon=True)
 
 
 def test_the_file_knows_a_program_a_token() -> None:
@@ -429,6 +430,15 @@ def test_dropout_passes_over_a_program_a_token(on_h100: torch.device) -> None:
         ("linear_expand", TMA, 16, True, "sm_80", False),
         ("linear_expand", dataclasses.replace(TMA, BLOCK_M=512, num_stages=1), 16, True, "sm_90", False),
         ("linear_expand", dataclasses.replace(TMA, BLOCK_N=256, num_stages=8), 16, True, "sm_90", False),
+        ("linear_expand", GLUON, 16, True, "sm_90", True),
+        ("linear_expand", GLUON, 16, True, "sm_100", False),
+        ("linear_expand", GLUON, 16, False, "sm_90", False),
+        ("linear_expand", dataclasses.replace(GLUON, late=False), 16, True, "sm_90", False),
+        ("linear_expand", dataclasses.replace(GLUON, halves=False), 16, True, "sm_90", False),  # y's tile is too large
+        ("linear_expand", dataclasses.replace(GLUON, num_stages=1), 16, True, "sm_90", False),
+        ("linear_expand", dataclasses.replace(GLUON, BLOCK_M=64), 16, True, "sm_90", False),
+        ("linear_expand", dataclasses.replace(GLUON, BLOCK_R=64), 16, True, "sm_90", False),
+        ("shrink", KernelConfig(gluon=True), 16, True, "sm_90", False),
         ("linear_expand", KernelConfig(SPLIT=2), 16, False, "sm_90", False),
         ("linear_expand", KernelConfig(cublas=True), 16, False, "sm_80", True),
         ("few_tokens", dataclasses.replace(FEW, cublas=True), 16, False, "sm_90", False),

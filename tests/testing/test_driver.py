@@ -59,6 +59,7 @@ def test_every_shipped_launch_is_taken(arch: str) -> None:
     assert dependent[0] == dependent[1] and (dependent[0] > 0) == (arch == "sm_90")
     assert refusals == [] and names == asked and sum(names.values()) > 500
     assert (num_maps > 0) == ("linear_expand_tma_kernel" in names) == (arch == "sm_90")
+    assert names.get("linear_expand_gluon_kernel", 0) == (2 if arch == "sm_90" else 0)  # y and dx
 
 
 def test_headline_and_decode_are_taken() -> None:

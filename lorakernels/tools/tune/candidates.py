@@ -19,9 +19,10 @@ _OVER_K = ("BLOCK_M", "BLOCK_K", "SPLIT", "num_warps", "num_stages")
 _OVER_TOKENS = ("BLOCK_M", "BLOCK_N", "SPLIT", "num_warps", "num_stages")
 _TILES = (
     *("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages", "GROUP_M", "PROGRAMS_PER_SM"),
-    *("tma", "late", "halves", "dependent", "cublas"),
+    *("tma", "late", "halves", "dependent", "cublas", "gluon"),
 )
-_EARLY, _LATE, _POINTERS = (True, False, True, True, False), (True, True, True, True, False), (False,) * 4
+_EARLY, _LATE, _POINTERS = (True, False, True, True, False, False), (True, True, True, True, False, False), (False,) * 4
+_GLUON = (True, True, True, True, False, True)
 _OUTERS = (
     *((64, 128, 8, 8, 3), (64, 64, 8, 4, 4), (64, 128, 16, 8, 3), (128, 64, 8, 8, 3), (64, 64, 4, 4, 4)),
     *((32, 128, 16, 4, 4), (64, 128, 4, 8, 4), (128, 128, 8, 8, 3), (32, 64, 16, 4, 4), (64, 256, 16, 8, 2)),
@@ -46,15 +47,16 @@ _LIKELIEST: dict[str, tuple[tuple[str, ...], tuple[tuple[int | bool, ...], ...]]
                 (128, 256, 64, 8, 3, 16, 1, *_LATE),
             ),
             *((128, 256, 64, 8, 3, 8, 1, *_EARLY), (128, 256, 64, 8, 4, 8, 1, *_EARLY)),
-            (128, 256, 64, 8, 3, 8, 1, True, False, False, False, False),
+            *((128, 256, 64, 8, 4, 8, 1, *_GLUON), (128, 256, 64, 8, 3, 8, 1, *_GLUON)),
+            (128, 256, 64, 8, 3, 8, 1, True, False, False, False, False, False),
             *(
                 (256, 128, 64, 8, 4, 8, 1, *_LATE),
                 (128, 128, 64, 8, 4, 8, 1, *_LATE),
                 (128, 128, 64, 4, 4, 8, 1, *_LATE),
             ),
             *((128, 128, 128, 8, 3, 8, 1, *_LATE), (64, 256, 64, 8, 4, 8, 1, *_LATE)),
-            *((128, 128, 16, 8, 2, 8, 1, *_POINTERS, True), (64, 128, 16, 4, 2, 8, 1, *_POINTERS, True)),
-            (64, 64, 16, 4, 2, 8, 1, *_POINTERS, True),
+            *((128, 128, 16, 8, 2, 8, 1, *_POINTERS, True, False), (64, 128, 16, 4, 2, 8, 1, *_POINTERS, True, False)),
+            (64, 64, 16, 4, 2, 8, 1, *_POINTERS, True, False),
         ),
     ),
     "few_tokens": (

@@ -236,6 +236,8 @@ def print_shortlists(
 def _brief(config: KernelConfig) -> str:
     c = config
     form = "cublas" if c.cublas else f"tma, {c.PROGRAMS_PER_SM} programs" if c.tma else "pointers"
-    form = ", ".join([form, *(flag for flag in ("late", "halves", "dependent", "side_stream") if getattr(c, flag))])
+    form = ", ".join(
+        [form, *(flag for flag in ("late", "halves", "gluon", "dependent", "side_stream") if getattr(c, flag))]
+    )
     tiles = f"{c.BLOCK_M}×{c.BLOCK_N}×{c.BLOCK_K}×{c.BLOCK_R}"
     return f"{tiles} split {c.SPLIT}, {c.num_warps} warps, {c.num_stages} stages, groups of {c.GROUP_M}, {form}"
