@@ -8,7 +8,6 @@ are taken to be of x's dtype. Of the matrix products only the useful multiplicat
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import pages
 import torch
 
 from lorakernels.configs.data_sheet import DATA_SHEETS, DataSheet
@@ -156,11 +156,6 @@ def predict(own: Cost, case: Case, sheet: DataSheet, memory_share: float, extra:
 # ------------------------------------------------------------------------------------------- tables
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _costs() -> list[tuple[str, float, Cost | None]]:
     """Label, dropout and cost of every graph; None where it has no dropout."""
     rows: list[tuple[str, float, Cost | None]] = []
@@ -182,7 +177,7 @@ def graphs() -> str:
             numbers = [*extra, f"{own.flops / 1e9:.1f}", str(own.launches)]
         rows.append([label, f"{dropout:g}", *numbers, _NOT_MEASURED])
     head = ["graph", "p", "extra MiB in matrices of a row a token", "extra MiB, all", "GFLOP", "launches", "measured"]
-    return _table(head, rows)
+    return pages.table(head, rows)
 
 
 def predictions() -> str:
@@ -193,7 +188,7 @@ def predictions() -> str:
             low, high = ([predict(own, _CASE, sheet, at) for sheet in DATA_SHEETS] for at in reversed(MEMORY_SHARES))
             cells = (f"{a:.2f} to {b:.2f}; {_NOT_MEASURED}" for a, b in zip(low, high, strict=True))
             rows.append([label, f"{dropout:g}", *cells])
-    return _table(["graph", "p", *(sheet.name for sheet in DATA_SHEETS)], rows)
+    return pages.table(["graph", "p", *(sheet.name for sheet in DATA_SHEETS)], rows)
 
 
 def floors() -> str:
@@ -202,7 +197,7 @@ def floors() -> str:
     for M, r in ((1, 16), (64, 16), (1024, 16), (8192, 4), (8192, 16), (8192, 64), (8192, 256)):
         found = sorted({f"{replace(_CASE, M=M, r=r).floor(sheet):.3f}" for sheet in DATA_SHEETS})
         rows.append([str(M), str(r), found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"])
-    return _table(["tokens", "r", "floor"], rows)
+    return pages.table(["tokens", "r", "floor"], rows)
 
 
 def devices() -> str:
@@ -216,7 +211,7 @@ def devices() -> str:
         ]
         for sheet in DATA_SHEETS
     ]
-    return _table(["device", "16-bit TFLOP/s", "float32 TFLOP/s", "TB/s", "last-level cache, MiB", "source"], rows)
+    return pages.table(["device", "16-bit TFLOP/s", "float32 TFLOP/s", "TB/s", "last-level cache, MiB", "source"], rows)
 
 
 def assumptions() -> str:
@@ -233,16 +228,5 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def write_tables(page: Path) -> None:
-    """Put every table into its place in the page, between its `<!-- table: name -->` and `<!-- end -->`."""
-    text = page.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, found = place.subn(lambda match, table=table: f"{match[1]}\n{table()}\n\n{match[2]}", text)
-        if not found:
-            raise ValueError(f"{page} has no place for the table {name!r}: <!-- table: {name} --> and <!-- end -->")
-    page.write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    write_tables(Path(sys.argv[1]))
+    pages.write(Path(sys.argv[1]), {name: table() for name, table in TABLES.items()})

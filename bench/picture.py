@@ -1,7 +1,7 @@
-"""README's picture, from results that are committed: the time over the frozen model's, PEFT and the same accelerated.
+"""README's picture and the tables of docs/benchmarks.md, from results that are committed.
 
 pytest bench/test_llama_step.py bench/test_mixed_generate.py --ratios bench/results/cpu.json
-python bench/picture.py bench/results/cpu.json docs/speed.svg
+python bench/picture.py bench/results/cpu.json docs/speed.svg docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pages
 from matplotlib.figure import Figure
+
+from lorakernels.tools.bench.timing import spread
 
 INK, QUIET = "#1f2328", "#656d76"
 BARS = {"PEFT": "#d55e00", "accelerated": "#0072b2"}
@@ -43,7 +46,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Bars with the spread of each, p20 … p80."""
     steps, where = steps_of(results["rows"]), results["environment"]
     matplotlib.rcParams.update({"svg.hashsalt": "", "font.size": 10, "text.color": INK, "axes.edgecolor": QUIET})
-    figure = Figure(figsize=(8.6, 3.6), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(6.2, 3.1), layout="constrained", facecolor="white")
     axes = figure.add_subplot(ylabel="× the frozen model's time")
     for at, (bar, colour) in zip((-0.19, 0.19), BARS.items(), strict=True):
         low, middle, high = zip(*(step[bar] for step in steps.values()), strict=True)
@@ -60,13 +63,27 @@ def draw(results: dict[str, Any], path: Path) -> None:
     axes.legend(frameon=False, loc="upper left")
     versions = where["versions"]
     axes.set_title(
-        f"A Llama of 4 layers, LoRA on all linear layers.  {where['device']}, {where['threads']} threads, "
+        f"A Llama of 4 layers, LoRA on all linear layers.\n{where['device']}, {where['threads']} threads, "
         f"torch {versions['torch']}, peft {versions['peft']}",
         loc="left", size=9, color=QUIET,
     )  # fmt: skip
     figure.savefig(path, metadata={"Date": None})
 
 
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """Of docs/benchmarks.md: where it was measured, and every row that says the same things of itself in one table."""
+    where, versions = results["environment"], results["environment"]["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "peft", "lorakernels"))
+    made = {"where": f"{where['device']}, {where['threads']} threads; {packages}; {where['date'][:10]}."}
+    for name, key in (("training", "dropout"), ("generate", "batch")):
+        rows = [row for row in results["rows"] if key in row]
+        cells = [[spread(cell) if isinstance(cell, list) else str(cell) for cell in row.values()] for row in rows]
+        made[name] = pages.table(list(rows[0]), cells)
+    return made
+
+
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    draw(json.loads(source.read_text()), target)
+    source, target, page = map(Path, sys.argv[1:])
+    found = json.loads(source.read_text())
+    draw(found, target)
+    pages.write(page, tables(found))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from subprocess import CalledProcessError
@@ -96,14 +97,19 @@ def doctor(arguments: argparse.Namespace) -> int:
     argument(
         "action",
         nargs="?",
-        choices=("run", "plot", "compare", "list"),
+        choices=("run", "plot", "compare", "report", "list"),
         default="run",
-        help="run (the default), draw results, compare two of them, or list sets and implementations",
+        help="run (the default), draw results, compare two, make a report, or list sets and implementations",
     ),
-    argument("files", nargs="*", metavar="FILE.json", help="results to plot (any number) or compare (two)"),
+    argument(
+        "files",
+        nargs="*",
+        metavar="FILE.json",
+        help="results: to plot any number, to compare two, to report one or a former and a new one",
+    ),
     argument("--set", default="small", metavar="NAMES", help="sets of shapes, with commas (%(default)s)"),
     argument("--impl", metavar="NAMES", help="what is measured beside the frozen layer (all that can run)"),
-    argument("--out", metavar="PATH", help="JSON that run writes, or the folder for plot's pictures (.)"),
+    argument("--out", metavar="PATH", help="run's JSON, plot's folder (.), or the report (report.html)"),
     argument("--device", choices=("cpu", "cuda"), help="where run measures (a GPU, if there is one)"),
     argument("--rounds", type=int, default=30, metavar="N", help="times each is measured (%(default)s)"),
     argument("--limit", type=float, metavar="SECONDS", help="start no further shape after so long"),
@@ -230,13 +236,15 @@ def load_test(arguments: argparse.Namespace) -> int:
 
 
 @command(
-    argument("--shapes", nargs="+", metavar="MxNxKxr", help="tokens, outputs, inputs and rank of layers"),
+    argument("--shapes", nargs="+", metavar="MxNxKxr", help="tokens, outputs (N+N+N of a group), inputs, rank"),
     argument("--set", default="all", metavar="NAMES", help="without --shapes: sets of `bench` (%(default)s)"),
     argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of --shapes (bfloat16)"),
     argument("--dropout", type=float, default=0.0, metavar="P", help="of --shapes (%(default)s)"),
     argument("--slots", type=int, metavar="N", help="the kernels for N adapters in a batch, not for one"),
     argument("--out", metavar="FILE.json", help="the table to write (the user's table of this GPU)"),
     argument("--resume", action="store_true", help="skip what the table holds already"),
+    argument("--limit", type=float, metavar="SECONDS", help="begin no further launch after so long"),
+    argument("--candidates", metavar="FILE.json", help="configs by operation, to be measured first"),
     argument("--rounds", type=int, default=20, metavar="N", help="times each is measured (%(default)s)"),
     argument("--jobs", type=int, default=2, metavar="N", help="processes that compile (%(default)s)"),
     argument("--dry-run", action="store_true", help="print what would be measured; needs no GPU"),
@@ -253,17 +261,20 @@ def tune(arguments: argparse.Namespace) -> int:
     from lorakernels.tools.bench.registry import cases_of
     from lorakernels.tools.bench.timing import interleaved, timer
     from lorakernels.tools.tune import tuner
+    from lorakernels.tools.tune.candidates import read_list
+    from lorakernels.tools.tune.problem import Shape
 
     if arguments.shapes is None:
         cases = [case for case in cases_of(arguments.set) if case.adapters is None]
-        shapes = [(case.M, case.N, case.K, case.r, case.torch_dtype, case.dropout) for case in cases]
+        shapes: list[Shape] = [(case.M, case.N, case.K, case.r, case.torch_dtype, case.dropout) for case in cases]
     else:
         dtype = getattr(torch, arguments.dtype or "bfloat16")
         shapes = [(*_sizes(text), dtype, arguments.dropout) for text in arguments.shapes]
+    listed = read_list(Path(arguments.candidates)) if arguments.candidates else None
     if arguments.dry_run:
         arch = arguments.arch or (None if torch.cuda.is_available() else "sm_90")
         gpu = device_of(tuner.current_gpu()) if arch is None else example_of(arch)
-        tuner.print_shortlists(shapes, gpu, jobs=arguments.jobs, slots=arguments.slots)
+        tuner.print_shortlists(shapes, gpu, jobs=arguments.jobs, slots=arguments.slots, listed=listed)
         return 0
     here = tuner.current_gpu()
     out = Path(arguments.out) if arguments.out else user_path(device_of(here))
@@ -276,16 +287,22 @@ def tune(arguments: argparse.Namespace) -> int:
         slots=arguments.slots,
         resume=arguments.resume,
         jobs=arguments.jobs,
+        limit=arguments.limit,
+        listed=listed,
     )
     tuner.print_result(result, out)
     return 0 if result.ok else FAILED
 
 
-def _sizes(text: str) -> list[int]:
-    sizes = text.lower().split("x")
-    if len(sizes) != 4 or not all(size.isdecimal() for size in sizes):
-        raise ValueError(f"shape {text!r}; expected four numbers, MxNxKxr, such as 8192x4096x4096x16")
-    return [int(size) for size in sizes]
+def _sizes(text: str) -> tuple[int, int | tuple[int, ...], int, int]:
+    sizes = re.fullmatch(r"(\d+)x(\d+(?:\+\d+)*)x(\d+)x(\d+)", text.lower())
+    if sizes is None:
+        raise ValueError(
+            f"shape {text!r}; expected four numbers, MxNxKxr, such as 8192x4096x4096x16; N of a group is a sum, N+N"
+        )
+    M, N, K, r = sizes.groups()
+    Ns = tuple(map(int, N.split("+")))
+    return int(M), Ns if len(Ns) > 1 else Ns[0], int(K), int(r)
 
 
 @command(

@@ -236,7 +236,7 @@ def lora_expand(
         `out`.
 
     Raises:
-        as `lora_shrink`.
+        ValueError, TypeError, BackendError: as `lora_shrink`.
     """
     lora_Bs, single = arguments.slices_of("lora_B", lora_B)
     outs, single_out = arguments.slices_of("out", out)

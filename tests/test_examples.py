@@ -1,11 +1,14 @@
-"""The trainers' examples: the loss falls, every layer took the fused path, the files and the curves are PEFT's."""
+"""Every example runs; of the trainers the loss falls, each layer took the fused path, files and curves are PEFT's."""
 
 from __future__ import annotations
 
 import copy
 import importlib
+import json
+import runpy
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +23,59 @@ from lorakernels.integrations import peft as integration
 from lorakernels.nn.quantized import pack
 from lorakernels.testing.budget import assert_within_budget
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+# Those that other tests run.
+ELSEWHERE = {
+    "trainer_llama.py": "tests/test_examples.py",
+    "sft_llama.py": "tests/test_examples.py",
+    "minilm.py": "tests/test_examples.py",
+    "torchrun_ddp.py": "tests/integrations/test_distributed.py",
+    "ray_serve.py": "tests/integrations/test_ray.py",
+    "serve_and_query.py": "tests/integrations/test_vllm_server.py",
+}
+ARGUMENTS = {"world_plus_one.py": ["picture.svg"]}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder to write into, and what a user would get; on one thread, which is faster for models this small."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.glob("*.py")} - set(ELSEWHERE)))
+def test_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *ARGUMENTS.get(name, [])])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_notebook_runs_from_top_to_bottom() -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    matplotlib.use("Agg")
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in code), "strip the outputs"
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(code):
+        exec(compile("".join(cell["source"]), f"tour.ipynb, code cell {number}", "exec"), namespace)
+    assert len(pyplot.get_fignums()) == len(code)
+    pyplot.close("all")
+
+
+def test_the_others_run_elsewhere() -> None:
+    for name, file in ELSEWHERE.items():
+        assert name.removesuffix(".py") in (ROOT / file).read_text(), f"{file} does not run {name}"
 
 
 @pytest.fixture

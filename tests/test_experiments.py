@@ -1,4 +1,4 @@
-"""The founding experiments of docs/experiments.md."""
+"""The founding experiments of docs/what-lora-is.md."""
 
 from __future__ import annotations
 

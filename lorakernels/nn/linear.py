@@ -29,8 +29,8 @@ class LoRALinear(LoRALayer):
 
     Args:
         in_features, out_features, bias, device, dtype: as for `torch.nn.Linear`.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, use_dora, lora_bias, use_qalora,
-            qalora_group_size: as for `LoRAConfig`.
+        r, lora_alpha, lora_dropout: as for `LoRAConfig`.
+        use_rslora, init_lora_weights, use_dora, lora_bias, use_qalora, qalora_group_size: as for `LoRAConfig`.
         adapter_name: the name of the first adapter.
 
     Raises:

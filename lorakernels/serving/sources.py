@@ -98,7 +98,7 @@ def _find_parts(
     `max_rank`.
     """
     config = contents.config
-    fields = {"use_dora": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
+    fields = {"use_dora": False, "lora_bias": False, "use_qalora": False, "bias": "none", "modules_to_save": None}
     for field, off in fields.items():
         if getattr(config, field) not in (off, [], ()):
             mend = "load_adapter runs such an adapter alone, on another copy of the model"

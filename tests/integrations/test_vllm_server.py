@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import sys
 import time
@@ -193,6 +194,14 @@ def test_completions_chat_and_streams(served: Served) -> None:
         with client.completions.create(model=name, prompt=prompt, max_tokens=200, stream=True) as cut:
             next(iter(cut))  # and goes away
         assert client.completions.create(model=name, prompt=prompt, **told).choices[0].text == text
+
+
+def test_the_example_asks_every_model(served: Served) -> None:
+    shutil.copytree(served.root / "a3", served.root / "late")
+    example = runpy.run_path(str(Path(__file__).resolve().parents[2] / "examples" / "serve_and_query.py"))
+    answers = example["main"](served.url, "w30 w31 w32", "late")
+    assert {*NAMES[3:], "late"} < set(answers) and all(answers.values())
+    assert answers["late"] == answers["a3"] and len({answers[name] for name in NAMES[3:]}) == len(NAMES[3:])
 
 
 def test_what_is_wrong_is_told_without_a_trace(served: Served) -> None:

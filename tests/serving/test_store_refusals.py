@@ -147,6 +147,7 @@ def test_whole_files_that_a_mixed_batch_cannot_compute(net: Net, store: lk.Adapt
     settings: list[dict[str, Any]] = [
         {"use_dora": True},
         {"lora_bias": True},
+        {"use_qalora": True, "qalora_group_size": 4},
         {"modules_to_save": ["head"]},
         {"bias": "all"},
     ]

@@ -27,11 +27,13 @@ from lorakernels.tools.bench.compare import compare, print_comparison
 from lorakernels.tools.bench.peer import SCALING, Layer, Peer, Results, Step, Tensors, checker, make_tensors
 from lorakernels.tools.bench.peers import PEERS, choose_peers
 from lorakernels.tools.bench.registry import Case, case_of
+from lorakernels.tools.bench.report import write_report
 from lorakernels.tools.tune import tuner
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import cost_model
+import pages
 
 TINY = (
     Case(9, 24, 40, 4, 0.0, "float32"),
@@ -335,6 +337,23 @@ def test_what_is_timed_by_events_stands_apart(
     assert plot.plot(some, tmp_path) and f"{label} (events)" in labels and label not in labels
 
 
+def test_report(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    """One file that asks for nothing; what is wrong stands first, then what is furthest from its floor."""
+    rows = of_layer(rows)
+    found = copy.deepcopy(rows)
+    wrong, slow, *_ = [row for row in found if row["peer"] == "ours-torch"]
+    wrong |= {"status": "wrong", "reason": "dA is <off>"}
+    wrong.pop("ratio")
+    slow["ratio"] = [99.0, 99.5, 99.9]
+    text = write_report(found, tmp_path / "a" / "report.html", former=scaled(rows, 0.5, 0.01)).read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text) and "http" not in text and "<off>" not in text
+    assert text.count("data:image/png;base64,") == 4
+    assert 0 < text.index("wrong: dA is &lt;off&gt;") < text.index("99.500 (99.000 … 99.900)")
+    first, rest = text.split("<h2>Since the former run</h2>")
+    assert all(str(case_of(row)) in first for row in rows if row["peer"] == "ours-torch")
+    assert rest.index("slower") < rest.index("<h2>") and rows[0]["environment"]["platform"] in rest
+
+
 # ------------------------------------------------------------------------------------------- the command
 
 
@@ -351,6 +370,10 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "within the spread" in capsys.readouterr().out
     assert cli.main(["bench", "plot", first, second, "--out", str(tmp_path / "pictures")]) == 0
     assert "ratio_by_tokens.png" in capsys.readouterr().out
+    report = tmp_path / "report.html"
+    assert cli.main(["bench", "report", first, second, "--out", str(report)]) == 0
+    assert capsys.readouterr().out == f"{report}\n"
+    assert "Since the former run" in report.read_text()
     assert cli.main(["bench", "list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in (*registry.SETS, *PEERS))
@@ -365,6 +388,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         (["run", "a.json"], "takes no files"),
         (["plot"], "at least one file"),
         (["compare", "a.json"], "two files, before and after; got 1"),
+        (["report"], "a file, or two, a former run first; got 0"),
         (["plot", __file__], "is not JSON"),
     ],
 )
@@ -387,9 +411,7 @@ def test_a_failing_result_is_a_failing_status(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("name", cost_model.TABLES)
 def test_tables_of_the_cost_model(name: str) -> None:
     """To write them anew: python bench/cost_model.py docs/cost-model.md"""
-    page = (ROOT / "docs" / "cost-model.md").read_text(encoding="utf-8")
-    found = re.search(rf"<!-- table: {name} -->\n(.*?)\n<!-- end -->", page, re.DOTALL)
-    assert found is not None and found[1].strip() == cost_model.TABLES[name]().strip()
+    assert pages.read(ROOT / "docs" / "cost-model.md")[name] == cost_model.TABLES[name]().strip()
 
 
 def test_data_sheets() -> None:

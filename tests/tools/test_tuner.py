@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from lorakernels.configs.table import misfit
 from lorakernels.configs.table_file import Entry, Table, read_table, write_table
 from lorakernels.tools.compile_report import CompileRow, table_launches
 from lorakernels.tools.tune import tuner
-from lorakernels.tools.tune.candidates import candidates
+from lorakernels.tools.tune.candidates import candidates, read_list
 from lorakernels.tools.tune.problem import Problem, problems_of
 
 H100 = example_of("sm_90")
@@ -64,7 +65,7 @@ def test_candidates_fit_and_begin_with_the_heuristic(problem: Problem, arch: str
     assert all(misfit(p.operation, c, p.r, p.itemsize, p.tma, arch, tiles) is None for c in configs)
     assert any(c.tma for c in configs) == (p.operation == "linear_expand" and arch == "sm_90")
     likeliest = candidates(p, device, neighbours=False)
-    assert configs[: len(likeliest)] == likeliest and len(likeliest) <= 13
+    assert configs[: len(likeliest)] == likeliest and len(likeliest) <= 15
     fields = configs[0].to_fields()
     for config in configs[len(likeliest) :]:
         ((name, value),) = config.to_fields().items() - fields.items()
@@ -87,6 +88,33 @@ def test_problems_of_shapes() -> None:
     for wrong in ((0, 1, 1, 1, torch.float32, 0.0), (1, 1, 1, 1, torch.float64, 0.0), (1, 1, 1, 1, torch.float32, 1.0)):
         with pytest.raises(ValueError):
             problems_of([wrong])
+
+
+def test_problems_of_a_group() -> None:
+    """One pass over x for all its ranks, a product a member, and one dx over all columns together."""
+    found = [(p.operation, p.N, p.K, p.r) for p in problems_of([(512, (64, 32), 48, 8, torch.bfloat16, 0.0)])]
+    assert found[:3] == [("shrink", 48, 48, 16), ("linear_expand", 64, 48, 8), ("linear_expand", 32, 48, 8)]
+    assert ("linear_expand", 48, 96, 16) in found and ("outer", 48, 48, 16) in found
+
+
+def test_candidates_of_a_file_come_first(tmp_path: Path) -> None:
+    own = KernelConfig(BLOCK_M=32, BLOCK_K=32, num_warps=2)
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps({"shrink": [own.to_fields()]}))
+    problem = Problem("shrink", 512, 64, 64, 8, torch.bfloat16, 0.0)
+    assert candidates(problem, H100, listed=read_list(path))[1] == own
+    for content, why in (
+        ("[", "is not JSON"), ("[]", "is no list of candidates"), ('{"shrunk": []}', "has an operation 'shrunk'"),
+        ('{"shrink": [{}, {"BLOCK_K": 3}]}', "shrink, number 1: config's BLOCK_K is 3"),
+    ):  # fmt: skip
+        path.write_text(content)
+        with pytest.raises(ValueError, match=why):
+            read_list(path)
+
+
+def test_after_its_time_no_launch_is_begun(tmp_path: Path) -> None:
+    result = tune(tmp_path / "table.json", limit=-1.0)
+    assert result.tuned == [] and len(result.postponed) == len(problems_of(TINY)) and result.ok
 
 
 def test_problems_of_many_adapters() -> None:
@@ -174,7 +202,7 @@ def test_what_is_wrong_with_many_adapters_is_seen(operation: str) -> None:
 @interpreted
 def test_a_wrong_config_is_dropped_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = [KernelConfig(16, 16, 16, 16), KernelConfig(16, 16, 16, 16, GROUP_M=1), KernelConfig(32, 16, 16, 16)]
-    monkeypatch.setattr(tuner, "candidates", lambda problem, gpu: list(configs))  # of all, not of a short run
+    monkeypatch.setattr(tuner, "candidates", lambda problem, gpu, **_: list(configs))  # of all, not of a short run
     real = tuner.run
 
     def run(problem: Problem, config: KernelConfig, inputs: Any) -> Any:

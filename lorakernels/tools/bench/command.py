@@ -1,4 +1,4 @@
-"""`lorakernels bench`: run, plot, compare, list."""
+"""`lorakernels bench`: run, plot, compare, report, list."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lorakernels.tools.bench.compare import compare, print_comparison
 from lorakernels.tools.bench.peers import PEERS
 from lorakernels.tools.bench.plot import plot
 from lorakernels.tools.bench.registry import SETS, cases_of
+from lorakernels.tools.bench.report import write_report
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -28,10 +29,15 @@ def main(arguments: argparse.Namespace) -> int:
         raise ValueError("bench plot needs at least one file that lorakernels bench --out wrote")
     if action == "compare" and len(files) != 2:
         raise ValueError(f"bench compare needs two files, before and after; got {len(files)}")
+    if action == "report" and len(files) not in (1, 2):
+        raise ValueError(f"bench report needs a file, or two, a former run first; got {len(files)}")
     if action == "plot":
         print(*plot([row for file in files for row in runs.read_rows(file)], arguments.out or "."), sep="\n")
     elif action == "compare":
         print_comparison(compare(*map(runs.read_rows, files)), Console())
+    elif action == "report":
+        *former, rows = map(runs.read_rows, files)
+        print(write_report(rows, arguments.out or "report.html", *former))
     elif action == "list":
         _list(Console())
     else:

@@ -69,14 +69,15 @@ def print_comparison(changes: Sequence[Change], console: Console) -> None:
     for each in changes:
         percent = "" if each.change is None else f"{each.change:+.1%}"
         style = {"faster": "green", "slower": "red"}.get(each.verdict)
-        ratios = (_ratio(row) for row in (each.before, each.after))
+        ratios = (ratio_text(row) for row in (each.before, each.after))
         table.add_row(f"{each.operation} {each.case}", each.peer, *ratios, percent, each.verdict, style=style)
     console.print(table)
     for verdict in _VERDICTS:
         console.print(f"{sum(each.verdict == verdict for each in changes)} {verdict}")
 
 
-def _ratio(row: Row | None) -> str:
+def ratio_text(row: Row | None) -> str:
+    """Of a row, with its spread."""
     if row is None or "ratio" not in row:
         return "-"
     return spread(row["ratio"]) + (", events" if clock(row["timing"]) == EVENTS else "")

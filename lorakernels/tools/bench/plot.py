@@ -39,7 +39,7 @@ def plot(rows: Sequence[Row], folder: str | Path) -> list[Path]:
     try:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('bench plot needs matplotlib: pip install "lorakernels[bench]"') from error
+        raise ModuleNotFoundError('pictures need matplotlib: pip install "lorakernels[bench]"') from error
     timed = [row for row in rows if row["status"] == "ok" and "ratio" in row and "beyond_linear_s" not in row]
     if not timed:
         raise ValueError("no row has a time; expected results of lorakernels bench with at least one right result")

@@ -17,6 +17,9 @@ from lorakernels.kernels import lora_linear
 from lorakernels.kernels.launch import record_launches
 from lorakernels.tools.steps import layer_step, multi_step
 
+# M, N, K, r, dtype, dropout; an N that is a tuple has the widths of a group's layers.
+Shape = tuple[int, int | tuple[int, ...], int, int, torch.dtype, float]
+
 
 class Problem(NamedTuple):
     """One launch to find a config for, with the sizes that the kernel's launcher gives to `choose`."""
@@ -57,9 +60,7 @@ class Problem(NamedTuple):
         return f"{self.operation} M={self.M} N={self.N} K={self.K} r={self.r}{slots} {dtype}{dropout}"
 
 
-def problems_of(
-    shapes: Iterable[tuple[int, int, int, int, torch.dtype, float]], slots: int | None = None
-) -> list[Problem]:
+def problems_of(shapes: Iterable[Shape], slots: int | None = None) -> list[Problem]:
     """The launches of forward and backward over layers (M, N, K, r, dtype, dropout): N outputs, K inputs, M tokens.
 
     They are those that ask for a config when the steps are recorded. Each once: the table knows no dropout and no
@@ -73,26 +74,29 @@ def problems_of(
         raise ValueError(f"slots is {slots}; expected at least 1 adapter")
     problems: dict[tuple[Key, int], Problem] = {}
     for M, N, K, r, dtype, dropout in shapes:
-        if min(M, N, K, r) < 1:
+        Ns = N if isinstance(N, tuple) else (N,)
+        if min(M, *Ns, K, r) < 1:
             raise ValueError(f"shape M={M} N={N} K={K} r={r}; expected numbers of at least 1")
         if dtype not in TRITON_DTYPES:
             raise ValueError(f"dtype is {dtype}; the kernels take float32, float16 and bfloat16")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}; expected a probability in [0, 1)")
-        for asked in _asked(M, N, K, r, dtype, dropout, slots):
-            problem = Problem(asked.operation, M, asked.N, asked.K, r, dtype, dropout, slots or 1)
+        for asked in _asked(M, Ns, K, r, dtype, dropout, slots):
+            problem = Problem(asked.operation, M, asked.N, asked.K, asked.r, dtype, dropout, slots or 1)
             problems.setdefault((problem.key, M), problem)
     return list(problems.values())
 
 
-def _asked(M: int, N: int, K: int, r: int, dtype: torch.dtype, dropout: float, slots: int | None) -> list[Asked]:
+def _asked(
+    M: int, Ns: tuple[int, ...], K: int, r: int, dtype: torch.dtype, dropout: float, slots: int | None
+) -> list[Asked]:
     threshold = drop_threshold(dropout)
     with record_choices() as asked, record_launches():
         if slots is not None:
-            multi_step(dtype, M, slots, r, K, [N], threshold)
+            multi_step(dtype, M, slots, r, K, Ns, threshold)
             return asked
-        layer_step(lora_linear, dtype, M, K, [(N, r)], threshold)
+        layer_step(lora_linear, dtype, M, K, [(N, r) for N in Ns], threshold)
         # With blocks this small dy is read twice, for G and for dB: which of the two pays is to be found.
         with forced_configs({"outer": KernelConfig(BLOCK_N=SMALLEST_BLOCK)}):
-            layer_step(lora_linear, dtype, M, K, [(N, r)], threshold)
+            layer_step(lora_linear, dtype, M, K, [(N, r) for N in Ns], threshold)
     return asked

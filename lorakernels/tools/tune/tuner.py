@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from lorakernels.kernels.launch import record_launches
 from lorakernels.tools.arch import ARCHS
 from lorakernels.tools.compile_report import CompileRow, compile_report
 from lorakernels.tools.tune.candidates import candidates
-from lorakernels.tools.tune.problem import Problem, problems_of
+from lorakernels.tools.tune.problem import Problem, Shape, problems_of
 from lorakernels.tools.tune.trial import Check, Inputs, make_inputs, run
 
 # Buffers are rotated, so that no launch finds its operands in L2: they take twice its size together, within reason.
@@ -30,7 +31,7 @@ _MOST_ROTATED = 16
 Step = Callable[[], object]
 # Times of several rounds, [configs, rounds] in seconds. Each config has a list of steps: one for each rotated buffer.
 Timer = Callable[[Sequence[Sequence[Step]]], np.ndarray]
-Shapes = Iterable[tuple[int, int, int, int, torch.dtype, float]]
+Listed = Mapping[str, Sequence[KernelConfig]]  # candidates by operation
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Result:
     skipped: int = 0
     dropped: list[tuple[Problem, KernelConfig, str]] = field(default_factory=list)
     left: list[Problem] = field(default_factory=list)  # no config is right
+    postponed: list[Problem] = field(default_factory=list)  # the time was over
 
     @property
     def ok(self) -> bool:
@@ -57,7 +59,7 @@ def current_gpu() -> torch.device:
 
 
 def tune(
-    shapes: Shapes,
+    shapes: Iterable[Shape],
     out: Path,
     device: torch.device,
     timer: Timer,
@@ -67,14 +69,18 @@ def tune(
     resume: bool = False,
     jobs: int = 2,
     short: bool = False,
+    limit: float | None = None,
+    listed: Listed | None = None,
 ) -> Result:
     """Measure the candidates of every launch of these layers (M, N, K, r, dtype, dropout), and write the table `out`.
 
-    With `slots` the launches are those for many adapters, so many in a batch.
+    An N that is a tuple is a group's, of several layers of one input. With `slots` the launches are those for many
+    adapters, so many in a batch.
 
     The file is written after each entry. One that is there already keeps its other entries; with `resume` launches
     that it holds are not measured again. `timed_by` says in the table what the timer is. With `short` there are no
-    neighbours among the candidates, and none is compiled for the compile report first.
+    neighbours among the candidates, and none is compiled for the compile report first. After `limit` seconds no further
+    launch is begun. `listed` are candidates to be measured before all others.
 
     Raises:
         ValueError: `out` is not a table, or is another device's; a shape cannot be.
@@ -83,16 +89,20 @@ def tune(
     problems = problems_of(shapes, slots)
     result = Result(_table_at(out, gpu))
     done = {(entry.key, entry.M, entry.slots) for entry in result.table.entries} if resume else set()
+    end = None if limit is None else time.monotonic() + limit
     progress = tqdm(problems, desc="tune", unit="launch", disable=None)
     for problem in progress:
         if (problem.key, problem.M, problem.slots) in done:
             result.skipped += 1
             continue
+        if end is not None and time.monotonic() > end:
+            result.postponed.append(problem)
+            continue
         progress.set_postfix_str(str(problem))
         if short:
-            configs = candidates(problem, gpu, neighbours=False)
+            configs = candidates(problem, gpu, neighbours=False, listed=listed)
         else:
-            configs, faults = shortlist(problem, gpu, jobs)
+            configs, faults = shortlist(problem, gpu, jobs, listed)
             result.dropped += [(problem, config, why) for config, why in faults.items()]
         entry = _measure(problem, configs, device, timer, timed_by, result)
         if entry is None:
@@ -105,12 +115,14 @@ def tune(
     return result
 
 
-def shortlist(problem: Problem, gpu: Device, jobs: int = 2) -> tuple[list[KernelConfig], dict[KernelConfig, str]]:
+def shortlist(
+    problem: Problem, gpu: Device, jobs: int = 2, listed: Listed | None = None
+) -> tuple[list[KernelConfig], dict[KernelConfig, str]]:
     """The candidates that will be measured, and of the others what the compiler finds wrong: spills, or no room.
 
     An architecture that the compile report does not know, and the interpreter, compile nothing.
     """
-    configs = candidates(problem, gpu)
+    configs = candidates(problem, gpu, listed=listed)
     if gpu.arch not in ARCHS or interpreter_on():
         return configs, {}
     with assume(gpu), record_launches() as launches:
@@ -142,6 +154,8 @@ def _measure(
     """The entry of the fastest config whose results are right; None if there is none. The heuristic's is the first."""
     sets = [make_inputs(problem, device)]
     sets += [make_inputs(problem, device) for _ in range(_rotated(sets[0], device) - 1)]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a launch that is dependent may read what is being written ahead of it
     right, check = [], None
     for config in configs:
         try:
@@ -202,12 +216,16 @@ def print_result(result: Result, out: Path) -> None:
     for problem in result.left:
         print(f"no config is right: {problem}")
     print(f"{len(result.tuned)} launches tuned, {result.skipped} were in {out} already, {len(result.dropped)} dropped")
+    if result.postponed:
+        print(f"the time was over before {len(result.postponed)} launches; go on with --resume")
 
 
-def print_shortlists(shapes: Shapes, gpu: Device, jobs: int = 2, slots: int | None = None) -> None:
+def print_shortlists(
+    shapes: Iterable[Shape], gpu: Device, jobs: int = 2, slots: int | None = None, listed: Listed | None = None
+) -> None:
     """What `tune` would measure on this device, and which candidates the compiler rules out. Times nothing."""
     for problem in problems_of(shapes, slots):
-        configs, faults = shortlist(problem, gpu, jobs)
+        configs, faults = shortlist(problem, gpu, jobs, listed)
         print(f"{problem} on {gpu.name}: {len(configs) + len(faults)} candidates, {len(configs)} to be measured")
         for config in configs:
             print(f"  {_brief(config)}")
@@ -218,5 +236,6 @@ def print_shortlists(shapes: Shapes, gpu: Device, jobs: int = 2, slots: int | No
 def _brief(config: KernelConfig) -> str:
     c = config
     form = "cublas" if c.cublas else f"tma, {c.PROGRAMS_PER_SM} programs" if c.tma else "pointers"
+    form = ", ".join([form, *(flag for flag in ("late", "halves", "dependent", "side_stream") if getattr(c, flag))])
     tiles = f"{c.BLOCK_M}×{c.BLOCK_N}×{c.BLOCK_K}×{c.BLOCK_R}"
     return f"{tiles} split {c.SPLIT}, {c.num_warps} warps, {c.num_stages} stages, groups of {c.GROUP_M}, {form}"
