@@ -106,6 +106,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 # The interpreter is slow: of 16 bits it gets the one shape that has most.
 CASES = [("torch", dtype, shape) for dtype in DTYPES for shape in SHAPES]
+CASES += [("torch", torch.bfloat16, {"tokens": 80, "layout": layout, "r": 8}) for layout in ("plain", "peft")]
 CASES += [("triton", torch.float32, shape) for shape in SHAPES]
 CASES += [("triton", dtype, SHAPES[2]) for dtype in (torch.bfloat16, torch.float16)]
 
@@ -176,7 +177,7 @@ def test_routes_of_both_ways(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("impl", "tokens", "dtype"),
-    [("torch", 1, torch.float32), ("torch", 40, torch.bfloat16), ("triton", 40, torch.float32)],
+    [("torch", 1, torch.float32), *(("torch", T, torch.bfloat16) for T in (40, 80)), ("triton", 40, torch.float32)],
     ids=str,
 )
 def test_dropout(impl: str, tokens: int, dtype: torch.dtype, device: str) -> None:
