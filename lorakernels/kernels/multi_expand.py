@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from lorakernels.configs.heuristic import next_power_of_two
 from lorakernels.kernels.adapters import (
     Factor,
     pick_slice,
@@ -35,7 +36,7 @@ def _add_block(
     """acc + S Bᵀ over ranks r … r + BLOCK_R - 1; the planes of S are added in a fixed order as they are loaded."""
     offs_r = r + tl.arange(0, BLOCK_R)
     s = load_tile(plane(s_ptr, which, T, R), tokens, offs_r)
-    for i in range(1, NUM_PLANES):
+    for i in tl.static_range(1, NUM_PLANES):
         s += load_tile(plane(s_ptr, i * NUM_SLICES + which, T, R), tokens, offs_r)
     rows = rank_offsets(routes, b, slot, offs_r, R)
     within = offs_r < rank
@@ -109,6 +110,7 @@ def multi_expand_token_kernel(
     R,
     NUM_SLICES: tl.constexpr,
     NUM_PLANES: tl.constexpr,
+    PLANES: tl.constexpr,  # the power of two from there
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -126,10 +128,11 @@ def multi_expand_token_kernel(
     acc = tl.load(y_at, mask=offs_n < N, other=0.0).to(tl.float32)
     for r in tl.range(0, rank, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
-        s = tl.zeros((BLOCK_R,), dtype=tl.float32)
-        for i in range(NUM_PLANES):
-            s_plane = plane(s_ptr, i * NUM_SLICES + pid_s, T, R)
-            s += tl.load(s_plane.ptr + token.to(tl.int64) * R + offs_r, mask=offs_r < R, other=0.0)
+        # All planes at once: one after the other each would wait for its own load.
+        planes = tl.arange(0, PLANES)[:, None].to(tl.int64) * NUM_SLICES + pid_s
+        s_at = s_ptr + (planes * T + token) * R + offs_r[None, :]
+        s_tile = tl.load(s_at, mask=(tl.arange(0, PLANES)[:, None] < NUM_PLANES) & (offs_r[None, :] < R), other=0.0)
+        s = tl.sum(s_tile, axis=0)
         rows = rank_offsets(routes, b, slot, offs_r, R)
         inside = (offs_n[:, None] < N) & rank_mask(routes, offs_r, rank, R)[None, :]
         b_tile = tl.load(b.ptr + rows[None, :] + offs_n.to(tl.int64)[:, None] * b.strides[2], mask=inside, other=0.0)
@@ -166,6 +169,7 @@ def multi_expand(
     constexprs: dict[str, Any] = {"NUM_SLICES": num_slices, "NUM_PLANES": num_planes}
     blocks_n = cdiv(cols, config.BLOCK_N)
     if config.BLOCK_M == 1:
+        constexprs["PLANES"] = next_power_of_two(num_planes)
         launch(multi_expand_token_kernel, (T, blocks_n, len(ys)), args, constexprs, config)
         return
     constexprs |= {"SUM_SLICES": summed, "INPUT_PRECISION": input_precision(y), "ONE_BLOCK": R <= config.BLOCK_R}

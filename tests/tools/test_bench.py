@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 import cost_model
 import pages
+import simulate
 
 TINY = (
     Case(9, 24, 40, 4, 0.0, "float32"),
@@ -408,10 +409,34 @@ def test_a_failing_result_is_a_failing_status(monkeypatch: pytest.MonkeyPatch, t
 # ------------------------------------------------------------------------------------------- the documentation
 
 
-@pytest.mark.parametrize("name", cost_model.TABLES)
+@pytest.mark.parametrize("name", [*cost_model.TABLES, *simulate.TABLES])
 def test_tables_of_the_cost_model(name: str) -> None:
-    """To write them anew: python bench/cost_model.py docs/cost-model.md"""
-    assert pages.read(ROOT / "docs" / "cost-model.md")[name] == cost_model.TABLES[name]().strip()
+    """To write them anew: python bench/cost_model.py docs/cost-model.md, and python bench/simulate.py the same page."""
+    tables = cost_model.TABLES | simulate.TABLES
+    assert pages.read(ROOT / "docs" / "cost-model.md")[name] == tables[name]().strip()
+
+
+def test_the_simulation_by_hand() -> None:
+    """A pass that is fed, one that starves, one that issues too much; and a product of one wave and a bit."""
+    h200 = data_sheet("NVIDIA H200")
+    assert h200 is not None
+    fed = simulate.Kernel(
+        "train", "shrink_kernel", 132, 432_000_000, (64, 64), 32, 256, 40 << 10, 5, 10**7, 0.1, False, False
+    )
+    bandwidth, clock = 0.9 * 4.8e12, 989.4e12 / 132 / 4096
+    assert simulate.pass_seconds(fed, h200) == pytest.approx((432e6 / bandwidth + 500e-9, 43.2e6 / (4 * 132 * clock)))
+    starved = dataclasses.replace(fed, in_flight=10**6)
+    assert simulate.pass_seconds(starved, h200)[0] == pytest.approx(432e6 / 2e12 + 500e-9)
+    assert simulate.pass_seconds(dataclasses.replace(fed, programs=528), h200, ctas=1)[0] == pytest.approx(
+        432e6 / min(bandwidth, 10**7 / 4 / 500e-9) + 500e-9
+    )
+    # 64 × 34 tiles of 128 × 128 are 17 waves of 132; of 64 cycles a step of 64 at the peak, 80 in the loop.
+    cycles = 17 * (4096 / 64 * 512 / 0.8 + 3300)
+    assert simulate.product_seconds(h200, 34 * 128, 4096, (128, 128), 1, 3300) == pytest.approx(cycles / clock)
+    product = dataclasses.replace(fed, registers=172, shared=180248)
+    assert simulate.fits_beside(product, dataclasses.replace(fed, registers=80, shared=49 << 10))
+    assert not simulate.fits_beside(product, dataclasses.replace(fed, registers=81, shared=49 << 10))
+    assert not simulate.fits_beside(product, dataclasses.replace(fed, shared=50 << 10))
 
 
 def test_data_sheets() -> None:
