@@ -28,7 +28,7 @@ from lorakernels.tools.bench.counting import Counted, count
 from lorakernels.tools.bench.peer import base_product, make_tensors
 from lorakernels.tools.bench.peers import PEERS
 from lorakernels.tools.bench.registry import HEADLINE, Case
-from lorakernels.tools.steps import layer_step
+from lorakernels.tools.steps import MIXTURES, expert_step, layer_step
 
 # The shares of the data sheet that predictions assume: a large matrix product reaches about 65 % of the dense 16-bit
 # peak, a copy 82 to 100 % of the bandwidth. They are assumptions, the same for every device.
@@ -191,6 +191,38 @@ def predictions() -> str:
     return pages.table(["graph", "p", *(sheet.name for sheet in DATA_SHEETS)], rows)
 
 
+# What a mixture of this name is: the tokens and sizes of `steps.MIXTURES`, or so many tokens of it.
+_MIXTURES = {
+    "Qwen3-30B-A3B": MIXTURES[0],
+    "Qwen3-30B-A3B, 512 tokens": MIXTURES[1],
+    "gpt-oss-20b": MIXTURES[3],
+    "small": (4096, 4, 32, 1024, 512, False),
+}
+
+
+def experts() -> str:
+    """A mixture's two projections, forward and backward with rank 16, over the frozen ones' grouped products."""
+    rows = []
+    for name, (T, top_k, E, hidden, inner, transposed) in _MIXTURES.items():
+        pairs, sizes = T * top_k, ((2 * inner, hidden), (hidden, inner))
+        with assume(_ARCH), count() as counted:
+            expert_step(torch.bfloat16, T, top_k, E, hidden, inner, transposed)
+        frozen_bytes = sum(2 * 2 * (pairs * (N + K) + E * N * K) for N, K in sizes)
+        frozen_flops = sum(4 * pairs * N * K for N, K in sizes)
+        low_rank_flops = sum(6 * pairs * 16 * (N + K) for N, K in sizes)
+        extra = sum(each.bytes for each in counted) - frozen_bytes
+        cells = []
+        for sheet in DATA_SHEETS[:2]:
+            compute, memory = GEMM_SHARE * sheet.half, MEMORY_SHARES[0] * sheet.bandwidth
+            base = max(frozen_flops / compute, frozen_bytes / memory)
+            cells.append(f"{1 + (low_rank_flops / compute + extra / memory) / base:.2f}; {_NOT_MEASURED}")
+        stack = sum(2 * E * N * K for N, K in sizes)
+        numbers = (frozen_bytes, extra, stack)
+        rows.append([name, f"{T} × {top_k} of {E}", *(f"{n / _MIB:.0f}" for n in numbers), *cells])
+    head = ["mixture", "tokens × experts", "frozen, MiB", "ours beyond, MiB", "its stacks, MiB", "H200", "H100"]
+    return pages.table(head, rows)
+
+
 def floors() -> str:
     """The floor by tokens and rank, over all devices."""
     rows = []
@@ -224,7 +256,7 @@ def assumptions() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (graphs, assumptions, predictions, floors, devices)
+    table.__name__: table for table in (graphs, assumptions, predictions, experts, floors, devices)
 }
 
 

@@ -66,7 +66,7 @@ def expert_lora_linear(
             pair of token and expert as an earlier call returned them. float64, float32, float16 or bfloat16. Under
             autocast it is cast to weight's dtype: a stack is never copied.
         weight: [E, N, K], of x's dtype and any strides: give a stack [E, K, N] as `weight.mT`. Or a `PackedStack` of 4
-            or 8 bits a number, in plain torch alone: one expert is unpacked at a time.
+            or 8 bits a number, of which plain torch unpacks one expert at a time.
         lora_A: [E, r, K], any r ≥ 1, any strides and float dtype. PEFT's [r · E, K] is `A.view(E, r, K)`.
         lora_B: [E, N, r], likewise. PEFT's [N, r · E] is `B.view(N, r, E).permute(2, 0, 1)`.
         route: from `expert_route`, for these tokens and experts.

@@ -44,8 +44,7 @@ def quantize(
             in_features, of "mxfp4" always 32.
         double_quant: of "nf4" and "fp4", whether the scales have 8 bits each, as bitsandbytes' `compress_statistics`.
         exclude: names or suffixes of layers to leave alone, or a regular expression that matches whole names.
-        experts: whether the stacks of mixtures of experts that are known are packed too; their products are then plain
-            torch's, which on a GPU waits for it.
+        experts: whether the stacks of mixtures of experts that are known are packed too.
 
     Returns:
         `model` itself, with `QuantizedLinear` layers. Nothing changes when an error is raised.

@@ -2,7 +2,8 @@
 
 Rows are pairs of a token and an expert, sorted by expert. The frozen product is torch's grouped one. Those of rank r
 are batched: a few experts at a time, each padded to as many rows as the longest has, so that a lot stays in a cache.
-An expert a time takes twice as long with 32 rows each of 256 features, and in bfloat16 seven times.
+An expert a time takes twice as long with 32 rows each of 256 features, and in bfloat16 seven times. In bfloat16 experts
+of many rows take torch's grouped product here too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from lorakernels.weight import multiply
 
 _LOT_BYTES = 1 << 20  # of rows that are padded together
 _ALONE_BYTES = 3 << 16  # of an expert's rows, of which a product is worth its own call
+_GROUPED_ROWS = 32  # of an expert, in bfloat16
 
 
 def route(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
@@ -97,6 +100,17 @@ class _Spans:
         parts = zip(self.sizes, *known, *(t.unbind(0) for t in stacks), strict=True)
         return [part for size, *part in parts if size]  # type: ignore[misc]
 
+    def add_products(
+        self, y: torch.Tensor, s: torch.Tensor, factor: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> None:
+        """y [P, N] += kept ∘ (s factor) in place, of s [P, r] and factor [E, r, N]: nothing of y's size is made."""
+        if kept is None:
+            for y_e, s_e, factor_e in self.each([y, s], [factor]):
+                y_e.addmm_(s_e, factor_e)
+        else:
+            for y_e, s_e, kept_e, factor_e in self.each([y, s, kept], [factor]):
+                y_e += torch.mm(s_e, factor_e).mul_(kept_e)
+
     def own(self, stack: torch.Tensor) -> torch.Tensor:
         """Of a stack [E, …] those experts that have rows."""
         if len(self.present) == len(self.sizes):
@@ -157,7 +171,10 @@ def forward(
         adapted = mask.to(x.dtype).mul_(x)
     dtype, r = low_rank_dtype(x.dtype), lora_A.shape[1]
     s = x.new_empty((x.shape[0], r), dtype=dtype)
-    if r:
+    if _groups_ranks([adapted], weight, r, where):
+        s = F.grouped_mm(adapted, rank_rows(lora_A, dtype).mT, offs=where.starts[1:])
+        spans.add_products(y, s * (scaling * inverse_keep(threshold)), rank_rows(lora_B.mT, dtype))
+    elif r:
         A, B = rank_rows(spans.own(lora_A), dtype), rank_rows(spans.own(lora_B).mT, dtype)
         for lot in spans.lots(max(weight.shape[1:]), dtype):
             s_lot = torch.bmm(lot.pad(adapted, dtype), A[lot.experts].mT)
@@ -193,6 +210,17 @@ def backward(
     kept = None if mask is None else mask.to(dy.dtype)
     adapted = x if kept is None or x is None else x * kept
     by = scaling * inverse_keep(threshold)
+    if (need_dx or need_dA or need_dB) and _groups_ranks([dy, adapted], weight, r, where):
+        offs, A, B = where.starts[1:], rank_rows(lora_A, dtype), rank_rows(lora_B.mT, dtype)
+        g = F.grouped_mm(dy, B.mT, offs=offs).mul_(by) if need_dx or need_dA else None
+        if dx is not None and g is not None:
+            spans.add_products(dx, g, A, kept)
+        whole_A = whole_B = None
+        if need_dA and g is not None and adapted is not None:
+            whole_A = rank_room(lora_A, lora_A.dtype).copy_(F.grouped_mm(g.t(), adapted, offs=offs))
+        if need_dB and s is not None:
+            whole_B = rank_room(lora_B.mT, lora_B.dtype).copy_(F.grouped_mm((s * by).t(), dy, offs=offs))
+        return dx, whole_A, whole_B
     if r and (need_dx or need_dA or need_dB):
         A, B = rank_rows(own_A, dtype), rank_rows(own_B, dtype)
         for lot in spans.lots(max(weight.shape[1:]), dtype):
@@ -235,6 +263,16 @@ def _multiply(x: torch.Tensor, weight: torch.Tensor, where: ExpertRoute, spans: 
     for x_e, y_e, W_e in spans.each([x, y], [weight]):
         y_e.copy_(multiply(x_e, W_e))
     return y
+
+
+def _groups_ranks(rows: Sequence[torch.Tensor | None], weight: Any, r: int, where: ExpertRoute) -> bool:
+    """Whether the products of rank r are torch's grouped ones too: of experts with so many rows padding costs more."""
+    P = where.order.shape[0]
+    given = [t for t in rows if t is not None]
+    many = _GROUPED_ROWS * where.num_experts <= P and all(t.is_cpu and t.dtype is torch.bfloat16 for t in given)
+    aligned = r > 0 and not any(size % 8 for size in (r, *weight.shape[1:]))
+    aligned = aligned and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in given)
+    return many and aligned and int(where.starts[-1]) == P  # the kernels' route may have others at the end
 
 
 def _takes_grouped(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ from lorakernels.configs.device import device_of
 from lorakernels.configs.table import choose
 from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
 from lorakernels.kernels.linear_expand import multiply_ranks
+from lorakernels.kernels.packed import form_of, load_packed_kn, weight_matrix
 from lorakernels.kernels.tiles import (
     Matrix,
     descriptor,
@@ -30,6 +31,7 @@ from lorakernels.kernels.tiles import (
     tile_of,
 )
 from lorakernels.plan_layout import num_tiles, plan_layout
+from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import TALL
 
 
@@ -161,10 +163,58 @@ def expert_expand_tma_kernel(
             _finish(acc, bias_ptr, y_ptr, expert, is_known, rows, offs_n, end, N)
 
 
+@triton.jit(do_not_specialize=["P", "num_tiles"])
+def expert_expand_packed_kernel(
+    x,
+    w,  # the stack as it lies, [E · rows, columns]
+    s,
+    b,
+    mask_ptr,
+    bias_ptr,
+    y_ptr,
+    tiles_ptr,
+    K,
+    P,
+    num_tiles,
+    num_experts,
+    W_FORM: tl.constexpr,
+    PER: tl.constexpr,
+    GROUP: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """As `expert_expand_kernel`, with tiles of W that are unpacked in registers."""
+    N, R = b.cols, b.rows
+    x, s = sized(x, P, K), sized(s, P, R)
+    pid_m, pid_n = tile_of(tl.program_id(0), num_tiles * BLOCK_M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    expert, is_known, first, end = _tile(tiles_ptr, pid_m, num_experts)
+    rows = first + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = _start(s, _of_expert(b, expert, R, N), mask_ptr, pid_n, rows, offs_n, P, INPUT_PRECISION, BLOCK_R)
+    own = w.rows // num_experts
+    begin = expert.to(tl.int32) * own
+    # No return before W is read: behind a branch Triton 3.6 takes no None in a tuple.
+    for k in range(0, tl.where(is_known & (first < end), K, 0), BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        x_tile = load_tile(x, rows, offs_k)
+        if W_FORM < 8:  # rows past an expert's are none of it
+            at = tl.where(offs_n < own, begin + offs_n, w.rows)
+            w_tile = load_packed_kn(w, offs_k, at, k, 0, x_tile.dtype, W_FORM, PER, GROUP)
+        else:
+            at = tl.where(offs_k < own, begin + offs_k, w.rows)
+            w_tile = load_packed_kn(w, at, offs_n, 0, pid_n * BLOCK_N, x_tile.dtype, W_FORM, PER, GROUP)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=INPUT_PRECISION)
+    _finish(acc, bias_ptr, y_ptr, expert, is_known, rows, offs_n, end, N)
+
+
 @retried("linear_expand")
 def expert_expand(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedStack,
     s: torch.Tensor,
     rank_rows: torch.Tensor,
     plan: torch.Tensor,
@@ -174,15 +224,24 @@ def expert_expand(
 ) -> torch.Tensor:
     """y [P, N] of x [P, K] sorted by expert, weight [E, N, K], s [P, r] of `low_rank_dtype`, rank_rows [E, r, N].
 
-    `plan` is a route's; `mask` [P, ceil(N / 8)] uint8 drops elements of the low-rank term; bias is [E, N].
+    A packed weight is one that `fits_kernel`. `plan` is a route's; `mask` [P, ceil(N / 8)] uint8 drops elements of the
+    low-rank term; bias is [E, N].
     """
     (P, K), (E, N, _), R = x.shape, weight.shape, s.shape[1]
-    w_is_nk = weight.stride(2) == 1
-    flat = weight if w_is_nk else weight.mT
-    tma = P > 0 and flat.stride(0) == flat.shape[1] * flat.stride(1) and fits_descriptor(x) and fits_descriptor(flat[0])
+    tma = w_is_nk = False
+    if isinstance(weight, torch.Tensor):
+        w_is_nk = weight.stride(2) == 1
+        flat = weight if w_is_nk else weight.mT
+        dense = flat.stride(0) == flat.shape[1] * flat.stride(1)
+        tma = P > 0 and dense and fits_descriptor(x) and fits_descriptor(flat[0])
     config = _config(x, N, K, R, E, tma)
     # Of a stack [E, K, N] the rows past K are the next expert's, of which x must have none.
     tma = tma and config.tma and (w_is_nk or K % config.BLOCK_K == 0)
+    if isinstance(weight, PackedStack):
+        block_k = 64 if x.element_size() <= 2 else 16
+        config = dataclasses.replace(
+            config, BLOCK_M=min(config.BLOCK_M, 64), BLOCK_N=64, BLOCK_K=block_k, num_warps=4, num_stages=2
+        )
     y = x.new_empty((P, N))
     layout = plan_layout(E, P)
     tiles_at = {16: layout.tiles[0], 64: layout.tiles[1], TALL: layout.size}[config.BLOCK_M]
@@ -200,7 +259,12 @@ def expert_expand(
     }
     constexprs: dict[str, Any] = {"INPUT_PRECISION": input_precision(x)}
     blocks = tiles * cdiv(N, config.BLOCK_N)
-    if tma:
+    if isinstance(weight, PackedStack):
+        inner = weight.weight.t() if weight.flipped else weight.weight
+        constexprs |= form_of(inner, x.dtype, config.BLOCK_N if weight.flipped else config.BLOCK_K)
+        packed = {"x": tall(x), "w": weight_matrix(inner), "K": K}
+        launch(expert_expand_packed_kernel, (blocks,), packed | args, constexprs, config)
+    elif tma:
         w_block = (config.BLOCK_N, config.BLOCK_K) if w_is_nk else (config.BLOCK_K, config.BLOCK_N)
         matrix = flat.flatten(0, 1)
         descs = {"x_desc": descriptor(x, (config.BLOCK_M, config.BLOCK_K)), "w_desc": descriptor(matrix, w_block)}

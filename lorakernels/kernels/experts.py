@@ -17,12 +17,13 @@ from lorakernels.kernels.multi_outer import multi_outer
 from lorakernels.kernels.multi_shrink import multi_shrink
 from lorakernels.low_rank import low_rank_dtype, rank_room, rank_rows
 from lorakernels.plan import PlanTensors
+from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
 
 
 def forward(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedStack,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     bias: torch.Tensor | None,
@@ -44,7 +45,7 @@ def forward(
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PackedStack,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     where: ExpertRoute,

@@ -18,6 +18,7 @@ from lorakernels.configs.device import device_of
 from lorakernels.configs.heuristic import TMA_ARCHS
 from lorakernels.configs.table import strike_out
 
+_INTERPRETED = interpreter_on()  # of the kernels, which are imported with this
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ def may_depend(device: torch.device) -> bool:
 
     It asks for Hopper or Blackwell; in the interpreter kernels run in order.
     """
-    return device_of(device).arch in TMA_ARCHS and not interpreter_on()
+    return not _INTERPRETED and device_of(device).arch in TMA_ARCHS
 
 
 def cdiv(a: int, b: int) -> int:

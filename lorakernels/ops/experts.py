@@ -261,12 +261,8 @@ def expert_lora_linear(
     parts: tuple[torch.Tensor | None, ...] = ()
     form = ""
     if isinstance(weight, PackedStack):
-        if impl == "triton":
-            raise BackendError(
-                "impl='triton' has no kernel for a packed stack of experts; expected 'auto' or 'torch', which unpack "
-                "one expert at a time"
-            )
-        impl, form, parts, weight = "torch", weight.text, weight.weight.parts, weight.weight.data
+        impl = _impl_of_packed(weight, impl, x)
+        form, parts, weight = weight.text, weight.weight.parts, weight.weight.data
     seed = None
     if dropout_p > 0:
         seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
@@ -279,6 +275,21 @@ def expert_lora_linear(
     if transformed or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:5])):
         return _ExpertLoRALinear.apply(*inputs, form, *parts)[0]
     return LINEAR(inputs[:4], *inputs, list(parts), form)[0]
+
+
+def _impl_of_packed(stack: PackedStack, impl: str, x: torch.Tensor) -> str:
+    if resolve_impl(impl, x.device, x.dtype) == "torch":
+        return "torch"
+    from lorakernels.kernels.packed import fits_kernel
+
+    if fits_kernel(stack.weight):
+        return "triton"
+    if impl == "triton":
+        raise BackendError(
+            f"impl='triton' has no kernel for a stack that is packed so ({stack.text}); expected 'auto' or 'torch', "
+            "which unpack one expert at a time"
+        )
+    return "torch"
 
 
 def frozen_experts(

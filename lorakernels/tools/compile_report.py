@@ -251,7 +251,9 @@ def _product_faults(launch: Launch, name: str, arch: str, code: Code) -> list[st
     if _tokens(launch) < _LARGE or odd:
         return []
     faults = [] if code.tensor_core == unit else [f"a large product by {code.tensor_core} instead of {unit}"]
-    return faults if code.tma else [*faults, "a large aligned product that does not load by TMA"]
+    if code.tma or launch.constexprs.get("W_FORM"):  # of a packed weight come words, which registers unpack
+        return faults
+    return [*faults, "a large aligned product that does not load by TMA"]
 
 
 def _aligned(launch: Launch) -> bool:

@@ -16,6 +16,7 @@ from lorakernels.configs.table import forced_configs
 from lorakernels.member import Member, training_step
 from lorakernels.plan import BatchPlan
 from lorakernels.quant.packed import CODES, Form, PackedWeight
+from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
 
 # float16 alone compiles to the same instructions as bfloat16, with the other operand type.
@@ -88,6 +89,9 @@ def shipped_launches() -> list[Any]:
         expert_step(torch.float16, *MIXTURES[0])
         for mixture in MIXTURES[:3]:
             expert_step(torch.float32, *mixture)
+        for kind, mixture in itertools.product(("nf4-nested", "int8"), (MIXTURES[0], MIXTURES[2])):
+            expert_step(torch.bfloat16, *mixture, packed=kind)
+        expert_step(torch.float32, *MIXTURES[2], packed="nf4")
     return launches
 
 
@@ -177,6 +181,8 @@ def expert_step(
     inner: int,
     transposed: bool,
     threshold: int = 0,
+    *,
+    packed: str = "",
 ) -> None:
     """A training step of a mixture's two projections with PEFT's factors of rank 16, by the kernels."""
     from lorakernels.kernels import experts
@@ -187,7 +193,9 @@ def expert_step(
     seed = meta(1, dtype=torch.int64) if threshold else None
     for N, K in ((2 * inner, hidden), (hidden, inner)):
         x, dy = meta(T * top_k, K), meta(T * top_k, N)
-        weight = meta(num_experts, K, N).mT if transposed else meta(num_experts, N, K)
+        weight: Any = meta(num_experts, K, N).mT if transposed else meta(num_experts, N, K)
+        if packed:
+            weight = PackedStack(packed_weight(packed, num_experts * N, K), num_experts)
         bias = meta(num_experts, N) if transposed else None
         A, B = meta(num_experts, r, K), meta(N, r, num_experts).permute(2, 0, 1)
         _, s, mask = experts.forward(x, weight, A, B, bias, where, seed, threshold, 0.5)

@@ -90,5 +90,5 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     """Each within `tolerance` of its largest element."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        reached = float((found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-30))
+        reached = float(((found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-30)).detach())
         assert reached <= tolerance, (name, reached)

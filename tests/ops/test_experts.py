@@ -106,6 +106,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 # The interpreter is slow: of 16 bits it gets the one shape that has most.
 CASES = [("torch", dtype, shape) for dtype in DTYPES for shape in SHAPES]
+CASES += [("torch", torch.bfloat16, {"tokens": 80, "layout": layout, "r": 8}) for layout in ("plain", "peft")]
 CASES += [("triton", torch.float32, shape) for shape in SHAPES]
 CASES += [("triton", dtype, SHAPES[2]) for dtype in (torch.bfloat16, torch.float16)]
 
@@ -176,7 +177,7 @@ def test_routes_of_both_ways(device: str) -> None:
 
 @pytest.mark.parametrize(
     ("impl", "tokens", "dtype"),
-    [("torch", 1, torch.float32), ("torch", 40, torch.bfloat16), ("triton", 40, torch.float32)],
+    [("torch", 1, torch.float32), *(("torch", T, torch.bfloat16) for T in (40, 80)), ("triton", 40, torch.float32)],
     ids=str,
 )
 def test_dropout(impl: str, tokens: int, dtype: torch.dtype, device: str) -> None:
@@ -302,11 +303,28 @@ def test_packed_stacks(kind: str, options: dict[str, Any], flipped: bool) -> Non
     route = lk.expert_route(index, E)[:4]
     arguments = (x.detach(), data, A.detach(), B.detach(), bias.detach(), *route, TOP_K, False, None, 0.5, 0.0, "torch")
     torch.library.opcheck(torch.ops.lorakernels.expert_lora_linear.default, (*arguments, parts, packed.text))
-    with pytest.raises(lk.BackendError, match="no kernel for a packed stack"):
-        call(inputs._replace(weight=packed), impl="triton")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "flipped", "layout"), [("nf4", False, "peft"), ("int4", True, "plain")])
+def test_packed_stacks_by_the_kernel(kind: str, flipped: bool, layout: str, device: str) -> None:
+    """Rows and columns of an expert that are no multiples of a tile: nothing of the next expert's comes in."""
+    sizes = (24, 64) if not flipped else (64, 24)
+    inputs = make(torch.float32, sizes=sizes, layout=layout, r=3, device=device)
+    packed = pack_stack(inputs.weight.mT.contiguous() if flipped else inputs.weight.contiguous(), kind, 32)
+    inputs = inputs._replace(weight=packed.mT if flipped else packed)  # type: ignore[arg-type]
+    with record_launches() as launches:
+        call(inputs, impl="triton")
+    assert launches[-1].kernel.__name__ == "expert_expand_packed_kernel"
+    found = both_ways(inputs, False, impl="triton")
+    torch.testing.assert_close(found, both_ways(inputs, False, impl="torch"), rtol=1e-4, atol=1e-4)
 
 
 def test_stacks_that_cannot_be_packed() -> None:
+    odd = pack_stack(torch.randn(2, 64, 24), "nf4")  # blocks that cross rows
+    route = lk.expert_route(torch.zeros(1, 1, dtype=torch.int64), 2)
+    A, B = torch.randn(2, 1, 24), torch.randn(2, 64, 1)
+    with pytest.raises(lk.BackendError, match="no kernel for a stack that is packed so"):
+        lk.expert_lora_linear(torch.randn(1, 24), odd, A, B, route, impl="triton")
     with pytest.raises(ValueError, match=r"rows 0 to 3 of nf4 .* are not whole blocks"):
         pack_stack(torch.randn(2, 3, 24), "nf4")
 
