@@ -251,6 +251,8 @@ def _product_faults(launch: Launch, name: str, arch: str, code: Code) -> list[st
     if _tokens(launch) < _LARGE or odd:
         return []
     faults = [] if code.tensor_core == unit else [f"a large product by {code.tensor_core} instead of {unit}"]
+    if code.tma and code.waits > 1:
+        faults.append(f"a main loop that waits {code.waits} times for its products, where once would do")
     if code.tma or launch.constexprs.get("W_FORM"):  # of a packed weight come words, which registers unpack
         return faults
     return [*faults, "a large aligned product that does not load by TMA"]

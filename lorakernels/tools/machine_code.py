@@ -14,7 +14,10 @@ import networkx
 
 @dataclass(frozen=True)
 class Code:
-    """`loads` are the bytes a thread takes with each global load of the main loop, which has `loop` instructions."""
+    """`loads` are the bytes a thread takes with each global load of the main loop, which has `loop` instructions.
+
+    `waits` are those of them that wait for wgmma.
+    """
 
     registers: int
     spill_bytes: int
@@ -24,6 +27,7 @@ class Code:
     async_copy: bool
     loads: tuple[int, ...]
     loop: int
+    waits: int = 0
 
 
 class Instruction(NamedTuple):
@@ -60,6 +64,7 @@ def read_nvidia(usage: str, sass: str) -> Code:
         async_copy="LDGSTS" in names,
         loads=tuple(sass_load_bytes(name) for name in loop if name.startswith(("LDG.", "LDGSTS."))),
         loop=len(loop),
+        waits=sum(name.startswith("WARPGROUP.DEPBAR") for name in loop),
     )
 
 

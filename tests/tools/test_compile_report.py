@@ -123,6 +123,17 @@ def test_a_product_off_the_matrix_units_is_told(report: Any) -> None:
         assert "a 16-bit matrix product without the matrix units" in row["why"]
 
 
+@pytest.mark.parametrize("waits", [1, 4])
+def test_a_large_product_waits_once(waits: int) -> None:
+    """Where halves of an accumulator were accumulators, ptxas waited for each matrix instruction."""
+    loop = [line for n in range(4) for line in ("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24", f"IADD3 R{n}, R1, R2")]
+    loop[-waits:] = ["WARPGROUP.DEPBAR gsb0, 0x1"] * waits
+    code = read_nvidia("REG:168 STACK:0", sass(".L_x_0:", "UTMALDG.2D [UR8]", *loop, "@P1 BRA .L_x_0", "EXIT"))
+    launch = Launch(None, (1,), {"x": torch.empty(1024, 64, dtype=torch.bfloat16), "M": 1024}, {}, KernelConfig())
+    faults = compile_report._product_faults(launch, "linear_expand_tma_kernel", "sm_90", code)
+    assert code.waits == waits and bool(faults) == (waits > 1)
+
+
 def test_a_large_product_must_load_by_tma(report: Any) -> None:
     (large,) = rows_of(report, "linear_expand_toy", BLOCK_M=1024).values()
     (twin,) = rows_of(report, "linear_expand_toy", BLOCK_M=512).values()  # the same code under another config
