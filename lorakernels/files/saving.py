@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -136,8 +136,10 @@ def appearing(out: Path) -> Iterator[Path]:
     while True:
         partial = out.parent / f".{out.name[:100]}.partial-{os.getpid()}-{secrets.token_hex(4)}"
         partial.mkdir()
-        with locked(partial):
-            if not partial.exists():  # another has taken it for abandoned before it was locked
+        with ExitStack() as held:
+            with suppress(FileNotFoundError):
+                held.enter_context(locked(partial))
+            if not partial.exists():  # another has taken it for abandoned before it was locked, or even opened
                 continue
             try:
                 yield partial

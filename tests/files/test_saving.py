@@ -156,6 +156,23 @@ def test_kill_9_200_times(tmp_path: Path) -> None:
     print(f"killed {len(found)} times: {found.count(0)} as one, {found.count(1)} as the other, 0 wrong")
 
 
+def test_a_new_folder_that_another_takes_for_abandoned_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, locked = [], saving.locked
+
+    def late(folder: Path, *args: bool, **kwargs: bool) -> Any:
+        if not taken:
+            taken.append(folder)
+            folder.rmdir()
+        return locked(folder, *args, **kwargs)
+
+    monkeypatch.setattr(saving, "locked", late)
+    with saving.appearing(tmp_path / "a") as folder:
+        (folder / "file").touch()
+    assert taken and (tmp_path / "a" / "file").exists() and not leftovers(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("there", "times"),
     [(True, 8), (False, 4), *(pytest.param(there, 40, marks=pytest.mark.slow) for there in (True, False))],

@@ -94,7 +94,7 @@ def test_headline_and_decode_are_taken() -> None:
     assert kernels.count("multi_shrink_token_kernel") == kernels.count("multi_expand_token_kernel") == 2
     assert num_maps == 6  # x, W and y, and the same of dx
     expand = next(rest for kernel, *rest in launched if kernel == "linear_expand_tma_kernel")
-    assert expand[0] == [132, 1, 1] and expand[1] == 256 and expand[2] > 200_000
+    assert expand[0] == [132, 1, 1] and expand[1] == 256 and expand[2] > 170_000
 
 
 @pytest.mark.slow
