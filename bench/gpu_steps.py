@@ -192,7 +192,7 @@ def _bench(run: Run, seconds: float, sets: str, impl: str, rounds: int) -> None:
     if run.mode == "cpu":
         cases = list(cases_of("small-layer")[:2] + cases_of("small-multi")[:1])
     if run.mode == "stub":
-        return _launch(run, cases, "triton,split,fused,stacks")
+        return _launch(run, cases, "triton,split,fused,in-order,stacks")
     wrong: list[str] = []
 
     def keep_row(row: bench.Row) -> None:
@@ -236,7 +236,7 @@ def _launch(run: Run, cases: Sequence[Any], impl: str) -> None:
 
 def first_times(run: Run, seconds: float) -> None:
     """The headline and decode with the heuristic's configs, beside PEFT and others, each checked first."""
-    _bench(run, seconds, "headline,decode", "auto,split,fused,eager,peft,stacks,bmm", 15)
+    _bench(run, seconds, "headline,decode", "auto,split,fused,in-order,eager,peft,stacks,bmm", 15)
 
 
 def tuned_times(run: Run, seconds: float) -> None:
@@ -246,7 +246,7 @@ def tuned_times(run: Run, seconds: float) -> None:
     table = run.work / "table.json"
     if table.exists():
         load_table(table)
-    _bench(run, seconds, "headline,decode,tokens", "auto,split,fused,peft", 15)
+    _bench(run, seconds, "headline,decode,tokens", "auto,split,fused,in-order,peft", 15)
 
 
 def make_steps(mode: str) -> dict[str, Callable[[], object]]:

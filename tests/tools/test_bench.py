@@ -206,14 +206,14 @@ def test_a_broken_peer_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_kernels_as_peers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, which says nothing of time: so only where it is asked for like this."""
     few = case.r == 4
-    names = ["ours-triton"] if few else ["ours-fused", "ours-split"]
+    names = ["ours-triton"] if few else ["ours-fused", "ours-in-order", "ours-split"]
     for name in names:
         assert "interpreter" in str(PEERS[name].why_not(case, CPU))
         monkeypatch.setitem(PEERS, name, dataclasses.replace(PEERS[name], why_not=lambda case, device: None))
     frozen, *own = run.run([case], impl=",".join(names), device=CPU, rounds=1)[: 1 + len(names)]
     assert [row["status"] for row in (frozen, *own)] == ["ok"] * (1 + len(names)), own
     operations = {"few_tokens", "outer"} if few else {"shrink", "linear_expand", "outer"}
-    for row, graph in zip(own, ("fused", "split"), strict=False):
+    for row, graph in zip(own, ("fused", "fused", "split"), strict=False):
         assert set(row["configs"]) == operations and all(isinstance(s, str) for s in row["configs"].values())
         assert row["launches"] == 1 + cost_model.cost(graph, case).launches  # with the dropout's seed
         # x, S and a mask of a bit an element.

@@ -116,6 +116,7 @@ class Peer:
     adapter_bytes: Callable[[Case], int] = Case.adapter_bytes  # as it holds those of a batch
     adapted: bool = True
     cublas: bool | None = None  # of the kernels' base product: True, False, or as the table says
+    in_order: bool = False  # whether no launch begins before, or runs beside, another
     counted: bool = True  # a compiler or a package starts its own kernels, which nobody here counts
     on_cpu: bool = True  # whether it is measured there without being named
     packed: bool = False  # whether it takes a packed weight
@@ -128,7 +129,7 @@ class Peer:
             inputs["lora_A"], inputs["lora_B"] = t.adapters[0]
 
         def step() -> Results:
-            with base_product(t.case, t.x.device, self.cublas):
+            with base_product(t.case, t.x.device, self.cublas, self.in_order):
                 if not t.x.requires_grad:
                     with torch.no_grad():
                         return {"y": layer()}
@@ -139,18 +140,24 @@ class Peer:
         return step
 
 
-def base_product(case: Case, device: torch.device, cublas: bool | None) -> AbstractContextManager[None]:
-    """The base product by cuBLAS (True), by the kernel (False), or as the table says (None)."""
-    if cublas is None:
+def base_product(
+    case: Case, device: torch.device, cublas: bool | None, in_order: bool = False
+) -> AbstractContextManager[None]:
+    """The base product by cuBLAS (True), by the kernel (False), or as the table says (None); all `in_order` or not."""
+    if cublas is None and not in_order:
         return nullcontext()
     # A tensor descriptor asks that every row starts at a multiple of 16 bytes.
     tma = all(width * case.itemsize % 16 == 0 for width in (case.K, case.N))
-    sizes = (case.M, case.N, case.K, case.r, case.itemsize)
     # Whoever records what a step asks for does not see this.
-    config = choose_with_source("linear_expand", *sizes, device, tma).config
-    if config.cublas is cublas:
+    expand = choose_with_source("linear_expand", case.M, case.N, case.K, case.r, case.itemsize, device, tma).config
+    by = expand.cublas if cublas is None else cublas
+    forced = {"linear_expand": dataclasses.replace(expand, cublas=by, dependent=expand.dependent and not in_order)}
+    if in_order:
+        outer = choose_with_source("outer", case.M, case.N, case.N, case.r, case.itemsize, device).config
+        forced["outer"] = dataclasses.replace(outer, side_stream=False)
+    elif by is expand.cublas:
         return nullcontext()
-    return forced_configs({"linear_expand": dataclasses.replace(config, cublas=cublas)})
+    return forced_configs(forced)
 
 
 def checker(tensors: Tensors) -> Callable[[Peer], tuple[float, str | None]]:

@@ -19,9 +19,9 @@ Row = dict[str, Any]
 
 INK, QUIET = "#1f2328", "#656d76"
 # Colours that most kinds of eye tell apart (ours are blue and green), and a marker for each peer.
-_OURS = ("#5b5b5b", "#0072b2", "#56b4e9", "#004466", "#009e73", "#00d8a0", "#117733")
+_OURS = ("#5b5b5b", "#0072b2", "#56b4e9", "#004466", "#009e73", "#44aa99", "#00d8a0", "#117733")
 _OTHERS = ("#cc79a7", "#7b3294", "#d55e00", "#f0e442", "#bf812d", "#882255", "#aa4499", "#e69f00")
-STYLES = dict(zip(PEERS, zip(_OURS + _OTHERS, "os^DvdP<>Xh*p8H", strict=True), strict=True))
+STYLES = dict(zip(PEERS, zip(_OURS + _OTHERS, "os^DvxdP<>Xh*p8H", strict=True), strict=True))
 _LOOK = {
     **{"axes.grid": True, "grid.color": "#d8dee4", "grid.linewidth": 0.7, "axes.axisbelow": True},
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": QUIET},
