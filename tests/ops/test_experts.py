@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -111,9 +112,18 @@ CASES += [("triton", torch.float32, shape) for shape in SHAPES]
 CASES += [("triton", dtype, SHAPES[2]) for dtype in (torch.bfloat16, torch.float16)]
 
 
+@pytest.fixture
+def grouped_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Told of 80 tokens, has torch's grouped products made of rank r too."""
+    return lambda tokens: monkeypatch.setattr(eager_experts, "_GROUPED_ROWS", 1 if tokens == 80 else 1 << 60)
+
+
 @pytest.mark.parametrize(("impl", "dtype", "shape"), CASES, ids=str)
-def test_numbers(impl: str, dtype: torch.dtype, shape: dict[str, Any], device: str) -> None:
+def test_numbers(
+    impl: str, dtype: torch.dtype, shape: dict[str, Any], grouped_of: Callable[[int], None], device: str
+) -> None:
     """In float64 the formula; else within twice the error of the formula in that dtype. Bitwise the same twice."""
+    grouped_of(shape.get("tokens", 0))
     sorted_x = shape.get("sorted_x", False)
     inputs = make(dtype, device=device, **shape)
     found = both_ways(inputs, sorted_x, impl=impl)
@@ -180,8 +190,9 @@ def test_routes_of_both_ways(device: str) -> None:
     [("torch", 1, torch.float32), *(("torch", T, torch.bfloat16) for T in (40, 80)), ("triton", 40, torch.float32)],
     ids=str,
 )
-def test_dropout(impl: str, tokens: int, dtype: torch.dtype, device: str) -> None:
+def test_dropout(impl: str, tokens: int, dtype: torch.dtype, grouped_of: Callable[[int], None], device: str) -> None:
     """One mask forward and backward: with an A and B that show it, y and every gradient are those of x ∘ keep."""
+    grouped_of(tokens)
     inputs = make(dtype, tokens=tokens, sorted_x=True, bias=False, r=K, sizes=(K, K), device=device)
     eye = torch.eye(K, dtype=dtype, device=device).expand(E, K, K)
     inputs = inputs._replace(
