@@ -74,6 +74,20 @@ def device() -> str:
 
 
 @pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What runs writes into a temporary folder, and takes the implementation that a user would get.
+
+    On one thread: layers this small lose more to waiting threads than they gain.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LORAKERNELS_IMPL", raising=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def own_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tuning tables in a temporary folder, none read, and every warning seen anew."""
     from lorakernels.configs import table, table_file

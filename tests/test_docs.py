@@ -19,7 +19,6 @@ import torch
 
 import lorakernels as lk
 from lorakernels import cli
-from lorakernels.backend import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
@@ -68,20 +67,6 @@ def page_id(page: Path) -> str:
 
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=page_id)
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What runs writes into a temporary folder, and takes the implementation that a user would get.
-
-    On one thread: layers this small lose more to waiting threads than they gain.
-    """
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("elsewhere")

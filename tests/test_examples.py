@@ -8,7 +8,6 @@ import json
 import runpy
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,17 +36,6 @@ ELSEWHERE = {
     "serve_and_query.py": "tests/integrations/test_vllm_server.py",
 }
 ARGUMENTS = {"world_plus_one.py": ["picture.svg"]}
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder to write into, and what a user would get; on one thread, which is faster for models this small."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("elsewhere")
