@@ -33,6 +33,7 @@ _forced: Mapping[str, KernelConfig] | None = None
 _loaded: dict[str, Table] = {}  # by device name
 _struck_out: dict[tuple[str, KernelConfig, Device], str] = {}  # what a launch has found not to fit, and why
 _warned: set[str] = set()
+generation = 0  # goes up where `choose` may give another config than before
 
 
 class Choice(NamedTuple):
@@ -119,10 +120,17 @@ def forced_configs(configs: Mapping[str, KernelConfig]) -> Iterator[None]:
     """Use these configs, by operation, inside the block, in all threads: for tests and the tuner."""
     global _forced
     outer, _forced = _forced, configs
+    _next_generation()
     try:
         yield
     finally:
         _forced = outer
+        _next_generation()
+
+
+def is_recorded() -> bool:
+    """Whether this thread's choices are recorded."""
+    return _asked.get() is not None
 
 
 @contextmanager
@@ -169,6 +177,7 @@ def strike_out(operation: str, config: KernelConfig, device: torch.device, why: 
     if forced or (operation, config) not in ((e.operation, e.config) for e in tuned):
         return False
     _struck_out.setdefault((operation, config, gpu), " ".join(why.split()))
+    _next_generation()
     return True
 
 
@@ -237,6 +246,12 @@ def pipeline_bytes(operation: str, config: KernelConfig, itemsize: int) -> int:
 def _forget() -> None:
     _choice.cache_clear()
     _tables.cache_clear()
+    _next_generation()
+
+
+def _next_generation() -> None:
+    global generation
+    generation += 1
 
 
 @lru_cache(maxsize=16384)

@@ -18,7 +18,7 @@ from lorakernels.configs.device import device_of
 from lorakernels.configs.heuristic import TMA_ARCHS
 from lorakernels.configs.table import strike_out
 
-_INTERPRETED = interpreter_on()  # of the kernels, which are imported with this
+INTERPRETED = interpreter_on()  # of the kernels, which are imported with this
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -43,6 +43,7 @@ class Launch:
 
 # A thread its own: what is recorded is not run, and `explain` may be asked beside another thread's training.
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+_taken_down: ContextVar[Any] = ContextVar("taken_down", default=None)  # by a `tape`, which runs what it takes down
 
 
 def input_precision(x: torch.Tensor) -> str:
@@ -77,7 +78,7 @@ def may_depend(device: torch.device) -> bool:
 
     It asks for Hopper or Blackwell; in the interpreter kernels run in order.
     """
-    return not _INTERPRETED and device_of(device).arch in TMA_ARCHS
+    return not INTERPRETED and device_of(device).arch in TMA_ARCHS
 
 
 def cdiv(a: int, b: int) -> int:
@@ -118,15 +119,23 @@ def launch(
         return
     if 0 in grid:
         return
-    device = first_tensor(args).device
-    # Triton starts kernels on the current device, which need not be the tensors'.
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    device, tape = first_tensor(args).device, _taken_down.get()
+    options = {"grid": grid, "warmup": False, **compile_options(config, constexprs)}
+    with on_device(device):
         try:
             # `kernel[grid](…)` would gather the arguments once more, 2 µs of 45.
-            kernel.run(grid=grid, warmup=False, **args, **constexprs, **compile_options(config, constexprs))
+            if tape is None:
+                kernel.run(**args, **constexprs, **options)
+            else:
+                tape.launch(kernel, args | constexprs, options)
         except (OutOfResources, PTXASError) as error:  # before anything has run
             raise _DoesNotFit(config, device) from error
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton starts kernels on the current device, which need not be the tensors'."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 class _DoesNotFit(Exception):
@@ -177,6 +186,21 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorded.reset(outer)
 
 
+def is_watched() -> bool:
+    """Whether this thread's launches are recorded, or taken down."""
+    return _recorded.get() is not None or _taken_down.get() is not None
+
+
+@contextmanager
+def taken_down_by(tape: Any) -> Iterator[None]:
+    """Inside the block this thread's launches run, by way of `tape`, which is told of each fork and join."""
+    outer = _taken_down.set(tape)
+    try:
+        yield
+    finally:
+        _taken_down.reset(outer)
+
+
 def is_captured(device: torch.device) -> bool:
     """Whether a CUDA graph is being made of the current stream's launches."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -193,13 +217,22 @@ def side_stream(device: torch.device, enabled: bool) -> Iterator[AbstractContext
     if not enabled or device.type != "cuda":
         yield nullcontext()
         return
+    tape = _taken_down.get()
+    current, side = fork(device)
+    try:
+        yield torch.cuda.stream(side) if tape is None else tape.forked(torch.cuda.stream(side))
+    finally:
+        current.wait_stream(side)
+        if tape is not None:
+            tape.joined()
+
+
+def fork(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """The current stream, and its side stream, which waits for it."""
     current = torch.cuda.current_stream(device)
     side = _side(device.index, current.cuda_stream)
     side.wait_stream(current)
-    try:
-        yield torch.cuda.stream(side)
-    finally:
-        current.wait_stream(side)
+    return current, side
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,12 +18,14 @@ from lorakernels.kernels.linear_expand import linear_expand
 from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.packed import fits_kernel
 from lorakernels.kernels.shrink import shrink
+from lorakernels.kernels.tape import taped
 from lorakernels.low_rank import low_rank_dtype
 from lorakernels.member import Member, columns, grad_dtype, stacked, sum_rows
 
 Tensors = Sequence[torch.Tensor]
 
 
+@taped
 def forward(
     x: torch.Tensor, members: Sequence[Member], seed: torch.Tensor | None, threshold: int
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor | None]:
@@ -54,6 +56,7 @@ def _takes_few_tokens(x: torch.Tensor, members: Sequence[Member]) -> bool:
     return all([isinstance(member.weight, torch.Tensor) or fits_kernel(member.weight) for member in members])
 
 
+@taped
 def backward(
     dys: Tensors,
     x: torch.Tensor | None,
@@ -116,6 +119,7 @@ def backward(
     return dx, dA, dBs, dbiases
 
 
+@taped
 def grad_row_scale(
     dy: torch.Tensor,
     x: torch.Tensor,

@@ -14,6 +14,7 @@ from lorakernels.kernels.multi_expand import multi_expand
 from lorakernels.kernels.multi_outer import multi_outer
 from lorakernels.kernels.multi_shrink import multi_shrink
 from lorakernels.kernels.packed import fits_kernel, unpack
+from lorakernels.kernels.tape import taped
 from lorakernels.kernels.tiles import sum_planes
 from lorakernels.plan import PlanTensors
 from lorakernels.weight import linear, sum_products
@@ -21,6 +22,7 @@ from lorakernels.weight import linear, sum_products
 Tensors = list[torch.Tensor]
 
 
+@taped
 def forward(
     x: torch.Tensor,
     weights: Tensors,
@@ -52,6 +54,7 @@ def _base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tens
     return few_tokens(x, weight, x.new_empty((0, K)), x.new_empty((N, 0)), bias=bias)[0]
 
 
+@taped
 def add(x: torch.Tensor, lora_As: Tensors, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:
     """Add each slice's update to its y, in place."""
     multi_expand(_shrink(x, lora_As, plan)[0], [factor_B(B) for B in lora_Bs], plan, ys)
@@ -68,6 +71,7 @@ def _shrink(
     return multi_shrink([x] * len(factors), factors, plan, plan.scales, _width(lora_As, plan), seed, thresholds)
 
 
+@taped
 def backward(
     dys: Tensors,
     x: torch.Tensor | None,

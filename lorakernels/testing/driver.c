@@ -12,12 +12,15 @@
 
 typedef struct {
   char kernel[96];
-  unsigned grid[3], threads, shared, dependent;
+  unsigned grid[3], threads, shared, dependent, size;
+  void *stream;
+  unsigned char *params; /* of `size` bytes, one behind the other in the kernel's order */
 } Launch;
 
 typedef struct {
   char name[96];
-  int registers, most_shared;
+  int registers, most_shared, num_params;
+  unsigned short offsets[256], sizes[256];
 } Function;
 
 Launch *lk_launches;
@@ -108,6 +111,22 @@ static int registers_of(const char *info, size_t size) {
   return 0;
 }
 
+/* Where the kernel's parameters lie, and how long they are. */
+static void params_of(Function *function, const char *info, size_t size) {
+  for (size_t at = 0; at + 4 <= size;) {
+    int has_payload = info[at] == 4, length = *(const unsigned short *)(info + at + 2);
+    if (has_payload && info[at + 1] == 0x17) { /* EIATTR_KPARAM_INFO: index, ordinal, offset, and the size in 14 bits */
+      unsigned short ordinal = *(const unsigned short *)(info + at + 8);
+      if (ordinal < 256) {
+        function->offsets[ordinal] = *(const unsigned short *)(info + at + 10);
+        function->sizes[ordinal] = *(const unsigned *)(info + at + 12) >> 18;
+        if (ordinal >= function->num_params) function->num_params = ordinal + 1;
+      }
+    }
+    at += 4 + (has_payload ? length : 0);
+  }
+}
+
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   const char *image = (const char *)module;
   const Elf64_Ehdr *elf = (const Elf64_Ehdr *)image;
@@ -119,6 +138,8 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
     const char *section = names + sections[i].sh_name;
     there |= !strncmp(section, ".text.", 6) && !strcmp(section + 6, name);
     if (!strcmp(section, ".nv.info")) found->registers = registers_of(image + sections[i].sh_offset, sections[i].sh_size);
+    if (!strncmp(section, ".nv.info.", 9) && !strcmp(section + 9, name))
+      params_of(found, image + sections[i].sh_offset, sections[i].sh_size);
   }
   if (!there) return free(found), refuse(CUDA_ERROR_NOT_FOUND, "module: it has no kernel %s", name);
   snprintf(found->name, sizeof found->name, "%s", name);
@@ -176,6 +197,11 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   if (inner % 16) return refuse(CUDA_ERROR_INVALID_VALUE, "tensor map: rows of a box are %u bytes, no multiple of 16", inner);
   if (interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && inner > span)
     return refuse(CUDA_ERROR_INVALID_VALUE, "tensor map: rows of a box are %u bytes, and the swizzle spans %u", inner, span);
+  cuuint64_t *words = (cuuint64_t *)map; /* what was asked for: the driver's own form is not known */
+  memset(map, 0, sizeof *map);
+  words[0] = (cuuint64_t)address, words[1] = type + 16 * swizzle + 64 * fill;
+  for (unsigned i = 0; i < rank; i++) words[2 + i] = sizes[i], words[7 + i] = i + 1 < rank ? strides[i] : 0;
+  for (unsigned i = 0; i < rank && i < 4; i++) words[12 + i] = box[i];
   return CUDA_SUCCESS;
 }
 
@@ -196,8 +222,13 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction handle, void 
   pthread_mutex_lock(&lock);
   lk_launches = grown(lk_launches, lk_num_launches, sizeof *lk_launches);
   Launch *launch = &lk_launches[lk_num_launches++];
-  *launch = (Launch){.grid = {config->gridDimX, config->gridDimY, config->gridDimZ}, .threads = threads, .shared = config->sharedMemBytes, .dependent = dependent};
+  *launch = (Launch){.grid = {config->gridDimX, config->gridDimY, config->gridDimZ}, .threads = threads, .shared = config->sharedMemBytes, .dependent = dependent, .stream = config->hStream};
   memcpy(launch->kernel, function->name, sizeof launch->kernel);
+  for (int i = 0; i < function->num_params; i++)
+    if (function->offsets[i] + function->sizes[i] > launch->size) launch->size = function->offsets[i] + function->sizes[i];
+  launch->params = calloc(launch->size, 1);
+  for (int i = 0; params && i < function->num_params; i++)
+    memcpy(launch->params + function->offsets[i], params[i], function->sizes[i]);
   pthread_mutex_unlock(&lock);
   return CUDA_SUCCESS;
 }

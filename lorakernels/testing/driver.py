@@ -46,13 +46,17 @@ class Launched(NamedTuple):
     threads: int  # a block
     shared: int  # bytes a block
     dependent: bool  # may start before the launch ahead of it has ended
+    stream: int
+    params: bytes  # what the kernel is given; a tensor map as it was asked for
 
 
 class _Record(ctypes.Structure):
     _fields_ = (
         ("kernel", ctypes.c_char * 96),
         ("grid", ctypes.c_uint * 3),
-        *((name, ctypes.c_uint) for name in ("threads", "shared", "dependent")),
+        *((name, ctypes.c_uint) for name in ("threads", "shared", "dependent", "size")),
+        ("stream", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
     )
 
 
@@ -80,7 +84,15 @@ class CheckingDriver:
     def launches(self) -> list[Launched]:
         records = ctypes.POINTER(_Record).in_dll(self._library, "lk_launches")
         return [
-            Launched(r.kernel.decode(), (r.grid[0], r.grid[1], r.grid[2]), r.threads, r.shared, bool(r.dependent))
+            Launched(
+                r.kernel.decode(),
+                (r.grid[0], r.grid[1], r.grid[2]),
+                r.threads,
+                r.shared,
+                bool(r.dependent),
+                r.stream or 0,
+                ctypes.string_at(r.params, r.size),
+            )
             for r in (records[i] for i in range(self.num_launches))
         ]
 

@@ -97,6 +97,61 @@ def test_headline_and_decode_are_taken() -> None:
     assert expand[0] == [132, 1, 1] and expand[1] == 256 and expand[2] > 170_000
 
 
+def test_a_tape_launches_what_the_launchers_do() -> None:
+    """The same kernels with the same bytes, but that each tensor's address is another's: of arguments the new one's."""
+    found = in_a_process(
+        """
+        import contextlib
+        from types import SimpleNamespace
+        from lorakernels.kernels import launch as launches, lora_linear, tape
+        from lorakernels.member import Member, training_step
+
+        stream = lambda number: SimpleNamespace(cuda_stream=number, wait_stream=lambda other: waits.append(number))
+        current, side, waits = stream(0), stream(7), []
+        fork = lambda device: (side.wait_stream(current), (current, side))[1]
+        launches.fork = tape.fork = fork
+        torch.cuda.stream = lambda stream: contextlib.nullcontext()
+        own_side_stream = launches.side_stream
+        lora_linear.side_stream = lambda device, on: own_side_stream(torch.device("cuda", 0), on)
+
+        def empty(*shape):
+            return torch.empty(shape, dtype=torch.bfloat16)
+
+        def step(M, n):
+            x, *dys = (empty(M, 64) for _ in range(1 + n))
+            members = [Member(empty(64, 64), empty(8, 64), empty(64, 8), scaling=2.0) for _ in range(n)]
+            arguments = [t for t in (x, *dys, *(t for m in members for t in m)) if isinstance(t, torch.Tensor)]
+            before, waited = checked.num_launches, len(waits)
+            training_step(lora_linear, x, dys, members)
+            launched = checked.launches[before:]
+            kept.append(arguments)
+            return launched, [t.data_ptr() for t in arguments], waits[waited:]
+
+        kept, ran = [], []
+        run = tape.Tape.run
+        tape.Tape.run = lambda self, tensors: (ran.append(1), kept.append(tensors), run(self, tensors))[2]
+        taped = tape._Recording.tape
+        tape._Recording.tape = lambda self, *result: (kept.append(self), taped(self, *result))[1]
+        for M, n, forks in ((16, 1, 0), (1024, 3, 0), (1 << 17, 1, 1), (1 << 17, 2, 1)):
+            step(M, n)
+            (first, old, old_waits), (second, new, new_waits) = step(M, n), step(M, n)
+            assert old_waits == new_waits == [7, 0] * forks
+            renamed = {}
+            for one, other in zip(first, second, strict=True):
+                assert one[:5] == other[:5] and len(one.params) == len(other.params) > 0
+                for i in range(0, len(one.params), 8):
+                    a, b = (int.from_bytes(each.params[i : i + 8], "little") for each in (one, other))
+                    assert a == b or renamed.setdefault(a, b) == b
+            assert len(set(renamed.values())) == len(renamed)
+            assert all(renamed.get(a, b if n > 1 else None) == b for a, b in zip(old, new, strict=True))
+            beside = {each.kernel for each in second if each.stream == 7}
+            assert beside == ({"outer_kernel", "sum_planes_kernel"} if forks else set())
+        print(json.dumps([len(ran), checked.refusals]))
+        """
+    )
+    assert found == [8, []]
+
+
 @pytest.mark.slow
 def test_sizes_of_one_are_taken() -> None:
     """Triton makes constants of them: Triton 3.6 then lost strides within tuples, and did not compile rank 1."""

@@ -1,0 +1,363 @@
+"""A call's launches, taken down once and run again on other tensors that look the same.
+
+What a launcher decides follows from shapes, strides, dtypes and alignments, never from numbers on the device. So a
+call that has been seen before is a list of steps: allocations, torch's own operators, kernels that are compiled and the
+arguments that are no addresses. To run it takes no launcher, no choice of a config and nothing of Triton but its
+launcher in C.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lorakernels import backend
+from lorakernels.configs import table
+from lorakernels.configs.device import device_of
+from lorakernels.kernels.launch import (
+    INTERPRETED,
+    fork,
+    input_precision,
+    is_captured,
+    is_watched,
+    on_device,
+    taken_down_by,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+MOST = 4096  # tapes of one function; lengths of sequences may be many
+interpreted_too = False  # the interpreter is for tests, of which most are of the launchers
+_ALIGNMENT = 256  # bytes, of what lies in one allocation; kernels are compiled for multiples of 16
+_aten = torch.ops.aten
+_ALLOCATES = frozenset(
+    (_aten.new_empty.default, _aten.empty.memory_format, _aten.empty_strided.default, _aten.empty_like.default)
+)
+
+
+class _NotTaped(Exception):
+    """The call does what no tape can repeat."""
+
+
+def taped(function: Callable[P, T]) -> Callable[P, T]:
+    """For a function of tensors, and of values that are compared by ==, that launches kernels and returns new tensors.
+
+    The second call that looks the same is taken down, for of the first nobody knows whether it comes again. A tape
+    holds no tensor.
+    """
+    tapes: dict[tuple[Any, ...], Tape | bool] = {}  # True: seen; False: cannot be taped
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if is_watched() or table.is_recorded():
+            return function(*args, **kwargs)
+        tensors: list[torch.Tensor] = []
+        look: list[Any] = [table.generation, *kwargs]
+        _look(args, tensors, look)
+        _look(kwargs.values(), tensors, look)
+        device = tensors[0].device
+        if device.type != "cuda":
+            if not (backend.launches_are_checked or (INTERPRETED and interpreted_too)):
+                return function(*args, **kwargs)
+            look.append(device_of(device))
+        look += (device, input_precision(tensors[0]), is_captured(device))
+        key = tuple(look)
+        tape = tapes.get(key)
+        if tape is None or tape is False:
+            if len(tapes) >= MOST:
+                tapes.clear()
+            tapes.setdefault(key, True)
+            return function(*args, **kwargs)
+        if tape is not True:
+            return tape.run(tensors)  # type: ignore[return-value]
+        recording = _Recording(tensors)
+        with recording, taken_down_by(recording):
+            result = function(*args, **kwargs)
+        try:
+            tapes[key] = recording.tape(result, device)
+        except _NotTaped:
+            tapes[key] = False
+        return result
+
+    return call
+
+
+def _look(values: Iterable[Any], tensors: list[torch.Tensor], look: list[Any]) -> None:
+    """All that launchers may decide by. Nested tuples and lists are gone through."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            tensors.append(value)
+            look.append((value.shape, value.stride(), value.dtype, value.data_ptr() % 16))
+        elif isinstance(value, (tuple, list)):
+            look += (type(value), len(value))
+            _look(value, tensors, look)
+        else:
+            look.append(value)
+
+
+class Tape(NamedTuple):
+    """Steps take addresses, tensors and streams: the current one, the side one, and both as torch's."""
+
+    device: torch.device
+    allocations: list[tuple[Any, ...]]  # size, stride, dtype
+    steps: list[Callable[[list[int], list[torch.Tensor], list[Any]], object]]
+    result: Callable[[list[int], list[torch.Tensor], list[Any]], Any]
+
+    def run(self, tensors: list[torch.Tensor]) -> Any:
+        device = self.device
+        for size, stride, dtype in self.allocations:
+            tensors.append(torch.empty_strided(size, stride, dtype=dtype, device=device))
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        with on_device(device):
+            index = device.index if device.type == "cuda" else 0
+            streams: list[Any] = [None if INTERPRETED else driver.active.get_current_stream(index)]
+            for step in self.steps:
+                step(addresses, tensors, streams)
+        return self.result(addresses, tensors, streams)
+
+
+@dataclass
+class _Root:
+    """A tensor that others lie in: an argument, an allocation or what an operator gave."""
+
+    tensor: torch.Tensor
+    begin: int
+    end: int
+    slot: int = -1  # in a tape's tensors
+    offset: int = 0  # from there, in bytes
+    alone: bool = False  # it has an allocation of its own
+
+
+class _Op(NamedTuple):
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: _Root | None  # None where it wrote into an argument
+
+
+class _Launch(NamedTuple):
+    run: Any
+    args: dict[str, Any]
+    beside: bool
+
+
+class _Recording(TorchDispatchMode):
+    """What a call does, while it does it. Everything is kept until the end, so that no address is given out twice."""
+
+    def __init__(self, inputs: Sequence[torch.Tensor]) -> None:
+        super().__init__()
+        self.roots = [_root(tensor, alone=True) for tensor in inputs]
+        self.events: list[_Op | _Launch | str] = []
+        self.num_inputs, self.launching, self.beside, self.problem = len(inputs), False, False, False
+        self.generation = table.generation
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        if self.launching or function.is_view:
+            return result
+        if not isinstance(result, torch.Tensor):
+            self.problem = True  # several tensors, or a number of which Python knows now
+        elif function in _ALLOCATES:
+            self.roots.append(_root(result))
+        else:
+            new = not any(root.begin <= result.data_ptr() < root.end for root in self.roots)
+            root = _root(result, alone=True) if new else None
+            self.roots += [root] if root else []
+            self.events.append(_Op(function, args, kwargs, root))
+            self.problem |= self.beside
+        return result
+
+    def launch(self, kernel: Any, args: dict[str, Any], options: dict[str, Any]) -> None:
+        self.launching = True  # the interpreter runs operators of torch
+        compiled = kernel.run(**args, **options)
+        self.launching = False
+        if compiled is None:
+            run: Any = functools.partial(kernel.run, **options)
+        else:
+            run, args = compiled[(*options["grid"], 1, 1)[:3]], {name: args[name] for name in kernel.arg_names}
+        self.events.append(_Launch(run, args, self.beside))
+
+    @contextmanager
+    def forked(self, side: AbstractContextManager[object]) -> Iterator[None]:
+        self.events.append("fork")
+        with side:
+            self.beside = True
+            try:
+                yield
+            finally:
+                self.beside = False
+
+    def joined(self) -> None:
+        self.events.append("join")
+
+    def tape(self, result: Any, device: torch.device) -> Tape:
+        if self.problem or self.generation != table.generation:  # a config was refused on the way
+            raise _NotTaped
+        allocated = [root for root in self.roots[self.num_inputs :] if not root.alone]
+        given = [event.result for event in self.events if isinstance(event, _Op) and event.result is not None]
+        for tensor in _tensors(result):
+            self._find(tensor).alone = True
+        for tensor in _tensors([event[1:3] for event in self.events if isinstance(event, _Op)]):
+            if tensor.numel():
+                self._find(tensor).alone = True
+        allocations: list[tuple[Any, ...]] = []
+        room = 0
+        for slot, root in enumerate(self.roots[: self.num_inputs]):
+            root.slot = slot
+        for root in allocated:
+            if root.alone:
+                root.slot = self.num_inputs + len(allocations)
+                allocations.append((root.tensor.shape, root.tensor.stride(), root.tensor.dtype))
+            else:
+                root.offset, room = room, room + -(-(root.end - root.begin) // _ALIGNMENT) * _ALIGNMENT
+        if room:
+            for root in allocated:
+                root.slot = root.slot if root.alone else self.num_inputs + len(allocations)
+            allocations.append(((room,), (1,), torch.uint8))
+        for slot, root in enumerate(given, self.num_inputs + len(allocations)):
+            root.slot = slot
+        written = _Written(self._find)
+        steps = [written.step(event, device) for event in self.events]
+        return Tape(device, allocations, steps, written.function(written.of(result, written.tensor)))
+
+    def _find(self, tensor: torch.Tensor) -> _Root:
+        """The one root that the tensor lies in. Addresses do not tell arguments that overlap, and what is empty."""
+        begin, end = _extent(tensor)
+        found = [root for root in self.roots if root.begin <= begin < root.end and end <= root.end]
+        if len(found) != 1:
+            raise _NotTaped
+        return found[0]
+
+
+class _Written:
+    """Python for steps: an expression for each, over the addresses `p`, the tensors `t` and the constants `c`."""
+
+    def __init__(self, find: Callable[[torch.Tensor], _Root]) -> None:
+        self.find, self.constants = find, list[Any]()
+
+    def function(self, expression: str) -> Any:
+        names = {"c": self.constants, "view": _view, "described": _described, "keep": _keep}
+        return eval(f"lambda p, t, s: {expression}", names)
+
+    def constant(self, value: Any) -> str:
+        self.constants.append(value)
+        return f"c[{len(self.constants) - 1}]"
+
+    def address(self, tensor: torch.Tensor) -> str:
+        if tensor.numel() == 0:
+            return "0"
+        root = self.find(tensor)
+        offset = root.offset + tensor.data_ptr() - root.begin
+        return f"p[{root.slot}] + {offset}" if offset else f"p[{root.slot}]"
+
+    def tensor(self, tensor: torch.Tensor) -> str:
+        if tensor.numel() == 0:
+            return self.constant(tensor.new_empty(tensor.shape))
+        root = self.find(tensor)
+        offset = root.offset + tensor.data_ptr() - root.begin
+        whole, look = root.tensor, (tensor.shape, tensor.stride(), tensor.dtype)
+        if root.alone and offset == 0 and look == (whole.shape, whole.stride(), whole.dtype):
+            return f"t[{root.slot}]"
+        return f"view(t[{root.slot}], {offset}, {self.constant(look)})"
+
+    def of(self, value: Any, read: Callable[[torch.Tensor], str], named: bool = False) -> str:
+        """`value` with its tensors read anew; with `named` tuples keep their type."""
+        if isinstance(value, torch.Tensor):
+            return read(value)
+        if isinstance(value, TensorDescriptor):
+            return f"described({self.constant(_described(value, None))}, {read(value.base)})"
+        if not isinstance(value, (tuple, list)) or not _tensors(value):
+            return self.constant(value)
+        inner = ", ".join(self.of(each, read, named) for each in value)
+        if isinstance(value, list):
+            return f"[{inner}]"
+        return f"{self.constant(type(value))}({inner})" if named and hasattr(value, "_fields") else f"({inner},)"
+
+    def step(self, event: Any, device: torch.device) -> Any:
+        if isinstance(event, str):
+            return functools.partial(_fork, device) if event == "fork" else _join
+        if isinstance(event, _Op):
+            args = [self.of(each, self.tensor) for each in event.args]
+            args += [f"{name}={self.of(each, self.tensor)}" for name, each in event.kwargs.items()]
+            made = f"{self.constant(event.function)}({', '.join(args)})"
+            return self.function(made if event.result is None else f"keep({made}, p, t)")
+        if isinstance(event.run, functools.partial):
+            args = [f"{name}={self.of(each, self.tensor, True)}" for name, each in event.args.items()]
+        else:
+            args = [*(self.of(each, self.address) for each in event.args.values()), f"stream=s[{int(event.beside)}]"]
+        return self.function(f"{self.constant(event.run)}({', '.join(args)})")
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    """All in nested tuples, lists and dicts."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, TensorDescriptor):
+        return [values.base]
+    if isinstance(values, dict):
+        values = list(values.values())
+    return [tensor for each in values for tensor in _tensors(each)] if isinstance(values, (tuple, list)) else []
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first byte, and the end of the last. What has no element has no place."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum([(size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)])
+    begin = tensor.data_ptr()
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def _root(tensor: torch.Tensor, alone: bool = False) -> _Root:
+    return _Root(tensor, *_extent(tensor), alone=alone)
+
+
+def _view(base: torch.Tensor, offset: int, look: tuple[Any, ...]) -> torch.Tensor:
+    """What lies `offset` bytes from `base`, of this size, stride and dtype."""
+    size, stride, dtype = look
+    first = (base.storage_offset() * base.element_size() + offset) // dtype.itemsize
+    return torch.empty(0, dtype=dtype, device=base.device).set_(base.untyped_storage(), first, size, stride)
+
+
+class _Address:
+    """An address in the place of a descriptor's tensor, of which a launch asks no more."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _described(descriptor: Any, base: Any) -> Any:
+    """The descriptor of another tensor, past the checks of its constructor."""
+    new = object.__new__(TensorDescriptor)
+    new.__dict__.update(descriptor.__dict__)
+    new.base = _Address(base) if isinstance(base, int) else base
+    return new
+
+
+def _keep(result: torch.Tensor, addresses: list[int], tensors: list[torch.Tensor]) -> None:
+    tensors.append(result)
+    addresses.append(result.data_ptr())
+
+
+def _fork(device: torch.device, addresses: Any, tensors: Any, streams: list[Any]) -> None:
+    current, side = fork(device)
+    streams[1:] = [side.cuda_stream, current, side]
+
+
+def _join(addresses: Any, tensors: Any, streams: list[Any]) -> None:
+    _, _, current, side = streams
+    current.wait_stream(side)
