@@ -15,12 +15,14 @@ from lorakernels.kernels.expert_route import route as route
 from lorakernels.kernels.multi_lora import added
 from lorakernels.kernels.multi_outer import multi_outer
 from lorakernels.kernels.multi_shrink import multi_shrink
+from lorakernels.kernels.tape import taped
 from lorakernels.low_rank import low_rank_dtype, rank_room, rank_rows
 from lorakernels.plan import PlanTensors
 from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
 
 
+@taped
 def forward(
     x: torch.Tensor,
     weight: torch.Tensor | PackedStack,
@@ -42,6 +44,7 @@ def forward(
     return expert_expand(x, weight, s, rank_rows(lora_B.mT, lora_B.dtype), plan.buffer, bias=bias), s, mask
 
 
+@taped
 def backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,

@@ -134,6 +134,7 @@ def grad_row_scale(
     return linear_expand(x, weight, s, lora_B, scale=scaling, dot=dy)
 
 
+@taped
 def project(weight: torch.Tensor, lora_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """W Aᵀ [N, r] float32, which DoRA's norm needs, W read as x is; and A as it was multiplied."""
     lora_A = lora_A.to(low_rank_dtype(weight.dtype))

@@ -107,11 +107,13 @@ def backward(
     return dx, dAs, dBs
 
 
+@taped
 def shrink(x: torch.Tensor, lora_As: Tensors, plan: PlanTensors) -> torch.Tensor:
     """S [slices, T, R] float32, zero past each slot's rank and in rows of the base."""
     return added(_shrink(x, lora_As, plan)[0])
 
 
+@taped
 def expand(s: torch.Tensor, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:
     """Add S Bᵀ to each y, in place."""
     multi_expand(s.float().contiguous()[None], [factor_B(B) for B in lora_Bs], plan, ys)

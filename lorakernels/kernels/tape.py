@@ -34,7 +34,7 @@ from lorakernels.kernels.launch import (
 
 P = ParamSpec("P")
 T = TypeVar("T")
-MOST = 4096  # tapes of one function; lengths of sequences may be many
+MOST = 2048  # tapes of one function, of 13 KB each; lengths of sequences may be many
 interpreted_too = False  # the interpreter is for tests, of which most are of the launchers
 _ALIGNMENT = 256  # bytes, of what lies in one allocation; kernels are compiled for multiples of 16
 _aten = torch.ops.aten
@@ -226,8 +226,9 @@ class _Recording(TorchDispatchMode):
         for slot, root in enumerate(given, self.num_inputs + len(allocations)):
             root.slot = slot
         written = _Written(self._find)
-        steps = [written.step(event, device) for event in self.events]
-        return Tape(device, allocations, steps, written.function(written.of(result, written.tensor)))
+        lines = [written.step(event, device) for event in self.events]
+        *steps, last = written.functions([*lines, written.of(result, written.tensor)])
+        return Tape(device, allocations, steps, last)
 
     def _find(self, tensor: torch.Tensor) -> _Root:
         """The one root that the tensor lies in. Addresses do not tell arguments that overlap, and what is empty."""
@@ -244,11 +245,15 @@ class _Written:
     def __init__(self, find: Callable[[torch.Tensor], _Root]) -> None:
         self.find, self.constants = find, list[Any]()
 
-    def function(self, expression: str) -> Any:
+    def functions(self, expressions: Sequence[str]) -> list[Any]:
         names = {"c": self.constants, "view": _view, "described": _described, "keep": _keep}
-        return eval(f"lambda p, t, s: {expression}", names)
+        return eval(
+            f"[{', '.join(f'lambda p, t, s: {each}' for each in expressions)}]", names
+        )  # together: half the time
 
     def constant(self, value: Any) -> str:
+        if value is None or type(value) in (int, bool):
+            return repr(value)
         self.constants.append(value)
         return f"c[{len(self.constants) - 1}]"
 
@@ -282,19 +287,20 @@ class _Written:
             return f"[{inner}]"
         return f"{self.constant(type(value))}({inner})" if named and hasattr(value, "_fields") else f"({inner},)"
 
-    def step(self, event: Any, device: torch.device) -> Any:
+    def step(self, event: Any, device: torch.device) -> str:
         if isinstance(event, str):
-            return functools.partial(_fork, device) if event == "fork" else _join
+            run = functools.partial(_fork, device) if event == "fork" else _join
+            return f"{self.constant(run)}(s)"
         if isinstance(event, _Op):
             args = [self.of(each, self.tensor) for each in event.args]
             args += [f"{name}={self.of(each, self.tensor)}" for name, each in event.kwargs.items()]
             made = f"{self.constant(event.function)}({', '.join(args)})"
-            return self.function(made if event.result is None else f"keep({made}, p, t)")
+            return made if event.result is None else f"keep({made}, p, t)"
         if isinstance(event.run, functools.partial):
             args = [f"{name}={self.of(each, self.tensor, True)}" for name, each in event.args.items()]
         else:
             args = [*(self.of(each, self.address) for each in event.args.values()), f"stream=s[{int(event.beside)}]"]
-        return self.function(f"{self.constant(event.run)}({', '.join(args)})")
+        return f"{self.constant(event.run)}({', '.join(args)})"
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:
@@ -324,6 +330,8 @@ def _root(tensor: torch.Tensor, alone: bool = False) -> _Root:
 def _view(base: torch.Tensor, offset: int, look: tuple[Any, ...]) -> torch.Tensor:
     """What lies `offset` bytes from `base`, of this size, stride and dtype."""
     size, stride, dtype = look
+    if dtype is base.dtype:
+        return base.as_strided(size, stride, base.storage_offset() + offset // dtype.itemsize)
     first = (base.storage_offset() * base.element_size() + offset) // dtype.itemsize
     return torch.empty(0, dtype=dtype, device=base.device).set_(base.untyped_storage(), first, size, stride)
 
@@ -353,11 +361,11 @@ def _keep(result: torch.Tensor, addresses: list[int], tensors: list[torch.Tensor
     addresses.append(result.data_ptr())
 
 
-def _fork(device: torch.device, addresses: Any, tensors: Any, streams: list[Any]) -> None:
+def _fork(device: torch.device, streams: list[Any]) -> None:
     current, side = fork(device)
     streams[1:] = [side.cuda_stream, current, side]
 
 
-def _join(addresses: Any, tensors: Any, streams: list[Any]) -> None:
+def _join(streams: list[Any]) -> None:
     _, _, current, side = streams
     current.wait_stream(side)
