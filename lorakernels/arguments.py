@@ -227,6 +227,8 @@ def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for x's device."""
     if not isinstance(x, torch.Tensor):
         raise no_tensor("x", x)
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 

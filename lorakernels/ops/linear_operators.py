@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,45 +82,52 @@ def gradients(
     """dx, and what `needs` asks for of each member; dA's are views of one tensor. `s` has each member's."""
     body = implementation(impl, dys[0])
     x2: Any = None if x is None else as_matrix(x)
-    found: list[Gradients] = []
-    rows, need_dbias = [], []
-    for dy, (weight, _, lora_B, _, row_scale, scaling), s_i, need in zip(dys, members, s, needs, strict=True):
-        own: Gradients = [None, None, None, None, None]
-        dy2, dbias = as_matrix(dy), need[3]
-        if row_scale is not None:
-            if need[4]:
-                low_rank = (s_i, lora_B) if scaling else None
-                own[4] = body.grad_row_scale(dy2, x2, weight, low_rank, scaling).to(row_scale.dtype)
-            if dbias:
-                own[3], dbias = sum_rows(dy2).to(dy.dtype), False
-            # The gradient of what is scaled, once, for all the products below.
-            dy2 = torch.mul(dy2, row_scale, out=torch.empty_like(dy2))
-        found.append(own)
-        rows.append(dy2)
-        need_dbias.append(dbias)
+    rows: list[torch.Tensor] = [as_matrix(dy) for dy in dys]
+    need_dbias = [need[3] for need in needs]
+    scaled: list[tuple[Any, Any]] = [(None, None)] * len(rows)
+    for i, (member, need) in enumerate(zip(members, needs, strict=True)):
+        if member.row_scale is not None:
+            rows[i], scaled[i] = _through_row_scale(body, rows[i], x2, member, s[i], need)
+            need_dbias[i] = False
     if any([member.scaling for member in members]):
         dx, dA, dBs, dbiases = body.backward(
             rows, x2, members, s, mask if mask is not None and mask.numel() else None, threshold,
             need_dx=need_dx, need_dA=any([need[1] for need in needs]), need_dB=[need[2] for need in needs],
             need_dbias=need_dbias,
         )  # fmt: skip
-        dAs: Any = dA if dA is None else columns(dA, members, dim=0)
+        dAs: Any = columns(dA, members, dim=0) if dA is not None else [None] * len(rows)
     else:
         dx = sum_products(rows, [member.weight.t() for member in members]) if need_dx else None
         dAs, dBs = ([_zeros(factor) for factor in factors] for factors in list(zip(*members, strict=True))[1:3])
         dbiases = [sum_rows(dy).to(dy.dtype) if dbias else None for dy, dbias in zip(rows, need_dbias, strict=True)]
-    for i, (own, need, member) in enumerate(zip(found, needs, members, strict=True)):
-        if need[0]:
-            own[0] = cast(rows[i].t() @ x2, member.weight.dtype)
-        if need[1]:
-            own[1] = cast(dAs[i], member.lora_A.dtype)
-        if need[2]:
-            own[2] = dBs[i]
-        if need_dbias[i]:
-            own[3] = dbiases[i]
+    found: list[Gradients] = []
+    for dy, member, need, dA, dB, dbias, (own_dbias, drow_scale) in zip(
+        rows, members, needs, dAs, dBs, dbiases, scaled, strict=True
+    ):
+        dW = cast(dy.t() @ x2, member.weight.dtype) if need[0] else None
+        dA = cast(dA, member.lora_A.dtype) if need[1] else None
+        found.append([dW, dA, dB if need[2] else None, dbias if own_dbias is None else own_dbias, drow_scale])
     if dx is not None and dys[0].dim() != 2:
         dx = dx.view(*dys[0].shape[:-1], members[0].weight.shape[1])
     return dx, found
+
+
+def _through_row_scale(
+    body: ModuleType,
+    dy: torch.Tensor,
+    x: Any,
+    member: Member,
+    s: torch.Tensor | None,
+    need: Sequence[bool],
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """The gradient of what a row scale multiplies, once, for all the products; dbias and drow_scale as needed."""
+    row_scale: Any = member.row_scale
+    dbias = sum_rows(dy).to(dy.dtype) if need[3] else None
+    drow_scale = None
+    if need[4]:
+        low_rank = (s, member.lora_B) if member.scaling else None
+        drow_scale = body.grad_row_scale(dy, x, member.weight, low_rank, member.scaling).to(row_scale.dtype)
+    return torch.mul(dy, row_scale, out=torch.empty_like(dy)), (dbias, drow_scale)
 
 
 def _gradients_fake(
