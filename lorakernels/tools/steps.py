@@ -49,7 +49,7 @@ _GLUON = KernelConfig(
 def shipped_launches() -> list[Any]:
     """What the compile gate compiles: forward and backward over dtypes, forms, ranks, alignment and dropout."""
     from lorakernels.kernels import lora_linear
-    from lorakernels.kernels.launch import record_launches
+    from lorakernels.kernels.launch import as_if_captured, record_launches
 
     step, (N, K), (odd_N, odd_K), single = partial(layer_step, lora_linear), ALIGNED, ODD, torch.float32
     with record_launches() as launches:
@@ -68,6 +68,12 @@ def shipped_launches() -> list[Any]:
             step(torch.bfloat16, M, K, [(N, 16)], factor_dtype=single, packed=kind)
         for dtype, kind in ((single, "nf4"), (torch.bfloat16, "mxfp4")):
             step(dtype, TOKENS[1], K, [(N, 16)], packed=kind)
+        with as_if_captured():
+            for dtype, M, r in itertools.product(DTYPES, TOKENS[:-1], RANKS):
+                step(dtype, M, K, [(N, r)], bias=True)
+            for threshold in (0, _THRESHOLD):
+                step(torch.float16, TOKENS[1], K, [(N, 16)], threshold, factor_dtype=single, bias=True, row_scale=True)
+            step(torch.bfloat16, TOKENS[1], K + 1, [(N + 3, 5)], factor_dtype=single, bias=True, row_scale=True)
         if device_of(torch.device("meta")).arch == "sm_90":
             with forced_configs({"linear_expand": _GLUON}):
                 step(torch.bfloat16, TOKENS[-1], K, [(N, 16)], factor_dtype=single, bias=True)
