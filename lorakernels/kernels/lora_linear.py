@@ -40,9 +40,10 @@ def forward(
     if not _takes_few_tokens(x, members):
         s, mask = shrink(x, stacked(members), seed, threshold)
     elif is_captured(x.device) and _forks(x, members):
+        A = stacked(members)
         with side_stream(x.device, True) as side:
             with side:
-                s, mask = shrink(x, stacked(members), seed, threshold)
+                s, mask = shrink(x, A, seed, threshold)
             bases = [multiply(x, m.weight, m.bias if m.row_scale is None else None) for m in members]
         members = [m if m.row_scale is not None else m._replace(bias=None) for m in members]
     else:

@@ -237,7 +237,8 @@ def sum_planes_kernel(planes_ptr, out_ptr, num_planes, numel, BLOCK: tl.constexp
     for first in range(0, num_planes, PLANES_AT_ONCE):
         # Asked for together: few programs, each waiting for plane after plane, would take a load's time for each.
         for i in tl.static_range(PLANES_AT_ONCE):
-            total += tl.load(plane_ptr + offs, mask=inside & (first + i < num_planes), other=0.0)
+            there = tl.where(first + i < num_planes, numel, 0)
+            total += tl.load(plane_ptr + offs, mask=offs < there, other=0.0)
             plane_ptr += numel
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import weakref
@@ -18,6 +19,7 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume
 from lorakernels.configs.heuristic import MULTI_OPERATIONS
 from lorakernels.kernels import tape
+from lorakernels.kernels.launch import as_if_captured
 from lorakernels.testing.cases import LINEAR_CASES, LinearCase, leaves_of, make_inputs
 from lorakernels.testing.device import COMPILED, DEVICE
 from lorakernels.testing.multi_cases import MULTI_CASES, MultiCase, make_multi_inputs
@@ -55,11 +57,12 @@ def assert_same(call: Callable[[int], list[Any]], steps: list[int], tapes: int) 
         assert one is None or (torch.equal(one, other) and (one.stride(), one.dtype) == (other.stride(), other.dtype))
 
 
-@pytest.mark.parametrize("few", [True, False], ids=["few", "general"])
+@pytest.mark.parametrize("form", ["few", "forked", "general"])
 @pytest.mark.parametrize("case", [case for case in LINEAR_CASES if case.name in LINEAR_NAMES], ids=str)
-def test_a_layer_is_the_same(case: LinearCase, few: bool, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    if not few:
+def test_a_layer_is_the_same(case: LinearCase, form: str, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if form == "general":
         monkeypatch.setattr(table, "FEW_TOKENS", 0)
+    monkeypatch.setattr(table, "FORKED_SECONDS", 0.0)
 
     def call(seed: int) -> list[Any]:
         inputs = make_inputs(case, torch.float32, DEVICE, seed)
@@ -69,7 +72,7 @@ def test_a_layer_is_the_same(case: LinearCase, few: bool, steps: list[int], monk
         y.backward(inputs.dy)
         return [y.detach(), *(leaf.grad for leaf in leaves.values())]
 
-    with table.forced_configs(FORCED):
+    with table.forced_configs(FORCED), as_if_captured() if form == "forked" else contextlib.nullcontext():
         assert_same(call, steps, 2 + case.row_scale)
 
 
