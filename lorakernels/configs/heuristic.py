@@ -36,7 +36,7 @@ def heuristic(
     # of 8 KiB have 1 MB in flight, where 4.8 TB/s at 500 ns ask for 2.4. AMD's compiler keeps tiles in registers.
     fed = 4 if arch.startswith("sm_") else 2
     if batch is not None:
-        return _multi(operation, M, K, r, itemsize, batch, fed)
+        return _multi(operation, M, K, r, itemsize, batch, fed, arch in TMA_ARCHS)
     M = next_power_of_two(M)
     # Sixteen-bit tiles are sized for the matrix units. Exact float32 products are made element by element from
     # registers, and rows that start at odd addresses are loaded so: both take smaller tiles, or they spill.
@@ -95,7 +95,9 @@ def heuristic(
     raise ValueError(f"there is no operation {operation!r}; operations: {', '.join(OPERATIONS)}")
 
 
-def _multi(operation: str, T: int, cols: int, max_rank: int, itemsize: int, batch: Batch, fed: int) -> KernelConfig:
+def _multi(
+    operation: str, T: int, cols: int, max_rank: int, itemsize: int, batch: Batch, fed: int, dependent: bool
+) -> KernelConfig:
     """Of T tokens; `cols` is the longest summed (multi_shrink) or produced (the others) dimension of the slices."""
     wide = itemsize <= 2
     easy = wide and cols % 8 == 0
@@ -117,7 +119,8 @@ def _multi(operation: str, T: int, cols: int, max_rank: int, itemsize: int, batc
         # Columns that start at odd addresses are loaded element by element, and 128 of them spill.
         block_n = 128 if height == 1 or easy else 64 if wide else 32
         # Nor do 32 rank rows of float32 fit: 8 bytes on sm_80, and by triton 3.6 on sm_100.
-        return KernelConfig(height, block_n, BLOCK_R=block_r if wide and height > 1 else 16)
+        block_r = block_r if wide and height > 1 else 16
+        return KernelConfig(height, block_n, BLOCK_R=block_r, dependent=dependent and height == 1)
     if operation == "multi_outer":
         block_n = 64 if wide else 32
         blocks = cdiv(cols, block_n) * cdiv(max_rank, block_r) * min(batch.slots, max(T, 1)) * batch.slices

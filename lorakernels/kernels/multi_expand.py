@@ -22,7 +22,7 @@ from lorakernels.kernels.adapters import (
     tile_of_tokens,
     tokens_from,
 )
-from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, may_depend, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import cast_factor, drop, load_tile, plane, store_tile, tall
 from lorakernels.plan import PlanTensors
@@ -123,6 +123,7 @@ def multi_expand_token_kernel(
     NUM_SLICES: tl.constexpr,
     NUM_PLANES: tl.constexpr,
     PLANES: tl.constexpr,  # the power of two from there
+    DEPENDENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -134,6 +135,8 @@ def multi_expand_token_kernel(
     if tl.program_id(1) * BLOCK_N >= N:
         return
     slot, rank = adapter_of_token(routes, token, R)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
     # All planes at once: one after the other each would wait for its own load.
     planes = tl.arange(0, PLANES)[:, None]
     s_row = s_ptr + ((planes.to(tl.int64) * NUM_SLICES + pid_s) * T + token) * R
@@ -159,10 +162,13 @@ def multi_expand(
     plan: PlanTensors,
     ys: list[torch.Tensor],
     mask: torch.Tensor | None = None,
+    *,
+    behind_s: bool = False,
 ) -> None:
     """Add S Bᵀ to each of ys [T, N], in place; to the one y the sum of all slices, through dropout's mask if given.
 
-    s is [planes, slices, T, R] float32, contiguous. Rows of the base are left as they are.
+    s is [planes, slices, T, R] float32, contiguous. Rows of the base are left as they are. `behind_s`: the launch right
+    ahead of this one makes S, and what was ahead of that has ended.
     """
     num_planes, num_slices, T, R = s.shape
     y = ys[0]
@@ -181,6 +187,8 @@ def multi_expand(
     blocks_n = cdiv(cols, config.BLOCK_N)
     if config.BLOCK_M == 1:
         constexprs["PLANES"] = next_power_of_two(num_planes)
+        # The plan is read before the wait: not where the launch ahead may have written it.
+        constexprs["DEPENDENT"] = behind_s and config.dependent and may_depend(y.device)
         launch(multi_expand_token_kernel, (T, blocks_n, len(ys)), args, constexprs, config)
         return
     constexprs |= {"SUM_SLICES": summed, "INPUT_PRECISION": input_precision(y), "ONE_BLOCK": R <= config.BLOCK_R}

@@ -21,7 +21,7 @@ from lorakernels.kernels.adapters import (
     tile_of_tokens,
     tokens_from,
 )
-from lorakernels.kernels.launch import cdiv, launch, retried
+from lorakernels.kernels.launch import cdiv, launch, may_depend, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import cast_factor, dot_factor, draw, load_tile, plane, store_tile, summed_columns, tall
 from lorakernels.plan import PlanTensors
@@ -89,11 +89,14 @@ def multi_shrink_token_kernel(
     scales_ptr,
     T,
     R,
+    SIGNALS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """A program a token, block of its rank, slice and part of the sum: products by element, no matrix units."""
+    if SIGNALS:  # a launch that is dependent may start while this one still runs
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     num_blocks_r = tl.cdiv(R, BLOCK_R)
     pid_s = tl.program_id(1) // num_blocks_r
@@ -157,6 +160,7 @@ def multi_shrink(
     constexprs: dict[str, Any] = {"NUM_SLICES": len(xs)}
     blocks = len(xs) * cdiv(width, config.BLOCK_R)
     if config.BLOCK_M == 1:
+        constexprs["SIGNALS"] = may_depend(x.device)
         launch(multi_shrink_token_kernel, (T, blocks, config.SPLIT), args, constexprs, config)
     else:
         args |= {"mask_ptr": mask, "seed_ptr": seed if dropout else None, "thresholds_ptr": thresholds}

@@ -82,6 +82,8 @@ def shipped_launches() -> list[Any]:
             multi_step(torch.bfloat16, T, slots, 64, 4096, (4096,), paged=True, train=False)
             multi_step(torch.float32, T, slots, 16, 4096, (4096,), paged=T == 64, train=False)
         multi_step(torch.bfloat16, *BATCHES[0], 16, 4096, (4096,), train=False, packed="nf4")
+        for paged in (False, True):
+            multi_step(torch.bfloat16, *BATCHES[0], 64, 4096, QKV, update=True, paged=paged)
         for dtype in DTYPES:
             multi_step(dtype, *BATCHES[-1], 16, 4096, (4096,), _THRESHOLD)
         multi_step(torch.float16, *BATCHES[-1], 16, 4096, (4096,), _THRESHOLD, factor_dtype=single)
@@ -156,9 +158,10 @@ def multi_step(
     factor_dtype: torch.dtype | None = None,
     paged: bool = False,
     train: bool = True,
+    update: bool = False,
     packed: str = "",
 ) -> None:
-    """A forward, or a training step, of slices of widths Ns for many adapters, by the kernels."""
+    """A forward, or a training step, or the update alone, of slices of widths Ns for many adapters, by the kernels."""
     from lorakernels.kernels import multi_lora
 
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -170,6 +173,9 @@ def multi_step(
     own = factor_dtype or dtype
     As = [meta(slots * R, K, of=own) if paged else meta(slots, R, K, of=own) for _ in Ns]
     Bs = [meta(slots * R, N, of=own) if paged else meta(slots, N, R, of=own) for N in Ns]
+    if update:
+        multi_lora.add(x, As, Bs, plan, dys)
+        return
     seed, thresholds = (meta(1, of=torch.int64), meta(slots + 1, of=torch.int32)) if threshold else (None, None)
     _, s, mask = multi_lora.forward(
         x, weights, [None] * len(Ns), As, Bs, plan, keep_s=train, seed=seed, thresholds=thresholds
