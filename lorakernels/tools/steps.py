@@ -69,11 +69,12 @@ def shipped_launches() -> list[Any]:
         for dtype, kind in ((single, "nf4"), (torch.bfloat16, "mxfp4")):
             step(dtype, TOKENS[1], K, [(N, 16)], packed=kind)
         with as_if_captured():
-            for dtype, M, r in itertools.product(DTYPES, TOKENS[:-1], RANKS):
-                step(dtype, M, K, [(N, r)], bias=True)
+            for M, r in itertools.product((1, 64), RANKS):
+                step(torch.bfloat16, M, K, [(N, r)], bias=True)
+                step(single, M, 2 * K, [(N // 4, r // 2)], bias=True, row_scale=True)
             for threshold in (0, _THRESHOLD):
-                step(torch.float16, TOKENS[1], K, [(N, 16)], threshold, factor_dtype=single, bias=True, row_scale=True)
-            step(torch.bfloat16, TOKENS[1], K + 1, [(N + 3, 5)], factor_dtype=single, bias=True, row_scale=True)
+                step(torch.float16, 64, K, [(N, 16)], threshold, factor_dtype=single, bias=True, row_scale=True)
+            step(torch.bfloat16, 16, 2 * K + 1, [(N // 2 + 3, 5)], factor_dtype=single, bias=True, row_scale=True)
         if device_of(torch.device("meta")).arch == "sm_90":
             with forced_configs({"linear_expand": _GLUON}):
                 step(torch.bfloat16, TOKENS[-1], K, [(N, 16)], factor_dtype=single, bias=True)
