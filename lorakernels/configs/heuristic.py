@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.data_sheet import speed_of
 
 OPERATIONS = ("shrink", "linear_expand", "few_tokens", "outer")
 MULTI_OPERATIONS = ("multi_shrink", "multi_expand", "multi_outer")
@@ -16,6 +17,8 @@ _MOST_TOKENS = 64
 _FULL_TILES = 32
 # Enough programs to fill an H100 or H200 (132 multiprocessors) about once; and of small ones, which take one tile each.
 _PROGRAMS, _SMALL_PROGRAMS = 128, 1024
+# What x Aᵀ of few tokens takes: two launches, the second adds planes, and 1 µs between them.
+_FORKED_SECONDS = 4e-6
 # Hopper and Blackwell copy tiles by TMA; elsewhere descriptors become plain loads.
 TMA_ARCHS = ("sm_90", "sm_100")
 
@@ -79,7 +82,13 @@ def heuristic(
         warps = 8 if block_m == 64 or not wide else 4
         # With four stages a config of float32 spills 16 bytes on sm_90.
         stages = fed if wide else 2
-        return KernelConfig(block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps, num_stages=stages)
+        # In a CUDA graph: the library's product, x Aᵀ beside it, and a launch more that adds S Bᵀ, where the one kernel
+        # takes two more for the planes of its sum. By `bench/simulate.py` that is 1.26 of the frozen layer for 1.49 (64
+        # tokens, 4096 → 4096, H200); with no planes (4096 → 14336) it would be 1.08 for 1.01. And where x Aᵀ is hidden.
+        forks = split > 1 and N * K * itemsize >= _FORKED_SECONDS * speed_of(arch).bandwidth
+        return KernelConfig(
+            block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps, num_stages=stages, side_stream=forks
+        )
     if operation == "outer":
         block_m = 64 if easy else 32
         # A pass of many tokens runs beside dx, small enough for what that leaves of a multiprocessor. By itself it is

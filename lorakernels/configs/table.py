@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -28,7 +28,6 @@ from lorakernels.configs.table_file import Table, key_of, read_table
 # a block of columns is no longer much wider than the rank.
 FEW_TOKENS = 256
 FEW_TOKENS_MAX_RANK = 64
-FORKED_SECONDS = 4e-6  # of x Aᵀ: two launches and what is between them
 
 _forced: Mapping[str, KernelConfig] | None = None
 _loaded: dict[str, Table] = {}  # by device name
@@ -64,19 +63,6 @@ _asked: ContextVar[list[Asked] | None] = ContextVar("asked", default=None)  # a 
 def takes_few_tokens_form(M: int, r: int, itemsize: int) -> bool:
     """Whether the layer is one kernel, which makes x Aᵀ again for each block of output columns."""
     return M <= FEW_TOKENS and r <= (FEW_TOKENS_MAX_RANK if itemsize <= 2 else FEW_TOKENS_MAX_RANK // 2)
-
-
-def forks_few_tokens(M: int, Ns: Sequence[int], K: int, r: int, itemsize: int, device: torch.device) -> bool:
-    """Whether few tokens take, in a CUDA graph, the library's products, x Aᵀ beside them, and launches that add S Bᵀ.
-
-    Each of these waits 1 µs to start, and reads and writes y. But where the one kernel splits its sum, two such add its
-    planes: by `bench/simulate.py` that is 1.49 of the frozen layer and this 1.26 (64 tokens, 4096 → 4096, H200). Where
-    it need not (4096 → 14336) that is 1.01 and this 1.08. x Aᵀ and the sum of its planes are to be hidden, so W must
-    not take less to be read.
-    """
-    if min([choose("few_tokens", M, N, K, r, itemsize, device).SPLIT for N in Ns]) == 1:
-        return False
-    return sum(Ns) * K * itemsize >= FORKED_SECONDS * speed_of(device_of(device).arch).bandwidth
 
 
 def takes_one_pass(N: int, r: int, itemsize: int, block_n: int) -> bool:
@@ -229,8 +215,8 @@ def misfit(
     if config.dependent and (operation not in ("linear_expand", "multi_expand") or arch not in TMA_ARCHS):
         on = " and ".join(TMA_ARCHS)
         return f"dependent is for linear_expand and multi_expand on {on}, not for {operation} on {arch}"
-    if config.side_stream and operation != "outer":
-        return f"side_stream is for outer, not for {operation}"
+    if config.side_stream and operation not in ("outer", "few_tokens"):
+        return f"side_stream is for outer and few_tokens, not for {operation}"
     if operation == "few_tokens" and r > config.BLOCK_R:
         return f"few_tokens holds the whole rank in one block: BLOCK_R is {config.BLOCK_R}, and r is {r}"
     if operation in ("linear_expand", "multi_expand") and config.SPLIT != 1:

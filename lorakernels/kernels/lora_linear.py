@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lorakernels.configs.table import choose, forks_few_tokens, takes_few_tokens_form
+from lorakernels.configs.table import choose, takes_few_tokens_form
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.few_tokens import few_tokens
 from lorakernels.kernels.launch import is_captured, side_stream
@@ -61,11 +61,12 @@ def forward(
 
 
 def _forks(x: torch.Tensor, members: Sequence[Member]) -> bool:
-    """Whether few tokens, in a CUDA graph, are faster as a product with the pass over x beside it."""
+    """Whether few tokens are, in a CUDA graph, the library's products with the pass over x beside them."""
     if not all([isinstance(member.weight, torch.Tensor) for member in members]):
         return False  # a packed weight is unpacked inside the one kernel
-    Ns, r = [member.weight.shape[0] for member in members], max([member.lora_A.shape[0] for member in members])
-    return forks_few_tokens(x.shape[0], Ns, x.shape[1], r, x.element_size(), x.device)
+    M, K, itemsize = *x.shape, x.element_size()
+    sizes = [(member.weight.shape[0], member.lora_A.shape[0]) for member in members]
+    return any([choose("few_tokens", M, N, K, r, itemsize, x.device).side_stream for N, r in sizes])
 
 
 def _takes_few_tokens(x: torch.Tensor, members: Sequence[Member]) -> bool:

@@ -443,6 +443,7 @@ def test_dropout_passes_over_a_program_a_token(on_h100: torch.device) -> None:
         ("linear_expand", KernelConfig(cublas=True), 16, False, "sm_80", True),
         ("few_tokens", dataclasses.replace(FEW, cublas=True), 16, False, "sm_90", False),
         ("outer", KernelConfig(side_stream=True), 16, False, "sm_90", True),
+        ("few_tokens", dataclasses.replace(FEW, side_stream=True), 16, False, "sm_80", True),
         ("linear_expand", KernelConfig(late=True), 16, False, "sm_80", True),
         ("outer", KernelConfig(late=True), 16, False, "sm_90", False),
         ("linear_expand", dataclasses.replace(TMA, halves=True), 16, True, "sm_90", True),

@@ -103,13 +103,15 @@ def path(name: str, r: int = 1) -> Iterator[str]:
         patch.setattr(table, "FEW_TOKENS", 1 << 30 if few else -1)
         patch.setattr(ops_linear, "SMALL", 1 << 62 if form == "small" else 0)
         if "forked" in form:
-            patch.setattr(table, "FORKED_SECONDS", 0.0)
             stack.enter_context(as_if_captured())
         if "tiny" in form:
             block_r = max(16, 1 << (r - 1).bit_length()) if few else 16
             flags = {flag: flag in form for flag in ("tma", "cublas", "late", "halves")}
             block_n = 32 if flags["halves"] else 16
             tiny = {n: dataclasses.replace(c, BLOCK_N=block_n, BLOCK_R=block_r, **flags) for n, c in TINY.items()}
+            tiny["few_tokens"] = dataclasses.replace(
+                tiny["few_tokens"], side_stream=True
+            )  # but in a graph all the same
             stack.enter_context(table.forced_configs(tiny))
         yield impl
 

@@ -56,13 +56,12 @@ def path(name: str, ranks: tuple[int, ...] = (1,)) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(table, "FEW_TOKENS", 1 << 30 if "few" in form else -1)
         if "forked" in form:
-            patch.setattr(table, "FORKED_SECONDS", 0.0)
             stack.enter_context(as_if_captured())
         patch.setattr(ops_linear, "SMALL", 1 << 62 if form == "small" else 0)
         if impl == "triton" and form != "shipped":
             whole = max(16, 1 << (max(ranks) - 1).bit_length())
             expand = dataclasses.replace(SMALLEST, tma=form == "tma", cublas=form == "cublas")
-            few = dataclasses.replace(SMALLEST, BLOCK_R=whole)
+            few = dataclasses.replace(SMALLEST, BLOCK_R=whole, side_stream=True)
             forced = {"shrink": SMALLEST, "outer": SMALLEST, "linear_expand": expand, "few_tokens": few}
             stack.enter_context(table.forced_configs(forced))
         yield impl
