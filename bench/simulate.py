@@ -15,6 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ COPY = 0.9  # of the bandwidth
 LOOP = 0.8  # of the matrix units' peak, in the loop of a large product: cuBLAS reaches 0.78 of an H100's with its ends
 ENDS = 3300  # cycles of a tile before and after its loop, read off sm_90's: the first load, S and B, the store
 HIDDEN = 0.75  # of a tile's ends, where two programs share a multiprocessor
-# Dependent loads before a program of decoding has all that it needs: slot and rank, then A (or planes and B).
-CHAIN = {"multi_shrink_token_kernel": 3, "multi_expand_token_kernel": 3}
+# Dependent loads before a program of decoding has all that it needs: slot beside rank (and S, y), then A or B.
+CHAIN = {"multi_shrink_token_kernel": 2, "multi_expand_token_kernel": 2}
 # Multiprocessors, and 16-bit operations of each a cycle: the makers' white papers. Four warps issue at once.
 _UNITS = {"H200": (132, 4096), "H100": (132, 4096), "A100": (108, 2048), "B200": (148, 8192), "MI300X": (304, 2048)}
 _UNITS["RTX 4090"] = (128, 512)
@@ -77,14 +78,18 @@ class Step:
 
 
 def compile_all() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """By architecture and design, every launch of the headline's training step and of a layer that decodes."""
+    """By architecture and design, every launch of the headline's training step and of a layer that decodes.
+
+    The latter has 64 adapters, or one: as one kernel, and as in a CUDA graph.
+    """
     import torch
 
     from lorakernels.configs.config import KernelConfig
     from lorakernels.configs.device import assume
     from lorakernels.configs.table import forced_configs
     from lorakernels.kernels import lora_linear
-    from lorakernels.kernels.launch import record_launches
+    from lorakernels.kernels.launch import as_if_captured, record_launches
+    from lorakernels.member import Member
     from lorakernels.tools.arch import ARCHS
     from lorakernels.tools.bench.counting import _of_launch
     from lorakernels.tools.compile_report import compile_report
@@ -96,23 +101,31 @@ def compile_all() -> dict[str, dict[str, list[dict[str, Any]]]]:
         "linear_expand": KernelConfig(128, 256, num_warps=8, num_stages=3, tma=True),
         "multi_shrink": KernelConfig(1, BLOCK_K=128, SPLIT=2),
     }
+    x, W, A, B = (
+        torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((64, _K), (_N, _K), (_R, _K), (_N, _R))
+    )
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for arch in ARCHS:
         for design, forced in (("former", former), ("now", {})) if arch == "sm_90" else (("now", {}),):
             rows = []
-            for part in ("train", "decode"):
-                with assume(arch), forced_configs(forced), record_launches() as launches:
+            for part in ("train", "decode", *(("few", "forked") if design == "now" else ())):
+                captured = as_if_captured() if part == "forked" else nullcontext()
+                with assume(arch), forced_configs(forced), record_launches() as launches, captured:
                     if part == "train":
                         layer_step(lora_linear, torch.bfloat16, _M, _K, [(_N, _R)])
-                    else:
+                    elif part == "decode":
                         multi_step(torch.bfloat16, 64, 64, _R, _K, (_N,), train=False)
+                    else:
+                        lora_linear.forward(x, [Member(W, A, B)], None, 0)
                 for launch in launches:
                     (row,) = compile_report([launch], [arch], jobs=1, progress=False)
                     c = row.config
+                    # What adds S Bᵀ has one turn of its loop, over the ranks: all that it reads is asked for at once.
+                    flight = None if launch.constexprs.get("HAS_BASE") else row.bytes_in_flight
                     kernel = Kernel(
                         part, row.kernel, math.prod(launch.grid), _of_launch(launch).bytes, (c.BLOCK_M, c.BLOCK_N),
                         row.registers or 0, c.num_warps * ARCHS[arch].target.warp_size, row.shared_bytes or 0,
-                        row.ctas_per_sm or 1, row.bytes_in_flight, row.issue_per_byte, c.dependent, c.side_stream,
+                        row.ctas_per_sm or 1, flight, row.issue_per_byte, c.dependent, c.side_stream,
                     )  # fmt: skip
                     rows.append(asdict(kernel))
             found.setdefault(arch, {})[design] = rows
@@ -175,20 +188,28 @@ def train(kernels: Sequence[Kernel], sheet: DataSheet) -> Step:
     return Step(terms, frozen)
 
 
+_FROZEN_BYTES = 2 * (_N * _K + 64 * (_N + _K))  # of a layer that decodes: W, x and y
+
+
 def decode(kernels: Sequence[Kernel], sheet: DataSheet, forked: bool) -> Step:
     """A layer that decodes in a graph, over the bytes that it has to read once."""
-    shrink, expand = kernels
-    weights, io = 2 * _N * _K, 2 * 64 * (_N + _K)
-    floor = (weights + io + 64 * 2 * _R * (_N + _K)) / sheet.bandwidth
-    base = (weights + io) / (COPY * sheet.bandwidth) + LATENCY
-    first = max(pass_seconds(shrink, sheet))
+    *first, expand = kernels
+    floor = (_FROZEN_BYTES + 64 * 2 * _R * (_N + _K)) / sheet.bandwidth
+    base = _FROZEN_BYTES / (COPY * sheet.bandwidth) + LATENCY
+    beside = _in_a_row(first, sheet)
     if forked:  # both wait for the same memory
-        shared = max(base, first, (weights + io + shrink.bytes) / (COPY * sheet.bandwidth) + LATENCY)
+        moved = _FROZEN_BYTES + sum(kernel.bytes for kernel in first)
+        shared = max(base, beside - GAP, moved / (COPY * sheet.bandwidth) + LATENCY)
         terms = {"base": base, "A": shared - base}
     else:
-        terms = {"base": base, "A": first + GAP}
-    terms["B"] = max(pass_seconds(expand, sheet)) + GAP
+        terms = {"base": base, "A": beside}
+    terms["B"] = _in_a_row([expand], sheet)
     return Step(terms, floor)
+
+
+def _in_a_row(kernels: Sequence[Kernel], sheet: DataSheet) -> float:
+    """Seconds of launches behind another."""
+    return sum(GAP + max(pass_seconds(kernel, sheet)) for kernel in kernels)
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -240,6 +261,22 @@ def simulated_decoding() -> str:
     return pages.table(["device", "design", "floor", "base", "A", "B", "share", "aim", "measured"], rows)
 
 
+def simulated_few_tokens() -> str:
+    """Of one adapter: microseconds of the frozen layer, of the one kernel, and of what a graph has."""
+    rows = []
+    for (sheet, design, few), (_, _, forked) in zip(designs("few"), designs("forked"), strict=True):
+        if design != "now":
+            continue
+        step = decode(forked, sheet, forked=True)
+        base, *more = step.terms.values()
+        one, sums = max(pass_seconds(few[0], sheet)), _in_a_row(few[1:], sheet)
+        micros = [f"{1e6 * seconds:.1f}" for seconds in (base, one, sums, *more)]
+        ratios = [f"{seconds / base:.2f}" for seconds in (one + sums, step.total)]
+        rows.append([sheet.name, *micros[:3], ratios[0], *micros[3:], ratios[1], "not measured"])
+    head = ["device", "frozen", "one kernel", "its sums", "ratio", "in a graph: A", "B", "ratio", "measured"]
+    return pages.table(head, rows)
+
+
 def simulated_kernels() -> str:
     """Each launch on an H200: what it moves, what it keeps in flight, and what that and its instructions take."""
     rows, sheet = [], DATA_SHEETS[0]
@@ -262,7 +299,7 @@ def simulated_kernels() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (simulated_training, simulated_decoding, simulated_kernels)
+    table.__name__: table for table in (simulated_training, simulated_decoding, simulated_few_tokens, simulated_kernels)
 }
 
 

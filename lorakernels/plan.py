@@ -258,11 +258,13 @@ class BatchPlan:
         self._write(layout.ranks, slot_ranks)
         self._scales[:S].copy_(slot_scalings)
         ranks = self._buffer[layout.ranks : layout.ranks + S + 1]
-        slots = slots.masked_fill(ranks.index_select(0, slots) == 0, S)
+        token_ranks = ranks.index_select(0, slots)
+        slots = slots.masked_fill(token_ranks == 0, S)
         # Sorting numbers that hold slot and token at once is stable and gives both back.
         in_order = torch.sort(slots.long() * self.max_tokens + iota[:T]).values
         starts = torch.searchsorted(in_order, iota[: S + 2] * self.max_tokens)
         self._write(layout.slots, slots)
+        self._write(layout.token_ranks, token_ranks)
         self._write(layout.order, in_order % self.max_tokens)
         self._write(layout.starts, starts)
         for height, begin in zip(TILE_HEIGHTS, layout.tiles, strict=True):

@@ -22,6 +22,7 @@ class PlanLayout(NamedTuple):
     ranks: int  # [num_slots + 1]
     starts: int  # [num_slots + 2]: the sorted tokens of slot s are starts[s] … starts[s + 1] - 1
     slots: int  # [max_tokens]: the slot of each token, num_slots for the base
+    token_ranks: int  # [max_tokens]: the rank of that slot, so that a program of one token need not wait for its slot
     order: int  # [max_tokens]: tokens sorted by slot, in their own order within a slot
     tiles: tuple[int, ...]  # by TILE_HEIGHTS: [tiles, 3] of slot, first and end in `order`; first = end where unused
     size: int
@@ -29,13 +30,13 @@ class PlanLayout(NamedTuple):
 
 @lru_cache(maxsize=256)
 def plan_layout(num_slots: int, max_tokens: int) -> PlanLayout:
-    sizes = [num_slots + 1, num_slots + 2, max_tokens, max_tokens]
+    sizes = [num_slots + 1, num_slots + 2, max_tokens, max_tokens, max_tokens]
     sizes += [3 * num_tiles(max_tokens, num_slots, height) for height in TILE_HEIGHTS]
     begins = [0]
     for size in sizes:
         begins.append(begins[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-    ranks, starts, slots, order, *tiles, end = begins
-    return PlanLayout(ranks, starts, slots, order, tuple(tiles), end)
+    ranks, starts, slots, token_ranks, order, *tiles, end = begins
+    return PlanLayout(ranks, starts, slots, token_ranks, order, tuple(tiles), end)
 
 
 def num_tiles(num_tokens: int, num_slots: int, height: int) -> int:
@@ -96,7 +97,9 @@ def write_route(
     numbers[layout.ranks : layout.ranks + S] = ranks
     numbers[layout.starts : layout.starts + S + 1] = starts
     numbers[layout.starts + S + 1] = num_tokens
-    for begin, real, padding in ((layout.slots, slots, S), (layout.order, order, np.arange(T, num_tokens))):
+    token_ranks = numbers[layout.ranks : layout.ranks + S + 1][slots]  # the last, the base's, stays 0
+    of_tokens = ((layout.slots, slots, S), (layout.token_ranks, token_ranks, 0))
+    for begin, real, padding in (*of_tokens, (layout.order, order, np.arange(T, num_tokens))):
         numbers[begin : begin + T] = real
         numbers[begin + T : begin + num_tokens] = padding
     for height, begin in zip(TILE_HEIGHTS, layout.tiles, strict=True):

@@ -51,7 +51,7 @@ def device_plan(*sizes: int, **options: Any) -> BatchPlan:
 def read(plan: BatchPlan) -> dict[str, list[int]]:
     """The parts of the buffer, as lists."""
     tensors, layout, S, T = plan.tensors, plan.layout, plan.num_slots, plan.num_tokens
-    parts = {"ranks": S + 1, "starts": S + 2, "slots": T, "order": T}
+    parts = {"ranks": S + 1, "starts": S + 2, "slots": T, "token_ranks": T, "order": T}
     return {name: tensors.part(getattr(layout, name), length).tolist() for name, length in parts.items()}
 
 
@@ -76,6 +76,7 @@ def test_the_plan_is_the_batch_sorted(slots: list[int], ranks: list[int], off: i
     effective = [7 if s < 0 or ranks[s] == 0 or s == off else s for s in slots]
     parts = read(plan)
     assert parts["slots"] == effective
+    assert parts["token_ranks"] == [parts["ranks"][e] for e in effective]
     assert parts["ranks"] == [0 if s == off else rank for s, rank in enumerate(ranks)] + [0]
     assert parts["order"] == sorted(range(len(slots)), key=lambda t: effective[t])
     assert parts["starts"] == [sum(e < s for e in effective) for s in range(9)]

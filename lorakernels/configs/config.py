@@ -34,7 +34,8 @@ class KernelConfig:
     with `halves` a tile by TMA is finished and stored in two halves of its columns;
     with `gluon` tiles by TMA are those of the kernel in Gluon, which loads the next tile while one ends;
     with `dependent` a launch may start before the one ahead of it has ended, and waits where it reads its result;
-    with `side_stream` the pass runs beside the products that do not wait for it.
+    with `side_stream` the pass runs beside the products that do not wait for it; few_tokens is then, in a CUDA graph,
+    torch's own product with x Aᵀ beside it.
     """
 
     BLOCK_M: int = 64

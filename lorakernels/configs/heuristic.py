@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.data_sheet import speed_of
 
 OPERATIONS = ("shrink", "linear_expand", "few_tokens", "outer")
 MULTI_OPERATIONS = ("multi_shrink", "multi_expand", "multi_outer")
@@ -16,6 +17,8 @@ _MOST_TOKENS = 64
 _FULL_TILES = 32
 # Enough programs to fill an H100 or H200 (132 multiprocessors) about once; and of small ones, which take one tile each.
 _PROGRAMS, _SMALL_PROGRAMS = 128, 1024
+# What x Aᵀ of few tokens takes: two launches, the second adds planes, and 1 µs between them.
+_FORKED_SECONDS = 4e-6
 # Hopper and Blackwell copy tiles by TMA; elsewhere descriptors become plain loads.
 TMA_ARCHS = ("sm_90", "sm_100")
 
@@ -36,7 +39,7 @@ def heuristic(
     # of 8 KiB have 1 MB in flight, where 4.8 TB/s at 500 ns ask for 2.4. AMD's compiler keeps tiles in registers.
     fed = 4 if arch.startswith("sm_") else 2
     if batch is not None:
-        return _multi(operation, M, K, r, itemsize, batch, fed)
+        return _multi(operation, M, K, r, itemsize, batch, fed, arch in TMA_ARCHS)
     M = next_power_of_two(M)
     # Sixteen-bit tiles are sized for the matrix units. Exact float32 products are made element by element from
     # registers, and rows that start at odd addresses are loaded so: both take smaller tiles, or they spill.
@@ -49,6 +52,9 @@ def heuristic(
         split = _split(blocks, cdiv(K, block_k))
         return KernelConfig(BLOCK_M=64, BLOCK_K=block_k, BLOCK_R=block_r, SPLIT=split, num_warps=8, num_stages=fed)
     if operation == "linear_expand":
+        if K == 0:  # what is multiplied already: a pass over y, of as many programs as fill the device
+            # Of 64 ranks four warps spill 8 bytes on sm_100 by triton 3.6.
+            return KernelConfig(min(max(M, 16), 64), 32, BLOCK_R=block_r, num_warps=8 if block_r == 64 else 4)
         if tma and wide and arch in TMA_ARCHS:
             # The largest tile whose accumulator, pipeline and epilogues fit: 256 columns spill on sm_100, where the
             # accumulator comes out of tensor memory. Stored in halves they leave 14,000 registers and 50 KiB of sm_90's
@@ -76,7 +82,13 @@ def heuristic(
         warps = 8 if block_m == 64 or not wide else 4
         # With four stages a config of float32 spills 16 bytes on sm_90.
         stages = fed if wide else 2
-        return KernelConfig(block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps, num_stages=stages)
+        # In a CUDA graph: the library's product, x Aᵀ beside it, and a launch more that adds S Bᵀ, where the one kernel
+        # takes two more for the planes of its sum. By `bench/simulate.py` that is 1.26 of the frozen layer for 1.49 (64
+        # tokens, 4096 → 4096, H200); with no planes (4096 → 14336) it would be 1.08 for 1.01. And where x Aᵀ is hidden.
+        forks = split > 1 and N * K * itemsize >= _FORKED_SECONDS * speed_of(arch).bandwidth
+        return KernelConfig(
+            block_m, block_n, block_k, block_r, SPLIT=split, num_warps=warps, num_stages=stages, side_stream=forks
+        )
     if operation == "outer":
         block_m = 64 if easy else 32
         # A pass of many tokens runs beside dx, small enough for what that leaves of a multiprocessor. By itself it is
@@ -92,7 +104,9 @@ def heuristic(
     raise ValueError(f"there is no operation {operation!r}; operations: {', '.join(OPERATIONS)}")
 
 
-def _multi(operation: str, T: int, cols: int, max_rank: int, itemsize: int, batch: Batch, fed: int) -> KernelConfig:
+def _multi(
+    operation: str, T: int, cols: int, max_rank: int, itemsize: int, batch: Batch, fed: int, dependent: bool
+) -> KernelConfig:
     """Of T tokens; `cols` is the longest summed (multi_shrink) or produced (the others) dimension of the slices."""
     wide = itemsize <= 2
     easy = wide and cols % 8 == 0
@@ -114,7 +128,8 @@ def _multi(operation: str, T: int, cols: int, max_rank: int, itemsize: int, batc
         # Columns that start at odd addresses are loaded element by element, and 128 of them spill.
         block_n = 128 if height == 1 or easy else 64 if wide else 32
         # Nor do 32 rank rows of float32 fit: 8 bytes on sm_80, and by triton 3.6 on sm_100.
-        return KernelConfig(height, block_n, BLOCK_R=block_r if wide and height > 1 else 16)
+        block_r = block_r if wide and height > 1 else 16
+        return KernelConfig(height, block_n, BLOCK_R=block_r, dependent=dependent and height == 1)
     if operation == "multi_outer":
         block_n = 64 if wide else 32
         blocks = cdiv(cols, block_n) * cdiv(max_rank, block_r) * min(batch.slots, max(T, 1)) * batch.slices

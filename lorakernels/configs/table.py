@@ -212,10 +212,11 @@ def misfit(
         return "gluon asks for 4 warps, 16 rows a warp and 2 stages at least"
     if config.gluon and 2 * config.BLOCK_R * parts > config.BLOCK_M:
         return f"gluon has room for {config.BLOCK_M // (2 * parts)} ranks at a time, and BLOCK_R is {config.BLOCK_R}"
-    if config.dependent and (operation != "linear_expand" or arch not in TMA_ARCHS):
-        return f"dependent is for linear_expand on {' and '.join(TMA_ARCHS)}, not for {operation} on {arch}"
-    if config.side_stream and operation != "outer":
-        return f"side_stream is for outer, not for {operation}"
+    if config.dependent and (operation not in ("linear_expand", "multi_expand") or arch not in TMA_ARCHS):
+        on = " and ".join(TMA_ARCHS)
+        return f"dependent is for linear_expand and multi_expand on {on}, not for {operation} on {arch}"
+    if config.side_stream and operation not in ("outer", "few_tokens"):
+        return f"side_stream is for outer and few_tokens, not for {operation}"
     if operation == "few_tokens" and r > config.BLOCK_R:
         return f"few_tokens holds the whole rank in one block: BLOCK_R is {config.BLOCK_R}, and r is {r}"
     if operation in ("linear_expand", "multi_expand") and config.SPLIT != 1:

@@ -52,6 +52,13 @@ def routes(plan: PlanTensors, height: int) -> Routes:
 
 
 @triton.jit
+def adapter_of_token(routes, token, R):
+    """Slot of a token and that slot's rank, in loads that do not wait for each other."""
+    rank = tl.load(routes.buffer + routes.at.token_ranks + token)
+    return tl.load(routes.buffer + routes.at.slots + token), tl.minimum(rank, R)  # a shard of adapters has fewer rows
+
+
+@triton.jit
 def tile_of_tokens(routes, tile):
     """Slot of a tile of tokens, the tile's first place in the order of tokens and its end."""
     tile_ptr = routes.buffer + routes.tiles + tile * 3

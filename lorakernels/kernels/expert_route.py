@@ -63,7 +63,9 @@ def expert_tiles_kernel(
 ):
     """A program some places and as many tiles of each height."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(plan_ptr + at.slots + i, tl.load(experts_ptr + i, mask=i < P, other=0).to(tl.int32), mask=i < P)
+    expert = tl.load(experts_ptr + i, mask=i < P, other=0).to(tl.int32)
+    tl.store(plan_ptr + at.slots + i, expert, mask=i < P)
+    tl.store(plan_ptr + at.token_ranks + i, tl.where(expert < num_experts, _ANY_RANK, 0), mask=i < P)
     tl.store(plan_ptr + at.order + i, i, mask=i < P)
     tl.store(inverse_ptr + tl.load(order_ptr + i, mask=i < P, other=0), i.to(tl.int64), mask=i < P)
     for h in tl.static_range(len(HEIGHTS)):

@@ -201,9 +201,22 @@ def taken_down_by(tape: Any) -> Iterator[None]:
         _taken_down.reset(outer)
 
 
+_as_captured: ContextVar[bool] = ContextVar("as_captured", default=False)
+
+
+@contextmanager
+def as_if_captured() -> Iterator[None]:
+    """Launch what a CUDA graph would hold: for who records launches, or compares with a graph's results."""
+    outer = _as_captured.set(True)
+    try:
+        yield
+    finally:
+        _as_captured.reset(outer)
+
+
 def is_captured(device: torch.device) -> bool:
     """Whether a CUDA graph is being made of the current stream's launches."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return _as_captured.get() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 @contextmanager

@@ -156,9 +156,11 @@ def linear_expand_kernel(
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if HAS_BASE:  # asked for beside S and B, not after them
+        y_tile = load_tile(plane(y_ptr, 0, M, N), offs_m, offs_n)
     acc = _start(low_rank, pid_n, offs_m, offs_n, M, LATE, DEPENDENT, INPUT_PRECISION, BLOCK_R)
     if HAS_BASE:
-        acc += load_tile(plane(y_ptr, 0, M, N), offs_m, offs_n).to(tl.float32)
+        acc += y_tile.to(tl.float32)
     else:
         for i in tl.static_range(NUM_PAIRS):
             x, w = pairs[i]
@@ -236,6 +238,7 @@ def linear_expand(
     lora_B: torch.Tensor,
     *,
     more: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
+    base: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     row_scale: torch.Tensor | None = None,
     scale: float = 1.0,
@@ -244,7 +247,8 @@ def linear_expand(
 ) -> torch.Tensor:
     """y [M, N] of x [M, K], weight [N, K], s [M, r] of `low_rank_dtype` whose rows are contiguous, lora_B [N, r].
 
-    `more` has further pairs of x [M, K'] and weight [N, K'], whose products are added.
+    `more` has further pairs of x [M, K'] and weight [N, K'], whose products are added. Where they are made already,
+    `base` [M, N] has them, contiguous, and becomes y.
     `mask` [M, ceil(N / 8)] uint8 drops elements of the low-rank term, `row_scale` [N] multiplies all but the bias.
     With `dot` [M, N] the result is Σ over tokens of dot ∘ y, [N] float32, and y itself is never stored.
     """
@@ -256,30 +260,34 @@ def linear_expand(
     tma = (
         M > 0 and not packed and all(fits_descriptor(x) and fits_descriptor(w if w_is_nk else w.t()) for x, w in pairs)
     )
-    tma = tma and (dot is not None or N * x.element_size() % 16 == 0)
-    Ks = tuple(x.shape[1] for x, _ in pairs)
+    tma = tma and base is None and (dot is not None or N * x.element_size() % 16 == 0)
+    Ks = tuple(x.shape[1] if base is None else 0 for x, _ in pairs)
     config = choose("linear_expand", M, N, sum(Ks), R, x.element_size(), x.device, tma=tma)
     num_blocks_m = cdiv(M, config.BLOCK_M)
     num_tiles = num_blocks_m * cdiv(N, config.BLOCK_N)
     # More pairs than the kernel takes are rare, and a sum in y between two launches would be rounded there too.
-    base = (config.cublas and dot is None) or packed or len(pairs) > MAX_PAIRS
+    has_base = base is not None or (config.cublas and dot is None) or packed or len(pairs) > MAX_PAIRS
     if dot is not None:
         y = x.new_empty((N,), dtype=torch.float32)
         out = planes_for(y, num_blocks_m)
+    elif base is not None:
+        y = out = base
     else:
-        y = out = sum_products([x for x, _ in pairs], [w for _, w in pairs], unpack) if base else x.new_empty((M, N))
+        products = [x for x, _ in pairs], [w for _, w in pairs]
+        y = out = sum_products(*products, unpack) if has_base else x.new_empty((M, N))
     args = {
         "low_rank": LowRank(tall(s), transposed(lora_B), mask, scale),
         "epilogue": epilogue(row_scale, bias),
         "dot": NO_MATRIX if dot is None else tall(dot),
         "M": M,
     }
-    late = config.late and not base and mask is None  # the mask is the low-rank term's alone
+    late = config.late and not has_base and mask is None  # the mask is the low-rank term's alone
     constexprs = {
-        "NUM_PAIRS": 1 if base else len(pairs),
+        "NUM_PAIRS": 1 if has_base else len(pairs),
         "LATE": late,
-        # Tiles of x and W are read before the wait: not where the launch ahead may have written them, and is no shrink.
-        "DEPENDENT": config.dependent and may_depend(x.device) and R > 0 and dot is None,
+        # Tiles of x and W, or y, are read before the wait: not where the launch ahead may have written them, and is no
+        # shrink.
+        "DEPENDENT": config.dependent and may_depend(x.device) and R > 0 and dot is None and not has_base,
         "INPUT_PRECISION": input_precision(x),
     }
     resident = (min(num_tiles, device_of(x.device).processors * config.PROGRAMS_PER_SM),)
@@ -291,16 +299,16 @@ def linear_expand(
         w = weight if w_is_nk else weight.t()
         constexprs = {"W_IS_NK": w_is_nk, "DEPENDENT": constexprs["DEPENDENT"]}
         linear_expand_gluon(x, w, y, args["low_rank"], args["epilogue"], resident, constexprs, config)
-    elif config.tma and tma and not base:
+    elif config.tma and tma and not has_base:
         descriptors = _descriptors(pairs, w_is_nk, config)
         y_desc = None if dot is not None else descriptor(y, (config.BLOCK_M, config.BLOCK_N // (1 + config.halves)))
         args = descriptors | {"y_desc": y_desc, "Ks": Ks, "dots_ptr": None if dot is None else out} | args
         constexprs |= {"W_IS_NK": w_is_nk, "HALVES": config.halves}
         launch(linear_expand_tma_kernel, resident, args, constexprs, config)
     else:
-        matrices = (NO_PAIR,) if base else tuple((tall(x), transposed(w)) for x, w in pairs)
+        matrices = (NO_PAIR,) if has_base else tuple((tall(x), transposed(w)) for x, w in pairs)
         args = {"y_ptr": out, "pairs": matrices} | args
-        launch(linear_expand_kernel, (num_tiles,), args, {"HAS_BASE": base} | constexprs, config)
+        launch(linear_expand_kernel, (num_tiles,), args, {"HAS_BASE": has_base} | constexprs, config)
     sum_planes(out, y)
     return y
 

@@ -13,7 +13,7 @@ import torch
 from lorakernels.configs.table import choose, takes_few_tokens_form
 from lorakernels.dropout import inverse_keep
 from lorakernels.kernels.few_tokens import few_tokens
-from lorakernels.kernels.launch import side_stream
+from lorakernels.kernels.launch import is_captured, side_stream
 from lorakernels.kernels.linear_expand import linear_expand
 from lorakernels.kernels.outer import dy_pass, grad_A
 from lorakernels.kernels.packed import fits_kernel
@@ -21,6 +21,7 @@ from lorakernels.kernels.shrink import shrink
 from lorakernels.kernels.tape import taped
 from lorakernels.low_rank import low_rank_dtype
 from lorakernels.member import Member, columns, grad_dtype, stacked, sum_rows
+from lorakernels.weight import multiply
 
 Tensors = Sequence[torch.Tensor]
 
@@ -32,21 +33,40 @@ def forward(
     """y's [M, N], S = D(x) Aᵀ [M, Σ r], and the mask [M, ceil(K / 8)] uint8 (None without dropout), of x [M, K].
 
     Few tokens take a kernel a member: reading W is the cost, not x, and only that kernel splits its sum over the
-    device. Of one seed each draws the same mask.
+    device. Of one seed each draws the same mask. But in a CUDA graph the library multiplies by a large W, the pass over
+    x beside it, and what adds S Bᵀ is the one launch more.
     """
-    if _takes_few_tokens(x, members):
+    bases: list[torch.Tensor | None] = [None] * len(members)
+    if not _takes_few_tokens(x, members):
+        s, mask = shrink(x, stacked(members), seed, threshold)
+    elif is_captured(x.device) and _forks(x, members):
+        A = stacked(members)
+        with side_stream(x.device, True) as side:
+            with side:
+                s, mask = shrink(x, A, seed, threshold)
+            bases = [multiply(x, m.weight, m.bias if m.row_scale is None else None) for m in members]
+        members = [m if m.row_scale is not None else m._replace(bias=None) for m in members]
+    else:
         results = [
             few_tokens(x, W, A, B, bias=bias, row_scale=row_scale, y_scale=scaling, seed=seed, threshold=threshold)
             for W, A, B, bias, row_scale, scaling in members
         ]
         _, s, mask = results[0]
         return [y for y, _, _ in results], s if len(members) == 1 else torch.cat([s for _, s, _ in results], 1), mask
-    s, mask = shrink(x, stacked(members), seed, threshold)
     ys = [
-        linear_expand(x, W, s_i, B, bias=bias, row_scale=row_scale, scale=scaling)
-        for s_i, (W, _, B, bias, row_scale, scaling) in zip(columns(s, members), members, strict=True)
+        linear_expand(x, W, s_i, B, base=base, bias=bias, row_scale=row_scale, scale=scaling)
+        for base, s_i, (W, _, B, bias, row_scale, scaling) in zip(bases, columns(s, members), members, strict=True)
     ]
     return ys, s, mask
+
+
+def _forks(x: torch.Tensor, members: Sequence[Member]) -> bool:
+    """Whether few tokens are, in a CUDA graph, the library's products with the pass over x beside them."""
+    if not all([isinstance(member.weight, torch.Tensor) for member in members]):
+        return False  # a packed weight is unpacked inside the one kernel
+    M, K, itemsize = *x.shape, x.element_size()
+    sizes = [(member.weight.shape[0], member.lora_A.shape[0]) for member in members]
+    return any([choose("few_tokens", M, N, K, r, itemsize, x.device).side_stream for N, r in sizes])
 
 
 def _takes_few_tokens(x: torch.Tensor, members: Sequence[Member]) -> bool:

@@ -14,6 +14,7 @@ import triton.language as tl
 from lorakernels.configs.heuristic import next_power_of_two
 from lorakernels.kernels.adapters import (
     Factor,
+    adapter_of_token,
     pick_slice,
     rank_mask,
     rank_offsets,
@@ -21,7 +22,7 @@ from lorakernels.kernels.adapters import (
     tile_of_tokens,
     tokens_from,
 )
-from lorakernels.kernels.launch import cdiv, input_precision, launch, retried
+from lorakernels.kernels.launch import cdiv, input_precision, launch, may_depend, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import cast_factor, drop, load_tile, plane, store_tile, tall
 from lorakernels.plan import PlanTensors
@@ -100,6 +101,17 @@ def multi_expand_kernel(
     store_tile(y, acc, tokens, offs_n)
 
 
+@triton.jit
+def _of_token(s_tile, r, b, routes, slot, rank, offs_n, R, N, dtype: tl.constexpr, BLOCK_R: tl.constexpr):
+    """S Bᵀ of a token [BLOCK_N] float32 over ranks r … r + BLOCK_R - 1, of which s_tile has the planes of S."""
+    offs_r = r + tl.arange(0, BLOCK_R)
+    rows = rank_offsets(routes, b, slot, offs_r, R)
+    inside = (offs_n[:, None] < N) & rank_mask(routes, offs_r, rank, R)[None, :]
+    b_tile = tl.load(b.ptr + rows[None, :] + offs_n.to(tl.int64)[:, None] * b.strides[2], mask=inside, other=0.0)
+    products = cast_factor(b_tile, dtype).to(tl.float32) * tl.sum(s_tile, axis=0)[None, :]
+    return tl.sum(tl.where((offs_r < rank)[None, :], products, 0.0), axis=1)
+
+
 @triton.jit(do_not_specialize=["T"])
 def multi_expand_token_kernel(
     s_ptr,
@@ -111,34 +123,36 @@ def multi_expand_token_kernel(
     NUM_SLICES: tl.constexpr,
     NUM_PLANES: tl.constexpr,
     PLANES: tl.constexpr,  # the power of two from there
+    DEPENDENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """A program a token, block of columns and slice."""
     token = tl.program_id(0)
     pid_s = tl.program_id(2)
-    slot = tl.load(routes.buffer + routes.at.slots + token)
-    rank = tl.minimum(tl.load(routes.buffer + routes.at.ranks + slot), R)
     y, b = pick_slice(pid_s, ys, factors, T, NUM_SLICES)
     N = y.cols
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    if (rank == 0) | (tl.program_id(1) * BLOCK_N >= N):
+    if tl.program_id(1) * BLOCK_N >= N:
         return
+    slot, rank = adapter_of_token(routes, token, R)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    # All planes at once: one after the other each would wait for its own load.
+    planes = tl.arange(0, PLANES)[:, None]
+    s_row = s_ptr + ((planes.to(tl.int64) * NUM_SLICES + pid_s) * T + token) * R
+    offs_r = tl.arange(0, BLOCK_R)[None, :]
+    # S and y are asked for before it is known whether the token has an adapter: then B alone waits for its slot.
+    s_tile = tl.load(s_row + offs_r, mask=(planes < NUM_PLANES) & (offs_r < R), other=0.0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     y_at = y.ptr + token.to(tl.int64) * y.strides[0] + offs_n.to(tl.int64) * y.strides[1]
     acc = tl.load(y_at, mask=offs_n < N, other=0.0).to(tl.float32)
-    for r in tl.range(0, rank, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        # All planes at once: one after the other each would wait for its own load.
-        planes = tl.arange(0, PLANES)[:, None].to(tl.int64) * NUM_SLICES + pid_s
-        s_at = s_ptr + (planes * T + token) * R + offs_r[None, :]
-        s_tile = tl.load(s_at, mask=(tl.arange(0, PLANES)[:, None] < NUM_PLANES) & (offs_r[None, :] < R), other=0.0)
-        s = tl.sum(s_tile, axis=0)
-        rows = rank_offsets(routes, b, slot, offs_r, R)
-        inside = (offs_n[:, None] < N) & rank_mask(routes, offs_r, rank, R)[None, :]
-        b_tile = tl.load(b.ptr + rows[None, :] + offs_n.to(tl.int64)[:, None] * b.strides[2], mask=inside, other=0.0)
-        products = cast_factor(b_tile, y.ptr.dtype.element_ty).to(tl.float32) * s[None, :]
-        acc += tl.sum(tl.where((offs_r < rank)[None, :], products, 0.0), axis=1)
-    tl.store(y_at, acc.to(y.ptr.dtype.element_ty), mask=offs_n < N)
+    dtype: tl.constexpr = y.ptr.dtype.element_ty
+    acc += _of_token(s_tile, 0, b, routes, slot, rank, offs_n, R, N, dtype, BLOCK_R)
+    for r in tl.range(BLOCK_R, rank, BLOCK_R, num_stages=1):
+        s_tile = tl.load(s_row + r + offs_r, mask=(planes < NUM_PLANES) & (r + offs_r < R), other=0.0)
+        acc += _of_token(s_tile, r, b, routes, slot, rank, offs_n, R, N, dtype, BLOCK_R)
+    # Masks and no early return: the compiler moves loads behind it, which then wait for the rank.
+    tl.store(y_at, acc.to(dtype), mask=offs_n < tl.where(rank > 0, N, 0))
 
 
 @retried("multi_expand")
@@ -148,10 +162,13 @@ def multi_expand(
     plan: PlanTensors,
     ys: list[torch.Tensor],
     mask: torch.Tensor | None = None,
+    *,
+    behind_s: bool = False,
 ) -> None:
     """Add S Bᵀ to each of ys [T, N], in place; to the one y the sum of all slices, through dropout's mask if given.
 
-    s is [planes, slices, T, R] float32, contiguous. Rows of the base are left as they are.
+    s is [planes, slices, T, R] float32, contiguous. Rows of the base are left as they are. `behind_s`: the launch right
+    ahead of this one makes S, and what was ahead of that has ended.
     """
     num_planes, num_slices, T, R = s.shape
     y = ys[0]
@@ -170,6 +187,8 @@ def multi_expand(
     blocks_n = cdiv(cols, config.BLOCK_N)
     if config.BLOCK_M == 1:
         constexprs["PLANES"] = next_power_of_two(num_planes)
+        # The plan is read before the wait: not where the launch ahead may have written it.
+        constexprs["DEPENDENT"] = behind_s and config.dependent and may_depend(y.device)
         launch(multi_expand_token_kernel, (T, blocks_n, len(ys)), args, constexprs, config)
         return
     constexprs |= {"SUM_SLICES": summed, "INPUT_PRECISION": input_precision(y), "ONE_BLOCK": R <= config.BLOCK_R}

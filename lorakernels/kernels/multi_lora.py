@@ -57,7 +57,7 @@ def _base(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tens
 @taped
 def add(x: torch.Tensor, lora_As: Tensors, lora_Bs: Tensors, plan: PlanTensors, ys: Tensors) -> None:
     """Add each slice's update to its y, in place."""
-    multi_expand(_shrink(x, lora_As, plan)[0], [factor_B(B) for B in lora_Bs], plan, ys)
+    multi_expand(_shrink(x, lora_As, plan)[0], [factor_B(B) for B in lora_Bs], plan, ys, behind_s=True)
 
 
 def _shrink(

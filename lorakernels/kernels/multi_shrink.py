@@ -13,6 +13,7 @@ import triton.language as tl
 
 from lorakernels.kernels.adapters import (
     Factor,
+    adapter_of_token,
     pick_slice,
     rank_mask,
     rank_offsets,
@@ -20,7 +21,7 @@ from lorakernels.kernels.adapters import (
     tile_of_tokens,
     tokens_from,
 )
-from lorakernels.kernels.launch import cdiv, launch, retried
+from lorakernels.kernels.launch import cdiv, launch, may_depend, retried
 from lorakernels.kernels.multi_config import choose_multi
 from lorakernels.kernels.tiles import cast_factor, dot_factor, draw, load_tile, plane, store_tile, summed_columns, tall
 from lorakernels.plan import PlanTensors
@@ -88,22 +89,25 @@ def multi_shrink_token_kernel(
     scales_ptr,
     T,
     R,
+    SIGNALS: tl.constexpr,
     NUM_SLICES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """A program a token, block of its rank, slice and part of the sum: products by element, no matrix units."""
+    if SIGNALS:  # a launch that is dependent may start while this one still runs
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0)
     num_blocks_r = tl.cdiv(R, BLOCK_R)
     pid_s = tl.program_id(1) // num_blocks_r
     pid_r = tl.program_id(1) % num_blocks_r
     pid_k = tl.program_id(2)
-    slot = tl.load(routes.buffer + routes.at.slots + token)
-    rank = tl.minimum(tl.load(routes.buffer + routes.at.ranks + slot), R)  # a shard of adapters has fewer rows
+    slot, rank = adapter_of_token(routes, token, R)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     x, a = pick_slice(pid_s, xs, factors, T, NUM_SLICES)
     rows = rank_offsets(routes, a, slot, offs_r, R)
     x_row = x.ptr + token.to(tl.int64) * x.strides[0]
+    scale = tl.load(scales_ptr + slot)  # beside A, not after it
 
     loaded = rank_mask(routes, offs_r, rank, R)
     acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
@@ -117,7 +121,7 @@ def multi_shrink_token_kernel(
         a_tile = tl.load(a.ptr + rows[:, None] + offs_k.to(tl.int64)[None, :] * a.strides[2], mask=inside, other=0.0)
         # In x's dtype first, as the tile form multiplies it.
         acc += cast_factor(a_tile, x.ptr.dtype.element_ty).to(tl.float32) * x_tile
-    s = tl.where(offs_r < rank, tl.sum(acc, axis=1) * tl.load(scales_ptr + slot), 0.0)
+    s = tl.where(offs_r < rank, tl.sum(acc, axis=1) * scale, 0.0)
     s_row = s_ptr + ((pid_k * NUM_SLICES + pid_s).to(tl.int64) * T + token) * R
     tl.store(s_row + offs_r, s, mask=offs_r < R)
 
@@ -156,6 +160,7 @@ def multi_shrink(
     constexprs: dict[str, Any] = {"NUM_SLICES": len(xs)}
     blocks = len(xs) * cdiv(width, config.BLOCK_R)
     if config.BLOCK_M == 1:
+        constexprs["SIGNALS"] = may_depend(x.device)
         launch(multi_shrink_token_kernel, (T, blocks, config.SPLIT), args, constexprs, config)
     else:
         args |= {"mask_ptr": mask, "seed_ptr": seed if dropout else None, "thresholds_ptr": thresholds}

@@ -58,8 +58,7 @@ def multi_lora_embedding(
     need_grad = is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in (weight, lora_A, lora_B)))
     tensors = plan.snapshot() if need_grad else plan.tensors
     layout, T = tensors.layout, ids.shape[0]
-    slots = tensors.part(layout.slots, T)
-    ranks = tensors.part(layout.ranks, plan.num_slots + 1).index_select(0, slots)
+    slots, ranks = tensors.part(layout.slots, T), tensors.part(layout.token_ranks, T)
     # What the base's slot finds is put aside by its rank, 0.
     real = slots.long().clamp(max=plan.num_slots - 1)
     if tensors.page_table is None:

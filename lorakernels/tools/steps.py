@@ -49,7 +49,7 @@ _GLUON = KernelConfig(
 def shipped_launches() -> list[Any]:
     """What the compile gate compiles: forward and backward over dtypes, forms, ranks, alignment and dropout."""
     from lorakernels.kernels import lora_linear
-    from lorakernels.kernels.launch import record_launches
+    from lorakernels.kernels.launch import as_if_captured, record_launches
 
     step, (N, K), (odd_N, odd_K), single = partial(layer_step, lora_linear), ALIGNED, ODD, torch.float32
     with record_launches() as launches:
@@ -68,6 +68,13 @@ def shipped_launches() -> list[Any]:
             step(torch.bfloat16, M, K, [(N, 16)], factor_dtype=single, packed=kind)
         for dtype, kind in ((single, "nf4"), (torch.bfloat16, "mxfp4")):
             step(dtype, TOKENS[1], K, [(N, 16)], packed=kind)
+        with as_if_captured():
+            for M, r in itertools.product((1, 64), RANKS):
+                step(torch.bfloat16, M, K, [(N, r)], bias=True)
+                step(single, M, 2 * K, [(N // 4, r // 2)], bias=True, row_scale=True)
+            for threshold in (0, _THRESHOLD):
+                step(torch.float16, 64, K, [(N, 16)], threshold, factor_dtype=single, bias=True, row_scale=True)
+            step(torch.bfloat16, 16, 2 * K + 1, [(N // 2 + 3, 5)], factor_dtype=single, bias=True, row_scale=True)
         if device_of(torch.device("meta")).arch == "sm_90":
             with forced_configs({"linear_expand": _GLUON}):
                 step(torch.bfloat16, TOKENS[-1], K, [(N, 16)], factor_dtype=single, bias=True)
@@ -76,6 +83,8 @@ def shipped_launches() -> list[Any]:
             multi_step(torch.bfloat16, T, slots, 64, 4096, (4096,), paged=True, train=False)
             multi_step(torch.float32, T, slots, 16, 4096, (4096,), paged=T == 64, train=False)
         multi_step(torch.bfloat16, *BATCHES[0], 16, 4096, (4096,), train=False, packed="nf4")
+        for paged in (False, True):
+            multi_step(torch.bfloat16, *BATCHES[0], 64, 4096, QKV, update=True, paged=paged)
         for dtype in DTYPES:
             multi_step(dtype, *BATCHES[-1], 16, 4096, (4096,), _THRESHOLD)
         multi_step(torch.float16, *BATCHES[-1], 16, 4096, (4096,), _THRESHOLD, factor_dtype=single)
@@ -150,9 +159,10 @@ def multi_step(
     factor_dtype: torch.dtype | None = None,
     paged: bool = False,
     train: bool = True,
+    update: bool = False,
     packed: str = "",
 ) -> None:
-    """A forward, or a training step, of slices of widths Ns for many adapters, by the kernels."""
+    """A forward, or a training step, or the update alone, of slices of widths Ns for many adapters, by the kernels."""
     from lorakernels.kernels import multi_lora
 
     def meta(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
@@ -164,6 +174,9 @@ def multi_step(
     own = factor_dtype or dtype
     As = [meta(slots * R, K, of=own) if paged else meta(slots, R, K, of=own) for _ in Ns]
     Bs = [meta(slots * R, N, of=own) if paged else meta(slots, N, R, of=own) for N in Ns]
+    if update:
+        multi_lora.add(x, As, Bs, plan, dys)
+        return
     seed, thresholds = (meta(1, of=torch.int64), meta(slots + 1, of=torch.int32)) if threshold else (None, None)
     _, s, mask = multi_lora.forward(
         x, weights, [None] * len(Ns), As, Bs, plan, keep_s=train, seed=seed, thresholds=thresholds

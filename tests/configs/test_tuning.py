@@ -443,6 +443,7 @@ def test_dropout_passes_over_a_program_a_token(on_h100: torch.device) -> None:
         ("linear_expand", KernelConfig(cublas=True), 16, False, "sm_80", True),
         ("few_tokens", dataclasses.replace(FEW, cublas=True), 16, False, "sm_90", False),
         ("outer", KernelConfig(side_stream=True), 16, False, "sm_90", True),
+        ("few_tokens", dataclasses.replace(FEW, side_stream=True), 16, False, "sm_80", True),
         ("linear_expand", KernelConfig(late=True), 16, False, "sm_80", True),
         ("outer", KernelConfig(late=True), 16, False, "sm_90", False),
         ("linear_expand", dataclasses.replace(TMA, halves=True), 16, True, "sm_90", True),
@@ -451,6 +452,7 @@ def test_dropout_passes_over_a_program_a_token(on_h100: torch.device) -> None:
         ("linear_expand", dataclasses.replace(TMA, dependent=True), 16, True, "sm_90", True),
         ("linear_expand", KernelConfig(dependent=True), 16, True, "sm_80", False),  # nor has AMD such launches
         ("shrink", KernelConfig(dependent=True), 16, True, "sm_90", False),
+        ("multi_expand", KernelConfig(BLOCK_M=1, dependent=True), 16, False, "sm_90", True),
         ("shrink", KernelConfig(128, 64, 128, 16, num_stages=4), 16, False, "gfx942", False),
         ("shrink", KernelConfig(128, 64, 128, 16, num_stages=3), 16, False, "sm_86", True),
         ("shrink", KernelConfig(1), 16, False, "sm_90", False),

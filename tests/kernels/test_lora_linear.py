@@ -25,7 +25,7 @@ from lorakernels.configs.device import assume
 from lorakernels.dropout import LEVELS, drop_threshold
 from lorakernels.eager.dropout import draw_mask, philox_mask, unpack_mask
 from lorakernels.kernels import lora_linear as kernels_lora_linear
-from lorakernels.kernels.launch import launch, record_launches, side_stream
+from lorakernels.kernels.launch import as_if_captured, launch, record_launches, side_stream
 from lorakernels.member import Member, training_step
 from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.budget import assert_within_budget, error
@@ -42,14 +42,17 @@ from lorakernels.testing.cases import (
 from lorakernels.testing.device import COMPILED, NUMBERS, has_room
 from lorakernels.testing.guards import canaries
 from lorakernels.testing.interpreter import tf32_products
-from lorakernels.tools.steps import shipped_launches
+from lorakernels.tools.steps import packed_weight, shipped_launches
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SEED = 1234
 LARGE = ("several_blocks",)
 IN_ALL_DTYPES = ("plain", "dropout_half_odd", "adapter_float32_dropout", "odd_sizes", "huge_strides")
 # Forms of `linear_expand` alone: the cases where that kernel does something else, and aligned, which descriptors need.
-OF_ONE_KERNEL = ("triton-tma-tiny", "triton-cublas-tiny", "triton-late-tiny", "triton-tma-late-halves-tiny")
+OF_ONE_KERNEL = (
+    *("triton-tma-tiny", "triton-cublas-tiny", "triton-late-tiny", "triton-tma-late-halves-tiny"),
+    "triton-few-forked-tiny",
+)
 FOR_ONE_KERNEL = (
     "three_dimensions",
     "zero_tokens",
@@ -87,6 +90,7 @@ PATHS = [
     "triton-cublas-tiny",
     "triton-late-tiny",
     "triton-tma-late-halves-tiny",
+    "triton-few-forked-tiny",
 ]
 
 
@@ -98,11 +102,16 @@ def path(name: str, r: int = 1) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         patch.setattr(table, "FEW_TOKENS", 1 << 30 if few else -1)
         patch.setattr(ops_linear, "SMALL", 1 << 62 if form == "small" else 0)
+        if "forked" in form:
+            stack.enter_context(as_if_captured())
         if "tiny" in form:
             block_r = max(16, 1 << (r - 1).bit_length()) if few else 16
             flags = {flag: flag in form for flag in ("tma", "cublas", "late", "halves")}
             block_n = 32 if flags["halves"] else 16
             tiny = {n: dataclasses.replace(c, BLOCK_N=block_n, BLOCK_R=block_r, **flags) for n, c in TINY.items()}
+            tiny["few_tokens"] = dataclasses.replace(
+                tiny["few_tokens"], side_stream=True
+            )  # but in a graph all the same
             stack.enter_context(table.forced_configs(tiny))
         yield impl
 
@@ -392,6 +401,44 @@ def test_each_stream_forks_to_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert current.waits[-1] is side
         sides.append(side)
     assert sides[0] is sides[2] is not sides[1]
+
+
+@pytest.mark.parametrize(
+    ("features", "weight", "captured", "forks"),
+    [
+        *((4096, kind, captured, captured and not kind) for kind in ("", "int8") for captured in (False, True)),
+        (256, "", True, False),  # which is read before x Aᵀ is made
+    ],
+)
+@pytest.mark.parametrize("num_members", [1, 2])
+def test_in_a_graph_few_tokens_of_a_large_weight_fork(
+    features: int, weight: str, captured: bool, forks: bool, num_members: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    @contextlib.contextmanager
+    def forking(device: torch.device, enabled: bool) -> Iterator[Any]:
+        assert enabled
+        events.append("fork")
+        yield contextlib.nullcontext()
+        events.append("join")
+
+    def note(name: str) -> None:
+        called = getattr(kernels_lora_linear, name)
+        monkeypatch.setattr(kernels_lora_linear, name, lambda *a, **k: (events.append(name), called(*a, **k))[1])
+
+    for name in ("few_tokens", "shrink", "multiply", "linear_expand"):
+        note(name)
+    monkeypatch.setattr(kernels_lora_linear, "side_stream", forking)
+    meta = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    W = packed_weight(weight, features, features) if weight else meta(features, features)
+    members = [Member(W, meta(8, features), meta(features, 8))] * num_members
+    with assume("sm_90"), record_launches(), as_if_captured() if captured else contextlib.nullcontext():
+        ys, s, _ = kernels_lora_linear.forward(meta(64, features), members, None, 0)
+    n = num_members
+    beside = ["fork", "shrink", *["multiply"] * n, "join", *["linear_expand"] * n]
+    assert events == (beside if forks else ["few_tokens"] * n)
+    assert [y.shape for y in ys] == [(64, features)] * n and s.shape == (64, 8 * n)
 
 
 @pytest.mark.parametrize("num_members", [1, 3])

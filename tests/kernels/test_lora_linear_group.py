@@ -16,7 +16,7 @@ import lorakernels as lk
 from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
 from lorakernels.kernels import lora_linear as kernels
-from lorakernels.kernels.launch import record_launches
+from lorakernels.kernels.launch import as_if_captured, record_launches
 from lorakernels.member import Member, columns
 from lorakernels.ops import linear as ops_linear
 from lorakernels.testing.budget import assert_within_budget, error
@@ -36,7 +36,7 @@ from lorakernels.testing.guards import canaries
 
 SEED = 1234
 IMPLS = ["torch", "triton"]
-PATHS = ["torch", "torch-small", "triton-few", "triton-general", "triton-tma", "triton-cublas"]
+PATHS = ["torch", "torch-small", "triton-few", "triton-general", "triton-tma", "triton-cublas", "triton-few-forked"]
 # What the interpreter takes long for runs in one form of the kernels, and in float32 alone.
 IN_ALL_FORMS = ("plain", "five", "odd_sizes", "dropout", "transposed")
 IN_ALL_DTYPES = ("plain", "dropout_half_odd", "adapter_dtypes_differ", "adapter_float32_dropout")
@@ -54,12 +54,14 @@ def path(name: str, ranks: tuple[int, ...] = (1,)) -> Iterator[str]:
     """One way through the group: the implementation, the form of its kernels with the smallest blocks."""
     impl, _, form = name.partition("-")
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        patch.setattr(table, "FEW_TOKENS", 1 << 30 if form == "few" else -1)
+        patch.setattr(table, "FEW_TOKENS", 1 << 30 if "few" in form else -1)
+        if "forked" in form:
+            stack.enter_context(as_if_captured())
         patch.setattr(ops_linear, "SMALL", 1 << 62 if form == "small" else 0)
         if impl == "triton" and form != "shipped":
             whole = max(16, 1 << (max(ranks) - 1).bit_length())
             expand = dataclasses.replace(SMALLEST, tma=form == "tma", cublas=form == "cublas")
-            few = dataclasses.replace(SMALLEST, BLOCK_R=whole)
+            few = dataclasses.replace(SMALLEST, BLOCK_R=whole, side_stream=True)
             forced = {"shrink": SMALLEST, "outer": SMALLEST, "linear_expand": expand, "few_tokens": few}
             stack.enter_context(table.forced_configs(forced))
         yield impl

@@ -17,12 +17,15 @@ import lorakernels as lk
 from lorakernels import ops
 from lorakernels.configs import table
 from lorakernels.configs.config import KernelConfig
+from lorakernels.configs.device import assume, device_of
 from lorakernels.dropout import drop_threshold, inverse_keep
 from lorakernels.eager.dropout import unpack_mask
 from lorakernels.eager.multi_lora import route
 from lorakernels.functional import multi_lora_embedding
+from lorakernels.kernels import multi_expand as kernels_multi_expand
 from lorakernels.kernels import multi_lora as kernels_multi_lora
-from lorakernels.kernels.launch import record_launches
+from lorakernels.kernels import multi_shrink as kernels_multi_shrink
+from lorakernels.kernels.launch import compile_options, record_launches
 from lorakernels.plan import PlanError
 from lorakernels.testing.budget import assert_within_budget, error
 from lorakernels.testing.cases import leaves_of
@@ -444,6 +447,26 @@ def test_in_a_graph_the_first_product_runs_beside_the_base(captured: bool, monke
     with record_launches():
         multi_step(torch.bfloat16, 8, 4, 16, 64, (64,), train=False)
     assert events == [("fork", captured), "multi_shrink", "linear", "join", "multi_expand"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "update", "depends"), [("sm_90", True, True), ("sm_90", False, False), ("sm_80", True, False)]
+)
+def test_what_adds_starts_early_behind_what_makes_s_alone(
+    arch: str, update: bool, depends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base product has not said that it may; behind an update of the plan it may not."""
+    for module in (kernels_multi_expand, kernels_multi_shrink):
+        monkeypatch.setattr(module, "may_depend", lambda device: device_of(device).arch == "sm_90")
+    with assume(arch), record_launches() as launches:
+        multi_step(torch.bfloat16, 64, 64, 16, 4096, (4096,), train=False, update=update)
+    shrink, expand = launches
+    assert shrink.constexprs["SIGNALS"] == (arch == "sm_90")
+    assert (
+        expand.constexprs["DEPENDENT"]
+        == depends
+        == compile_options(expand.config, expand.constexprs).get("launch_pdl", False)
+    )
 
 
 def test_a_list_goes_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import weakref
@@ -18,13 +19,17 @@ from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import assume
 from lorakernels.configs.heuristic import MULTI_OPERATIONS
 from lorakernels.kernels import tape
+from lorakernels.kernels.launch import as_if_captured
 from lorakernels.testing.cases import LINEAR_CASES, LinearCase, leaves_of, make_inputs
 from lorakernels.testing.device import COMPILED, DEVICE
 from lorakernels.testing.multi_cases import MULTI_CASES, MultiCase, make_multi_inputs
 
 # Small blocks: several programs of everything, and planes that are added. Few tokens, and the kernels for many.
 TINY = KernelConfig(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, BLOCK_R=16, GROUP_M=2, SPLIT=3)
-FORCED = dict.fromkeys(("shrink", "few_tokens", "outer"), TINY) | {"linear_expand": dataclasses.replace(TINY, SPLIT=1)}
+FORCED = dict.fromkeys(("shrink", "outer"), TINY) | {
+    "few_tokens": dataclasses.replace(TINY, side_stream=True),  # as it is in a graph alone
+    "linear_expand": dataclasses.replace(TINY, SPLIT=1),
+}
 MULTI = {name: dataclasses.replace(TINY, SPLIT=1 if name == "multi_expand" else 3) for name in MULTI_OPERATIONS}
 # What decides which steps there are; the other cases differ in sizes.
 LINEAR_NAMES = ("plain", "dropout_half_odd", "transposed", "adapter_float32_dropout", "row_scale_all", "only_A")
@@ -55,10 +60,18 @@ def assert_same(call: Callable[[int], list[Any]], steps: list[int], tapes: int) 
         assert one is None or (torch.equal(one, other) and (one.stride(), one.dtype) == (other.stride(), other.dtype))
 
 
-@pytest.mark.parametrize("few", [True, False], ids=["few", "general"])
-@pytest.mark.parametrize("case", [case for case in LINEAR_CASES if case.name in LINEAR_NAMES], ids=str)
-def test_a_layer_is_the_same(case: LinearCase, few: bool, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    if not few:
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [
+        (case, form)
+        for case in LINEAR_CASES
+        for form in ("few", "general", "forked")
+        if case.name in (LINEAR_NAMES if form != "forked" else ("dropout_half_odd", "row_scale_all"))
+    ],
+    ids=str,
+)
+def test_a_layer_is_the_same(case: LinearCase, form: str, steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if form == "general":
         monkeypatch.setattr(table, "FEW_TOKENS", 0)
 
     def call(seed: int) -> list[Any]:
@@ -69,7 +82,7 @@ def test_a_layer_is_the_same(case: LinearCase, few: bool, steps: list[int], monk
         y.backward(inputs.dy)
         return [y.detach(), *(leaf.grad for leaf in leaves.values())]
 
-    with table.forced_configs(FORCED):
+    with table.forced_configs(FORCED), as_if_captured() if form == "forked" else contextlib.nullcontext():
         assert_same(call, steps, 2 + case.row_scale)
 
 

@@ -180,6 +180,8 @@ def test_routes_of_both_ways(device: str) -> None:
     strange[3, 0], strange[5, 1] = E, -1
     route = lk.expert_route(strange, E, impl="triton")
     found = lk.expert_lora_linear(*given, route, bias=bias, impl="triton")
+    slots, ranks = (route.plan[at : at + len(rows)] for at in (layout.slots, layout.token_ranks))
+    assert slots[-2:].tolist() == [E, E] and torch.equal(ranks > 0, slots < E)
     by_pair = found[route.inverse].view(70, TOP_K, N)
     assert not by_pair[3, 0].any() and not by_pair[5, 1].any()
     torch.testing.assert_close(by_pair[6:], expected[by_torch.inverse].view(70, TOP_K, N)[6:])

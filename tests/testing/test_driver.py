@@ -132,9 +132,16 @@ def test_a_tape_launches_what_the_launchers_do() -> None:
         tape.Tape.run = lambda self, tensors: (ran.append(1), kept.append(tensors), run(self, tensors))[2]
         taped = tape._Recording.tape
         tape._Recording.tape = lambda self, *result: (kept.append(self), taped(self, *result))[1]
-        for M, n, forks in ((16, 1, 0), (1024, 3, 0), (1 << 17, 1, 1), (1 << 17, 2, 1)):
-            step(M, n)
-            (first, old, old_waits), (second, new, new_waits) = step(M, n), step(M, n)
+        lora_linear._forks = lambda x, members: True
+        passes = {"outer_kernel", "sum_planes_kernel"}
+        for M, n, in_graph, forked in (
+            *((16, 1, False, set()), (1024, 3, False, set()), (1 << 17, 1, False, passes), (1 << 17, 2, False, passes)),
+            *((16, n, True, {"shrink_kernel"}) for n in (1, 2)),
+        ):
+            forks = int(bool(forked))
+            with launches.as_if_captured() if in_graph else contextlib.nullcontext():
+                step(M, n)
+                (first, old, old_waits), (second, new, new_waits) = step(M, n), step(M, n)
             assert old_waits == new_waits == [7, 0] * forks
             renamed = {}
             for one, other in zip(first, second, strict=True):
@@ -145,11 +152,11 @@ def test_a_tape_launches_what_the_launchers_do() -> None:
             assert len(set(renamed.values())) == len(renamed)
             assert all(renamed.get(a, b if n > 1 else None) == b for a, b in zip(old, new, strict=True))
             beside = {each.kernel for each in second if each.stream == 7}
-            assert beside == ({"outer_kernel", "sum_planes_kernel"} if forks else set())
+            assert beside == forked
         print(json.dumps([len(ran), checked.refusals]))
         """
     )
-    assert found == [8, []]
+    assert found == [12, []]
 
 
 @pytest.mark.slow

@@ -206,7 +206,7 @@ def test_a_broken_peer_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_kernels_as_peers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter, which says nothing of time: so only where it is asked for like this."""
     few = case.r == 4
-    names = ["ours-triton"] if few else ["ours-fused", "ours-in-order", "ours-split"]
+    names = ["ours-triton", "ours-in-order"] if few else ["ours-fused", "ours-in-order", "ours-split"]
     for name in names:
         assert "interpreter" in str(PEERS[name].why_not(case, CPU))
         monkeypatch.setitem(PEERS, name, dataclasses.replace(PEERS[name], why_not=lambda case, device: None))

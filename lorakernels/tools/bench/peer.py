@@ -154,7 +154,10 @@ def base_product(
     forced = {"linear_expand": dataclasses.replace(expand, cublas=by, dependent=expand.dependent and not in_order)}
     if in_order:
         outer = choose_with_source("outer", case.M, case.N, case.N, case.r, case.itemsize, device).config
-        forced["outer"] = dataclasses.replace(outer, side_stream=False)
+        few = choose_with_source("few_tokens", case.M, case.N, case.K, case.r, case.itemsize, device).config
+        forced |= {
+            name: dataclasses.replace(c, side_stream=False) for name, c in (("outer", outer), ("few_tokens", few))
+        }
     elif by is expand.cublas:
         return nullcontext()
     return forced_configs(forced)

@@ -212,7 +212,7 @@ _ROWS = (
     Peer("ours-torch", "ours, plain torch", partial(_ours, "torch"), adapter_bytes=Case.paged_bytes, packed=True),
     Peer("ours-triton", "ours, Triton", partial(_ours, "triton"), _triton, adapter_bytes=Case.paged_bytes, packed=True),
     Peer("ours-fused", "ours, fused", partial(_ours, "triton"), _general, many=False, cublas=False, packed=True),
-    Peer("ours-in-order", "ours, in order", partial(_ours, "triton"), _general, many=False, in_order=True, packed=True),
+    Peer("ours-in-order", "ours, in order", partial(_ours, "triton"), _triton, many=False, in_order=True, packed=True),
     Peer("ours-split", "ours, split", partial(_ours, "triton"), _general, many=False, cublas=True, packed=True),
     Peer(
         "ours-stacks",
