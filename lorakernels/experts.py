@@ -128,9 +128,13 @@ def expert_plan(
     if adapters.shape != (route.num_tokens,) or adapters.is_floating_point():
         given = f"{arguments.shape_of(adapters)} {adapters.dtype}"
         raise PlanError(f"token_slots is {given}; expected [{route.num_tokens}] integers, as the route has tokens")
-    unknown = (adapters < BASE) | (adapters >= S)
+    if len(slot_scalings) != S:
+        raise PlanError(f"slot_scalings has {len(slot_scalings)} numbers; expected {S}, as slot_ranks has")
     width = max(*slot_ranks, 1) if page_table is None else page_table.shape[-1]
     plan = BatchPlan(E * S, max(P, 1), max_rank=width, num_pages=num_pages, invariant=invariant, device=device)
+    if device.type != "cpu" and ops.route_adapters(plan, route, adapters, slot_ranks, slot_scalings, page_table):
+        return plan
+    unknown = (adapters < BASE) | (adapters >= S)
     ranks, scalings = [*slot_ranks] * E, [*slot_scalings] * E
     if device.type == "cpu":  # by numpy it takes a tenth of the time
         if unknown.any():

@@ -94,8 +94,8 @@ class BatchPlan:
             if num_pages is not None:
                 self._page_table = torch.zeros(num_slots + 1, max_rank, dtype=torch.int32, device=self.device)
             self._iota = torch.arange(most, device=self.device)
-            # What was masked where the host does not look: unknown tokens, refused slots.
-            self._masked = torch.zeros(2, dtype=torch.int64, device=self.device)
+            self.masked = torch.zeros(2, dtype=torch.int64, device=self.device)
+            """What was masked where the host does not look: unknown tokens, refused slots."""
         self._host_checks = self.device.type == "cpu"
         self._staging: Staging | None = None
         self.num_tokens = 0
@@ -170,9 +170,9 @@ class BatchPlan:
             PlanError: a shape does not fit; on a CPU, a slot, rank, scaling or page is out of range.
             TypeError: a dtype is wrong.
         """
-        slots = self._tensor("token_slots", token_slots, torch.int32)
-        ranks = self._tensor("slot_ranks", slot_ranks, torch.int32)
-        scalings = self._tensor("slot_scalings", slot_scalings, torch.float32)
+        slots = self.as_tensor("token_slots", token_slots, torch.int32)
+        ranks = self.as_tensor("slot_ranks", slot_ranks, torch.int32)
+        scalings = self.as_tensor("slot_scalings", slot_scalings, torch.float32)
         self._check_shapes(slots, ranks, scalings, page_table)
         unknown = (slots < BASE) | (slots >= self.num_slots)
         refused = (ranks < 0) | (ranks > self.max_rank) | ~scalings.isfinite()
@@ -184,16 +184,13 @@ class BatchPlan:
         if self._host_checks and refused.any():
             slot = int(refused.to(torch.uint8).argmax())
             self._refuse(slot, int(ranks[slot]), float(scalings[slot]))
-        self._snapshots, self.on_host = {}, None
-        self._is_in_graph |= self._is_capturing()
+        self.rewrite(slots.shape[0])
         off = refused | (scalings == 0)
         base = unknown | (slots < 0)
         self._route(slots.masked_fill(base, self.num_slots), ranks.masked_fill(off, 0), scalings.masked_fill(off, 0))
         if page_table is not None and self._page_table is not None:
             self._page_table[:-1].copy_(page_table.masked_fill(~in_use | refused[:, None], 0))
-        self._masked += torch.stack([unknown.sum(), refused.sum()])
-        self.num_tokens = slots.shape[0]
-        self.version += 1
+        self.masked += torch.stack([unknown.sum(), refused.sum()])
 
     def update_host(
         self,
@@ -235,17 +232,23 @@ class BatchPlan:
         numbers = self._staging.next()
         write_route(numbers, S, self.max_tokens, slots, num_tokens, ranks)
         numbers[self.layout.size : -1].view(np.float32)[:] = scalings
-        self._snapshots, self.on_host = {}, None
+        self.rewrite(num_tokens)
         self._staging.copy_to(self._whole)
         if pages is not None and self._page_table is not None:
             self._page_table[:-1].copy_(torch.from_numpy(pages))
+
+    def rewrite(self, num_tokens: int) -> PlanTensors:
+        """The memory of another batch, of so many tokens, into which whoever asks writes it."""
+        self._snapshots, self.on_host = {}, None
+        self._is_in_graph |= self._is_capturing()
         self.num_tokens = num_tokens
         self.version += 1
+        return self.tensors
 
     def check(self) -> None:
         """Raise PlanError if an update since the last check masked a token or a slot. Makes the host wait."""
-        tokens, slots = self._masked.tolist()
-        self._masked.zero_()
+        tokens, slots = self.masked.tolist()
+        self.masked.zero_()
         if tokens or slots:
             raise PlanError(
                 f"updates since the last check gave the base model to {tokens} tokens of unknown slots (expected -1 or "
@@ -279,7 +282,8 @@ class BatchPlan:
     def _write(self, begin: int, values: torch.Tensor) -> None:
         self._buffer[begin : begin + len(values)].copy_(values)
 
-    def _tensor(self, name: str, values: torch.Tensor | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    def as_tensor(self, name: str, values: torch.Tensor | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+        """Numbers as `update` takes them, on the plan's device, without waiting for it. Raises as `update` does."""
         if not isinstance(values, torch.Tensor):
             host = _host_tensor(name, values, dtype)
             if self.device.type == "cuda":  # a copy from pages that are not pinned would wait for the device
@@ -300,6 +304,10 @@ class BatchPlan:
                 "or make a plan with a larger max_tokens"
             )
         self._check_slots(ranks, scalings)
+        self.check_pages(page_table)
+
+    def check_pages(self, page_table: Any) -> None:
+        """Its dtype, shape and device. Raises as `update` does."""
         if (page_table is None) != (self.num_pages is None):
             raise PlanError("page_table is for plans with num_pages, which need it in every update")
         if page_table is None:

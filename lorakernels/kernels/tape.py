@@ -149,7 +149,7 @@ class _Op(NamedTuple):
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    result: _Root | None  # None where it wrote into an argument
+    results: list[_Root]  # none where it wrote into an argument
 
 
 class _Launch(NamedTuple):
@@ -174,16 +174,21 @@ class _Recording(TorchDispatchMode):
         result = function(*args, **kwargs)
         if self.launching or function.is_view:
             return result
-        if not isinstance(result, torch.Tensor):
-            self.problem = True  # several tensors, or a number of which Python knows now
-        elif function in _ALLOCATES:
+        if function in _ALLOCATES:
             self.roots.append(_root(result))
-        else:
-            new = not any(root.begin <= result.data_ptr() < root.end for root in self.roots)
-            root = _root(result, alone=True) if new else None
-            self.roots += [root] if root else []
-            self.events.append(_Op(function, args, kwargs, root))
-            self.problem |= self.beside
+            return result
+        results = result if isinstance(result, tuple) else (result,)
+        roots = []
+        for each in results:
+            if not isinstance(each, torch.Tensor):
+                self.problem = True  # a number of which Python knows now, or a list
+            elif not any(root.begin <= each.data_ptr() < root.end for root in self.roots):
+                roots.append(_root(each, alone=True))
+        self.roots += roots
+        self.events.append(_Op(function, args, kwargs, roots))
+        # A shape that follows from numbers would be this call's in the launches that follow.
+        strange = len(roots) not in (0, len(results)) or torch.Tag.dynamic_output_shape in function.tags
+        self.problem |= self.beside or strange
         return result
 
     def launch(self, kernel: Any, args: dict[str, Any], options: dict[str, Any]) -> None:
@@ -216,7 +221,7 @@ class _Recording(TorchDispatchMode):
         if self.problem or self.generation != table.generation:  # a config was refused on the way
             raise _NotTaped
         allocated = [root for root in self.roots[self.num_inputs :] if not root.alone]
-        given = [event.result for event in self.events if isinstance(event, _Op) and event.result is not None]
+        given = [root for event in self.events if isinstance(event, _Op) for root in event.results]
         for tensor in _tensors(result):
             self._find(tensor).alone = True
         for tensor in _tensors([event[1:3] for event in self.events if isinstance(event, _Op)]):
@@ -308,7 +313,7 @@ class _Written:
             args = [self.of(each, self.tensor) for each in event.args]
             args += [f"{name}={self.of(each, self.tensor)}" for name, each in event.kwargs.items()]
             made = f"{self.constant(event.function)}({', '.join(args)})"
-            return made if event.result is None else f"keep({made}, p, t)"
+            return f"keep({made}, p, t)" if event.results else made
         if event.ahead:
             grid, handles = event.ahead
             args = [*map(str, grid), f"s[{int(event.beside)}]", *map(self.constant, handles)]
@@ -371,9 +376,10 @@ def _described(descriptor: Any, base: Any) -> Any:
     return new
 
 
-def _keep(result: torch.Tensor, addresses: list[int], tensors: list[torch.Tensor]) -> None:
-    tensors.append(result)
-    addresses.append(result.data_ptr())
+def _keep(result: Any, addresses: list[int], tensors: list[torch.Tensor]) -> None:
+    for tensor in result if isinstance(result, tuple) else (result,):
+        tensors.append(tensor)
+        addresses.append(tensor.data_ptr())
 
 
 def _fork(device: torch.device, streams: list[Any]) -> None:

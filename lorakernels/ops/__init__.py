@@ -13,6 +13,7 @@ from lorakernels.ops.linear import small_lora_linear as small_lora_linear
 from lorakernels.ops.linear_operators import autocast_arguments as autocast_arguments
 from lorakernels.ops.multi_embedding import multi_lora_embedding as multi_lora_embedding
 from lorakernels.ops.multi_experts import multi_expert_lora_linear as multi_expert_lora_linear
+from lorakernels.ops.multi_experts import route_adapters as route_adapters
 from lorakernels.ops.multi_linear import bound_update as bound_update
 from lorakernels.ops.multi_linear import bound_updates as bound_updates
 from lorakernels.ops.multi_linear import multi_lora_linear as multi_lora_linear

@@ -12,7 +12,9 @@ from lorakernels.ops.experts import frozen_experts
 from lorakernels.ops.multi_linear import MULTI_BACKWARD
 from lorakernels.ops.multi_shared import is_transformed
 from lorakernels.ops.multi_shrink_expand import ADD, EXPAND, SHRINK, multi_lora_add
+from lorakernels.ops.operator import runs_directly
 from lorakernels.plan import BatchPlan, PlanTensors
+from lorakernels.plan_layout import plan_layout
 from lorakernels.route import ExpertRoute
 
 
@@ -54,6 +56,25 @@ class _Update(torch.autograd.Function):
             )
             dA, dB = dAs[0] if need_A else None, dBs[0] if need_B else None
         return dx, dA, dB, *[None] * 4
+
+
+def route_adapters(
+    plan: BatchPlan, where: ExpertRoute, adapters: torch.Tensor, ranks: Any, scalings: Any, page_table: Any
+) -> bool:
+    """Write `plan`, of slots expert · S + adapter, by kernels: False where they do not run here."""
+    if where.plan is None or not len(where.order) or adapters.is_meta or not runs_directly(adapters, where.order):
+        return False
+    from lorakernels.kernels.expert_route import route_adapters
+
+    plan.check_pages(page_table)
+    numbers = plan.as_tensor("slot_ranks", ranks, torch.int32), plan.as_tensor("slot_scalings", scalings, torch.float32)
+    first = plan_layout(where.num_experts, len(where.order)).slots
+    experts = where.plan[first : first + len(where.order)]
+    route_adapters(
+        plan.rewrite(len(where.order)), plan.masked, experts, where.order, where.top_k, where.num_experts, adapters,
+        *numbers, page_table, plan.num_pages or 0, plan.max_rank,
+    )  # fmt: skip
+    return True
 
 
 def multi_expert_lora_linear(

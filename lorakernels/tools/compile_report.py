@@ -228,7 +228,8 @@ def _tool(path: str, option: str, content: bytes) -> str:
         return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
-_SEARCHES = ("expert_starts_kernel", "expert_tiles_kernel")  # their loops load where a binary search goes
+# Their loops load where a binary search goes, or each number and the next.
+_SEARCHES = ("expert_starts_kernel", "expert_tiles_kernel", "expert_ends_kernel")
 # What a matrix product of 16-bit operands must come to where it is large: these units do most of the device's work.
 _LARGE = 1024
 _LARGE_MUST_USE = {"sm_90": "wgmma", "sm_100": "tcgen05"}

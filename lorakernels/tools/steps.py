@@ -15,6 +15,7 @@ from lorakernels.configs.device import device_of
 from lorakernels.configs.table import forced_configs
 from lorakernels.member import Member, training_step
 from lorakernels.plan import BatchPlan
+from lorakernels.plan_layout import plan_layout
 from lorakernels.quant.packed import CODES, Form, PackedWeight
 from lorakernels.quant.stacks import PackedStack
 from lorakernels.route import ExpertRoute
@@ -101,6 +102,8 @@ def shipped_launches() -> list[Any]:
         for kind, mixture in itertools.product(("nf4-nested", "int8"), (MIXTURES[0], MIXTURES[2])):
             expert_step(torch.bfloat16, *mixture, packed=kind)
         expert_step(torch.float32, *MIXTURES[2], packed="nf4")
+        for adapters, paged in ((64, True), (2, False)):
+            expert_plan_step(*MIXTURES[0][:3], adapters, paged)
     return launches
 
 
@@ -213,3 +216,20 @@ def expert_step(
         A, B = meta(num_experts, r, K), meta(N, r, num_experts).permute(2, 0, 1)
         _, s, mask = experts.forward(x, weight, A, B, bias, where, seed, threshold, 0.5)
         experts.backward(dy, x, weight, A, B, where, s, mask, threshold, 0.5, need_dx=True, need_dA=True, need_dB=True)
+
+
+def expert_plan_step(T: int, top_k: int, num_experts: int, adapters: int, paged: bool) -> None:
+    """The plan of a batch of many adapters of a mixture, by the kernels."""
+    from lorakernels.kernels import expert_route
+
+    meta = partial(torch.empty, device="meta")
+    order, _, _, route = expert_route.route(meta((T, top_k), dtype=torch.int64), num_experts)
+    layout, S, P = plan_layout(num_experts, T * top_k), num_experts * adapters, T * top_k
+    options: dict[str, Any] = {"max_rank": 16, "num_pages": 1 << 16 if paged else None}
+    plan = BatchPlan(S, P, **options, device="meta")
+    ranks, scalings = meta(adapters, dtype=torch.int64), meta(adapters)
+    table = meta(S, 16, dtype=torch.int32) if paged else None
+    expert_route.route_adapters(
+        plan.tensors, plan.masked, route[layout.slots : layout.slots + P], order, top_k, num_experts,
+        meta(T, dtype=torch.int32), ranks, scalings, table, 1 << 16, 16,
+    )  # fmt: skip

@@ -171,7 +171,7 @@ def test_experts_are_the_same(steps: list[int]) -> None:
         y.backward(torch.randn_like(y))
         return [y.detach(), x.grad, A.grad, B.grad]
 
-    assert_same(call, steps, 2)
+    assert_same(call, steps, 3)  # the route is one
 
 
 @pytest.mark.skipif(COMPILED, reason="numpy's memory is not a GPU's")
@@ -221,17 +221,17 @@ def test_what_decides_makes_another_tape(steps: list[int]) -> None:
 
 
 def test_what_cannot_be_repeated_is_not_taped(steps: list[int]) -> None:
-    """A number that the host reads, several results of one operator, nothing to compute, and what is asked, not run."""
+    """A number that the host reads, a shape that follows from numbers, and nothing to compute."""
 
     @tape.taped
     def reads(x: torch.Tensor) -> torch.Tensor:
         return x.new_full((2,), float(x.sum()))
 
     @tape.taped
-    def sorts(x: torch.Tensor) -> torch.Tensor:
-        return torch.sort(x).values
+    def counts(x: torch.Tensor) -> torch.Tensor:
+        return x.nonzero()
 
-    for function in (reads, sorts):
+    for function in (reads, counts):
         for number in range(4):
             x = torch.tensor([number, 1.0], device=DEVICE)
             assert torch.equal(function(x), function.__wrapped__(x))

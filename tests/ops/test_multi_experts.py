@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import lorakernels as lk
+from lorakernels import ops
 from lorakernels.plan import BatchPlan, PlanError
+from lorakernels.plan_layout import TILE_HEIGHTS, num_tiles
 from lorakernels.testing.budget import assert_within_budget
 
 E, S, R, N, K, T, TOP_K = 3, 2, 4, 16, 24, 7, 2
@@ -112,6 +114,52 @@ def test_invariant_and_sorted() -> None:
         ys.append(lk.multi_expert_lora_linear(rows, **made, route=route, plan=plan, sorted_x=True))
     same = torch.tensor([pair // TOP_K in (0, 4, 6) for pair in route.order.tolist()])
     assert torch.equal(ys[0][same], ys[1][same])
+
+
+@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize(
+    ("experts", "adapters", "tokens", "top_k"), [(3, 2, 7, 2), (1, 1, 1, 1), (40, 30, 70, 3), (2, 5, 150, 2)]
+)
+def test_the_kernels_write_the_same_plan(
+    experts: int, adapters: int, tokens: int, top_k: int, paged: bool, device: str
+) -> None:
+    """Ranks and scalings of 0, tokens of the base and of adapters that there are not, experts likewise, bad pages."""
+    draw, R = torch.Generator().manual_seed(3), 5
+    index = torch.randint(-1, experts + 2, (tokens, top_k), generator=draw)
+    slots = torch.randint(-2, adapters + 1, (tokens,), generator=draw)
+    ranks = torch.randint(0, R + 1, (adapters,), generator=draw).tolist()
+    scalings = torch.tensor([0.0, 1.0, -2.5])[torch.randint(0, 3, (adapters,), generator=draw)].tolist()
+    table = torch.randint(-9, 99, (experts * adapters, R), generator=draw).int().abs() if paged else None
+    route = lk.expert_route(index.to(device), experts, impl="triton")
+    options: dict[str, Any] = {"max_rank": R, "num_pages": 90 if paged else None}
+    written = BatchPlan(experts * adapters, tokens * top_k, **options, device=device)
+    written.tensors.buffer.fill_(-7)  # all that is read is written
+    numbers = ranks, scalings, None if table is None else table.to(device)
+    assert ops.route_adapters(written, route, slots.to(device), *numbers)
+
+    known = (slots >= -1) & (slots < adapters)
+    ok = torch.ones(experts * adapters, dtype=torch.bool)
+    if table is not None:
+        used = torch.arange(R) < torch.tensor(ranks * experts)[:, None]
+        ok = ~(used & (table >= 90)).any(1)
+        table = table.clamp(max=89)
+    own = torch.where(known, slots, -1)[route.order.cpu() // top_k]
+    expert = index.reshape(-1)[route.order.cpu()]
+    row = torch.where((own < 0) | (expert < 0) | (expert >= experts), -1, expert * adapters + own)
+    expected = BatchPlan(experts * adapters, tokens * top_k, **options)
+    expected.update(row, (torch.tensor(ranks * experts) * ok).int(), torch.tensor(scalings * experts), table)
+    layout, (found, truth) = written.layout, (plan.tensors for plan in (written, expected))
+    S, P = experts * adapters, tokens * top_k
+    parts = [(layout.ranks, S + 1), (layout.starts, S + 2), *((begin, P) for begin in layout[2:5])]
+    parts += [(begin, 3 * num_tiles(P, S, height)) for begin, height in zip(layout.tiles, TILE_HEIGHTS, strict=True)]
+    for begin, length in parts:
+        assert torch.equal(found.part(begin, length).cpu(), truth.part(begin, length))
+    live = found.part(layout.ranks, S).cpu() > 0
+    assert torch.equal(found.scales.cpu()[:-1][live], truth.scales[:-1][live])
+    if paged:
+        assert torch.equal(found.page_table.cpu()[:-1][live], truth.page_table[:-1][live])
+    assert written.masked.tolist() == [int((~known).sum()), int((~ok).sum())]
+    assert (written.num_tokens, written.version) == (P, 1)
 
 
 def test_bad_input() -> None:
