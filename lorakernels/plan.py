@@ -173,7 +173,13 @@ class BatchPlan:
         slots = self.as_tensor("token_slots", token_slots, torch.int32)
         ranks = self.as_tensor("slot_ranks", slot_ranks, torch.int32)
         scalings = self.as_tensor("slot_scalings", slot_scalings, torch.float32)
-        self._check_shapes(slots, ranks, scalings, page_table)
+        if slots.dim() != 1 or slots.shape[0] > self.max_tokens:
+            raise PlanError(
+                f"token_slots is {list(slots.shape)}; expected [T] with T ≤ {self.max_tokens}: split the batch, "
+                "or make a plan with a larger max_tokens"
+            )
+        self._check_slots(ranks, scalings)
+        self.check_pages(page_table)
         unknown = (slots < BASE) | (slots >= self.num_slots)
         refused = (ranks < 0) | (ranks > self.max_rank) | ~scalings.isfinite()
         if page_table is not None and self.num_pages is not None:
@@ -297,15 +303,6 @@ class BatchPlan:
             raise TypeError(f"{name} is {values.dtype}; expected {dtype}")
         return values
 
-    def _check_shapes(self, slots: torch.Tensor, ranks: torch.Tensor, scalings: torch.Tensor, page_table: Any) -> None:
-        if slots.dim() != 1 or slots.shape[0] > self.max_tokens:
-            raise PlanError(
-                f"token_slots is {list(slots.shape)}; expected [T] with T ≤ {self.max_tokens}: split the batch, "
-                "or make a plan with a larger max_tokens"
-            )
-        self._check_slots(ranks, scalings)
-        self.check_pages(page_table)
-
     def check_pages(self, page_table: Any) -> None:
         """Its dtype, shape and device. Raises as `update` does."""
         if (page_table is None) != (self.num_pages is None):
@@ -317,8 +314,7 @@ class BatchPlan:
         if tuple(page_table.shape) != (self.num_slots, self.max_rank):
             raise PlanError(f"page_table is {list(page_table.shape)}; expected {[self.num_slots, self.max_rank]}")
         if page_table.dtype not in (torch.int32, torch.int64) or page_table.device != self.device:
-            found = f"{page_table.dtype} on {page_table.device}"
-            raise TypeError(f"page_table is {found}; expected int32 on {self.device}")
+            raise TypeError(f"page_table is {page_table.dtype} on {page_table.device}; expected int32 on {self.device}")
 
     def _host_ranks(self, slot_ranks: Any, slot_scalings: Any) -> tuple[np.ndarray, np.ndarray]:
         """Ranks, 0 where a slot is off, and scalings of `update_host`."""
@@ -355,8 +351,8 @@ class BatchPlan:
 
     def _refuse_token(self, unknown: Any, slots: Any) -> NoReturn:
         token = int(unknown.argmax())
-        expected = f"-1 (the base model) or 0 … {self.num_slots - 1}"
-        raise PlanError(f"token {token} has slot {int(slots[token])}; expected {expected}")
+        most = self.num_slots - 1
+        raise PlanError(f"token {token} has slot {int(slots[token])}; expected -1 (the base model) or 0 … {most}")
 
     def _refuse(self, slot: int, rank: int, scaling: float) -> NoReturn:
         if not 0 <= rank <= self.max_rank:
