@@ -56,10 +56,14 @@ def input_precision(x: torch.Tensor) -> str:
         return "ieee" if device_of(x.device).arch.startswith("gfx") else "tf32"
     if x.dtype is not torch.float32 or not x.is_cuda:
         return "ieee"
+    return "tf32" if allows_tf32() else "ieee"
+
+
+def allows_tf32() -> bool:
+    """Whether torch was told that TF32 will do for float32 products."""
     # The older reading raises once the newer setting was used.
     matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def compile_options(config: KernelConfig, constexprs: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +190,13 @@ def record_launches() -> Iterator[list[Launch]]:
         _recorded.reset(outer)
 
 
+def lasting(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, which outlives every call: a tape may hold it."""
+    if (tape := _taken_down.get()) is not None:
+        tape.hold(tensor)
+    return tensor
+
+
 def is_watched() -> bool:
     """Whether this thread's launches are recorded, or taken down."""
     return _recorded.get() is not None or _taken_down.get() is not None
@@ -232,8 +243,10 @@ def side_stream(device: torch.device, enabled: bool) -> Iterator[AbstractContext
         return
     tape = _taken_down.get()
     current, side = fork(device)
+    if tape is not None:
+        tape.forked()
     try:
-        yield torch.cuda.stream(side) if tape is None else tape.forked(torch.cuda.stream(side))
+        yield torch.cuda.stream(side) if tape is None else tape.aside(torch.cuda.stream(side))
     finally:
         current.wait_stream(side)
         if tape is not None:

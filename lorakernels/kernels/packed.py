@@ -18,7 +18,7 @@ import triton.language as tl
 from lorakernels.backend import interpreter_on
 from lorakernels.configs.config import KernelConfig
 from lorakernels.configs.device import device_of
-from lorakernels.kernels.launch import cdiv, launch
+from lorakernels.kernels.launch import cdiv, lasting, launch
 from lorakernels.kernels.tiles import Matrix, matrix, plane, store_tile, transposed
 from lorakernels.quant.packed import CODES, PackedWeight, Transposed, table_of
 
@@ -81,9 +81,10 @@ def weight_matrix(weight: Any) -> Matrix | PackedMatrix:
         return transposed(weight)
     packed = packed_of(weight)
     form = packed.form
+    codes = lasting(table_of(form.kind, packed.device)) if form.bits == 4 else None
     return PackedMatrix(
-        packed.data, form.N, form.K, table_of(form.kind, packed.device) if form.bits == 4 else None, packed.scale,
-        packed.zero, packed.table, packed.absmax, packed.offset, max(1, form.block_rows),
+        packed.data, form.N, form.K, codes, packed.scale, packed.zero, packed.table, packed.absmax, packed.offset,
+        max(1, form.block_rows),
     )  # fmt: skip
 
 

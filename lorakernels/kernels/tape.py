@@ -18,15 +18,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lorakernels import backend
 from lorakernels.configs import table
 from lorakernels.configs.device import device_of
 from lorakernels.kernels.launch import (
     INTERPRETED,
+    allows_tf32,
     fork,
-    input_precision,
     is_captured,
     is_watched,
     on_device,
@@ -70,7 +69,7 @@ def taped(function: Callable[P, T]) -> Callable[P, T]:
             if not (backend.launches_are_checked or (INTERPRETED and interpreted_too)):
                 return function(*args, **kwargs)
             look.append(device_of(device))
-        look += (device, input_precision(tensors[0]), is_captured(device))
+        look += (device, allows_tf32(), is_captured(device))
         key = tuple(look)
         tape = tapes.get(key)
         if tape is None or tape is False:
@@ -94,7 +93,8 @@ def taped(function: Callable[P, T]) -> Callable[P, T]:
 
 def _is_hooked() -> bool:
     """Whether Triton tells somebody of launches, such as a profiler."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any([getattr(hook, "calls", hook) for hook in hooks])
 
 
 def _look(values: Iterable[Any], tensors: list[torch.Tensor], look: list[Any]) -> None:
@@ -103,7 +103,7 @@ def _look(values: Iterable[Any], tensors: list[torch.Tensor], look: list[Any]) -
         kind = value.__class__
         if kind in _PLAIN or isinstance(value, torch.Tensor):
             tensors.append(value)
-            look += (value.shape, value.stride(), value.dtype, value.data_ptr() & 15)
+            look += (value.shape, value.stride(), value.dtype, value.get_device(), value.data_ptr() & 15)
         elif kind in _LEAVES or not isinstance(value, (tuple, list)):
             look += (value,)
         else:
@@ -116,8 +116,7 @@ class Tape(NamedTuple):
 
     device: torch.device
     allocations: list[tuple[Any, ...]]  # size, stride, dtype
-    steps: list[Callable[[list[int], list[torch.Tensor], list[Any]], object]]
-    result: Callable[[list[int], list[torch.Tensor], list[Any]], Any]
+    steps: Callable[[list[int], list[torch.Tensor], list[Any]], Any]  # all of them; gives the result
 
     def run(self, tensors: list[torch.Tensor]) -> Any:
         device = self.device
@@ -128,9 +127,11 @@ class Tape(NamedTuple):
         with on_device(device):
             index = device.index if device.type == "cuda" else 0
             streams: list[Any] = [None if INTERPRETED else driver.active.get_current_stream(index)]
-            for step in self.steps:
-                step(addresses, tensors, streams)
-        return self.result(addresses, tensors, streams)
+            try:
+                return self.steps(addresses, tensors, streams)
+            finally:  # where a step raised too: what is freed now the side stream may still use
+                if len(streams) > 1:
+                    _join(streams)
 
 
 @dataclass
@@ -172,8 +173,9 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        if self.launching or function.is_view:
+        if self.launching or (function.is_view and all(map(self._is_known, _tensors(result)))):
             return result
+        self.problem |= any([tensor.device != self.roots[0].tensor.device for tensor in _tensors(result)])
         if function in _ALLOCATES:
             self.roots.append(_root(result))
             return result
@@ -182,7 +184,7 @@ class _Recording(TorchDispatchMode):
         for each in results:
             if not isinstance(each, torch.Tensor):
                 self.problem = True  # a number of which Python knows now, or a list
-            elif not any(root.begin <= each.data_ptr() < root.end for root in self.roots):
+            elif not self._is_known(each):
                 roots.append(_root(each, alone=True))
         self.roots += roots
         self.events.append(_Op(function, args, kwargs, roots))
@@ -190,6 +192,14 @@ class _Recording(TorchDispatchMode):
         strange = len(roots) not in (0, len(results)) or torch.Tag.dynamic_output_shape in function.tags
         self.problem |= self.beside or strange
         return result
+
+    def hold(self, tensor: torch.Tensor) -> None:
+        """A tensor that outlives every call."""
+        if not self._is_known(tensor):
+            self.roots.append(_root(tensor, alone=True))
+
+    def _is_known(self, tensor: torch.Tensor) -> bool:
+        return any(root.begin <= tensor.data_ptr() < root.end for root in self.roots)
 
     def launch(self, kernel: Any, args: dict[str, Any], options: dict[str, Any]) -> None:
         self.launching = True  # the interpreter runs operators of torch
@@ -202,11 +212,16 @@ class _Recording(TorchDispatchMode):
             grid = (*options["grid"], 1, 1)[:3]
             # As Triton's own `run` does, without its hooks: two calls and a dict, 2 µs.
             handles = (compiled.function, compiled.packed_metadata, None, None, None)
-            self.events.append(_Launch(compiled.run, args, (grid, handles), self.beside))
+            self.events.append(_Launch(compiled, args, (grid, handles), self.beside))
+
+    def forked(self) -> None:
+        self.events.append("fork(t[0].device, s)")
+
+    def joined(self) -> None:
+        self.events.append("join(s)")
 
     @contextmanager
-    def forked(self, side: AbstractContextManager[object]) -> Iterator[None]:
-        self.events.append("fork")
+    def aside(self, side: AbstractContextManager[object]) -> Iterator[None]:
         with side:
             self.beside = True
             try:
@@ -214,17 +229,12 @@ class _Recording(TorchDispatchMode):
             finally:
                 self.beside = False
 
-    def joined(self) -> None:
-        self.events.append("join")
-
     def tape(self, result: Any, device: torch.device) -> Tape:
         if self.problem or self.generation != table.generation:  # a config was refused on the way
             raise _NotTaped
         allocated = [root for root in self.roots[self.num_inputs :] if not root.alone]
         given = [root for event in self.events if isinstance(event, _Op) for root in event.results]
-        for tensor in _tensors(result):
-            self._find(tensor).alone = True
-        for tensor in _tensors([event[1:3] for event in self.events if isinstance(event, _Op)]):
+        for tensor in _tensors([result, *(event[1:3] for event in self.events if isinstance(event, _Op))]):
             if tensor.numel():
                 self._find(tensor).alone = True
         allocations: list[tuple[Any, ...]] = []
@@ -245,8 +255,7 @@ class _Recording(TorchDispatchMode):
             root.slot = slot
         written = _Written(self._find)
         lines = [written.step(event, device) for event in self.events]
-        *steps, last = written.functions([*lines, written.of(result, written.tensor)])
-        return Tape(device, allocations, steps, last)
+        return Tape(device, allocations, written.function([*lines, written.of(result, written.result)]))
 
     def _find(self, tensor: torch.Tensor) -> _Root:
         """The one root that the tensor lies in. Addresses do not tell arguments that overlap, and what is empty."""
@@ -263,11 +272,16 @@ class _Written:
     def __init__(self, find: Callable[[torch.Tensor], _Root]) -> None:
         self.find, self.constants = find, list[Any]()
 
-    def functions(self, expressions: Sequence[str]) -> list[Any]:
-        names = {"c": self.constants, "view": _view, "described": _described, "keep": _keep}
-        return eval(
-            f"[{', '.join(f'lambda p, t, s: {each}' for each in expressions)}]", names
-        )  # together: half the time
+    def function(self, expressions: Sequence[str]) -> Any:
+        names = {
+            "c": self.constants,
+            "view": _view,
+            "described": _described,
+            "keep": _keep,
+            "fork": _fork,
+            "join": _join,
+        }
+        return eval(f"lambda p, t, s: ({', '.join(expressions)},)[-1]", names)
 
     def constant(self, value: Any) -> str:
         if value is None or type(value) in (int, bool):
@@ -279,6 +293,9 @@ class _Written:
         if tensor.numel() == 0:
             return "0"
         root = self.find(tensor)
+        if root.slot < 0:  # held
+            self.constants.append(tensor)
+            return str(tensor.data_ptr())
         offset = root.offset + tensor.data_ptr() - root.begin
         return f"p[{root.slot}] + {offset}" if offset else f"p[{root.slot}]"
 
@@ -286,18 +303,23 @@ class _Written:
         if tensor.numel() == 0:
             return self.constant(tensor.new_empty(tensor.shape))
         root = self.find(tensor)
+        if root.slot < 0:
+            return self.constant(tensor)
         offset = root.offset + tensor.data_ptr() - root.begin
         whole, look = root.tensor, (tensor.shape, tensor.stride(), tensor.dtype)
         if root.alone and offset == 0 and look == (whole.shape, whole.stride(), whole.dtype):
             return f"t[{root.slot}]"
         return f"view(t[{root.slot}], {offset}, {self.constant(look)})"
 
+    def result(self, tensor: torch.Tensor) -> str:
+        return self.tensor(tensor) if tensor.numel() else f"{self.tensor(tensor)}.clone()"
+
     def of(self, value: Any, read: Callable[[torch.Tensor], str], named: bool = False) -> str:
         """`value` with its tensors read anew; with `named` tuples keep their type."""
         if isinstance(value, torch.Tensor):
             return read(value)
-        if isinstance(value, TensorDescriptor):
-            return f"described({self.constant(_described(value, None))}, {read(value.base)})"
+        if _is_descriptor(value):
+            return f"described({self.constant(_described(value, None))}, {self.tensor(value.base)})"
         if not isinstance(value, (tuple, list)) or not _tensors(value):
             return self.constant(value)
         inner = ", ".join(self.of(each, read, named) for each in value)
@@ -307,8 +329,7 @@ class _Written:
 
     def step(self, event: Any, device: torch.device) -> str:
         if isinstance(event, str):
-            run = functools.partial(_fork, device) if event == "fork" else _join
-            return f"{self.constant(run)}(s)"
+            return event
         if isinstance(event, _Op):
             args = [self.of(each, self.tensor) for each in event.args]
             args += [f"{name}={self.of(each, self.tensor)}" for name, each in event.kwargs.items()]
@@ -318,8 +339,9 @@ class _Written:
             grid, handles = event.ahead
             args = [*map(str, grid), f"s[{int(event.beside)}]", *map(self.constant, handles)]
             args += [self.of(each, self.address) for each in event.args.values()]
-        else:
-            args = [f"{name}={self.of(each, self.tensor, True)}" for name, each in event.args.items()]
+            self.constants.append(event.run)  # which is unloaded where nobody holds it
+            return f"{self.constant(event.run.run)}({', '.join(args)})"
+        args = [f"{name}={self.of(each, self.tensor, True)}" for name, each in event.args.items()]
         return f"{self.constant(event.run)}({', '.join(args)})"
 
 
@@ -327,7 +349,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
     """All in nested tuples, lists and dicts."""
     if isinstance(values, torch.Tensor):
         return [values]
-    if isinstance(values, TensorDescriptor):
+    if _is_descriptor(values):
         return [values.base]
     if isinstance(values, dict):
         values = list(values.values())
@@ -356,23 +378,15 @@ def _view(base: torch.Tensor, offset: int, look: tuple[Any, ...]) -> torch.Tenso
     return torch.empty(0, dtype=dtype, device=base.device).set_(base.untyped_storage(), first, size, stride)
 
 
-class _Address:
-    """An address in the place of a descriptor's tensor, of which a launch asks no more."""
-
-    __slots__ = ("address",)
-
-    def __init__(self, address: int) -> None:
-        self.address = address
-
-    def data_ptr(self) -> int:
-        return self.address
+def _is_descriptor(value: Any) -> bool:
+    return hasattr(value, "block_shape")  # Triton's or Gluon's, which share no class
 
 
 def _described(descriptor: Any, base: Any) -> Any:
     """The descriptor of another tensor, past the checks of its constructor."""
-    new = object.__new__(TensorDescriptor)
+    new = object.__new__(type(descriptor))
     new.__dict__.update(descriptor.__dict__)
-    new.base = _Address(base) if isinstance(base, int) else base
+    new.base = base
     return new
 
 
@@ -389,4 +403,5 @@ def _fork(device: torch.device, streams: list[Any]) -> None:
 
 def _join(streams: list[Any]) -> None:
     _, _, current, side = streams
+    del streams[1:]
     current.wait_stream(side)
