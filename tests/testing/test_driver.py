@@ -105,7 +105,7 @@ def test_a_tape_launches_what_the_launchers_do() -> None:
         from types import SimpleNamespace
         from triton.backends.nvidia.driver import CudaLauncher
         from lorakernels.configs import table
-        from lorakernels.kernels import launch as launches, lora_linear, tape
+        from lorakernels.kernels import launch as launches, lora_linear, recording, tape
         from lorakernels.member import Member, training_step
         from lorakernels.tools import steps
 
@@ -116,7 +116,7 @@ def test_a_tape_launches_what_the_launchers_do() -> None:
         started = [0]
         current, side = stream(0), stream(7)
         fork = lambda device: (side.wait_stream(current), (current, side))[1]
-        launches.fork = tape.fork = fork
+        launches.fork = recording.fork = fork
         torch.cuda.stream = lambda stream: contextlib.nullcontext()
         own_side_stream = launches.side_stream
         lora_linear.side_stream = lambda device, on: own_side_stream(torch.device("cuda", 0), on)
@@ -139,8 +139,8 @@ def test_a_tape_launches_what_the_launchers_do() -> None:
         kept, ran, waits = [], [], []
         run = tape.Tape.run
         tape.Tape.run = lambda self, tensors: (ran.append(1), kept.append(tensors), run(self, tensors))[2]
-        taped = tape._Recording.tape
-        tape._Recording.tape = lambda self, *result: (kept.append(self), taped(self, *result))[1]
+        taped = recording.Recording.tape
+        recording.Recording.tape = lambda self, *result: (kept.append(self), taped(self, *result))[1]
         lora_linear._forks = lambda x, members: True
         passes = {"outer_kernel", "sum_planes_kernel"}
         gluon = {"linear_expand": steps._GLUON}
