@@ -227,8 +227,9 @@ def test_what_a_driver_refuses_is_refused() -> None:
         def encode(name, address=1 << 20, stride=8192, box=(64, 128), swizzle=3):
             sizes, strides = (ctypes.c_ulonglong * 2)(4096, 8192), (ctypes.c_ulonglong * 1)(stride)
             box, steps = (ctypes.c_uint * 2)(*box), (ctypes.c_uint * 2)(1, 1)
-            code = library.cuTensorMapEncodeTiled(None, 9, 2, ctypes.c_void_p(address), sizes, strides, box, steps, 0,
-                                                  swizzle, 0, 0)
+            made = torch.empty(128, dtype=torch.uint8)  # which a map is written into, from a multiple of 64 on
+            code = library.cuTensorMapEncodeTiled(ctypes.c_void_p(made.data_ptr()), 9, 2, ctypes.c_void_p(address),
+                                                  sizes, strides, box, steps, 0, swizzle, 0, 0)
             tell(name, code)
 
         for name, options in MAPS.items():
