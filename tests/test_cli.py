@@ -345,6 +345,6 @@ def test_compile_report() -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {(row["kernel"], row["arch"], row["ok"]) for row in rows} == {("sum_planes_kernel", "sm_80", True)}
-    assert max(row["narrowest_load_bytes"] for row in rows) == 16
+    assert max(row["narrowest_load_bytes"] for row in rows) == 8
     done = run_python(*only, "no_such_kernel")
     assert done.returncode == 2 and "there is no kernel 'no_such_kernel'; kernels: expert_expand_kernel" in done.stderr

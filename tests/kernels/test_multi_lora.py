@@ -483,7 +483,7 @@ def test_a_list_goes_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.Tensor, "to", to)
     monkeypatch.setattr(plan, "device", _OnGpu())
-    assert plan._tensor("slot_ranks", [1, 2], torch.int32).tolist() == [1, 2]
+    assert plan.as_tensor("slot_ranks", [1, 2], torch.int32).tolist() == [1, 2]
     assert steps == ["pinned", "on its way"]
 
 
