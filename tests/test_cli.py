@@ -347,4 +347,6 @@ def test_compile_report() -> None:
     assert {(row["kernel"], row["arch"], row["ok"]) for row in rows} == {("sum_planes_kernel", "sm_80", True)}
     assert max(row["narrowest_load_bytes"] for row in rows) == 8
     done = run_python(*only, "no_such_kernel")
-    assert done.returncode == 2 and "there is no kernel 'no_such_kernel'; kernels: expert_adapters_kernel" in done.stderr
+    assert (
+        done.returncode == 2 and "there is no kernel 'no_such_kernel'; kernels: expert_adapters_kernel" in done.stderr
+    )

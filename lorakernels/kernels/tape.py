@@ -60,7 +60,7 @@ def taped(function: Callable[P, T]) -> Callable[P, T]:
         look += (device, allows_tf32(), is_captured(device))
         key = tuple(look)
         tape = tapes.get(key)
-        if not tape:
+        if tape is None or tape is False:
             if len(tapes) >= MOST:
                 tapes.clear()
             tapes.setdefault(key, True)

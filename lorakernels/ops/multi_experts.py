@@ -67,12 +67,14 @@ def route_adapters(
     from lorakernels.kernels.expert_route import route_adapters
 
     plan.check_pages(page_table)
-    numbers = plan.as_tensor("slot_ranks", ranks, torch.int32), plan.as_tensor("slot_scalings", scalings, torch.float32)
+    ranks = plan.as_tensor("slot_ranks", ranks, torch.int32).contiguous()
+    scalings = plan.as_tensor("slot_scalings", scalings, torch.float32).contiguous()
+    pages = None if page_table is None else page_table.contiguous()
     first = plan_layout(where.num_experts, len(where.order)).slots
     experts = where.plan[first : first + len(where.order)]
     route_adapters(
-        plan.rewrite(len(where.order)), plan.masked, experts, where.order, where.top_k, where.num_experts, adapters,
-        *numbers, page_table, plan.num_pages or 0, plan.max_rank,
+        plan.rewrite(len(where.order)), plan.masked, experts, where.order, where.top_k, where.num_experts,
+        adapters.contiguous(), ranks, scalings, pages, plan.num_pages or 0, plan.max_rank,
     )  # fmt: skip
     return True
 
