@@ -48,7 +48,7 @@ def write_report(rows: Sequence[Row], path: str | Path, former: Sequence[Row] | 
         "<h2>Pictures</h2>",
         *(f'<p><img alt="" src="data:image/png;base64,{picture}"></p>' for picture in pictures),
         "<h2>A call's time on the host</h2>",
-        _table(("call", "µs", "beyond torch's linear, µs"), _host(rows)),
+        _table(("call", "by", "µs", "beyond torch's linear, µs"), _host(rows)),
         "<h2>Where it was measured</h2>",
         _table(("", ""), ((name, _text(value)) for name, value in where.items())),
         "<h2>What has no time</h2>",
@@ -107,7 +107,11 @@ def _changes(former: Sequence[Row], rows: Sequence[Row]) -> str:
 def _host(rows: Sequence[Row]) -> Iterable[tuple[str, ...]]:
     for row in rows:
         if "beyond_linear_s" in row:
-            yield row["operation"], *(f"{row[key][1] * 1e6:.1f}" for key in ("seconds", "beyond_linear_s"))
+            yield (
+                row["operation"],
+                row["label"],
+                *(f"{row[key][1] * 1e6:.1f}" for key in ("seconds", "beyond_linear_s")),
+            )
 
 
 def _without_time(rows: Sequence[Row]) -> Iterable[tuple[str, ...]]:

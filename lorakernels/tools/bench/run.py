@@ -19,15 +19,19 @@ from lorakernels.tools.bench import timing
 from lorakernels.tools.bench.counting import count
 from lorakernels.tools.bench.environment import describe
 from lorakernels.tools.bench.peer import Peer, Step, Tensors, checker, make_tensors
-from lorakernels.tools.bench.peers import PEERS, choose_peers
+from lorakernels.tools.bench.peers import choose_peers
 from lorakernels.tools.bench.registry import Case, case_of
 
 SCHEMA = 1
 _MOST_BUFFERS = 16
 _CPU_CACHE = 32 << 20
 # Layers so small that nothing but the host's own time is left of them.
-_HOST = Case(1, 64, 64, 4, dtype="float32")
-_HOST_MANY = Case(8, 64, 64, 4, dtype="float32", adapters=4)
+_HOST = {
+    "inference": Case(1, 64, 64, 4, dtype="float32"),
+    "training": Case(1, 64, 64, 4, dtype="float32"),
+    "training, 1024 tokens": Case(1024, 64, 64, 4, dtype="float32"),
+    "many adapters": Case(8, 64, 64, 4, dtype="float32", adapters=4),
+}
 _HOST_CALLS, _HOST_ROUNDS = 50, 10  # a time of a few µs is that of so many calls in a row; at least so many rounds
 
 Row = dict[str, Any]
@@ -192,7 +196,10 @@ def _time(heads: dict[str, Row], timers: dict[str, timing.Timer], rounds: int) -
 
 
 def _host_rows(device: torch.device, rounds: int) -> list[Row]:
-    """Seconds a call, and beyond torch's own linear: without gradients, and with a backward; of many adapters, too."""
+    """Seconds a call, and beyond torch's own linear: without gradients, and with a backward; of many adapters, too.
+
+    And those of PEFT, and of the formula by torch's operators: on a GPU a small layer waits for the host.
+    """
 
     def often(step: Step) -> None:
         for _ in range(_HOST_CALLS):
@@ -201,15 +208,26 @@ def _host_rows(device: torch.device, rounds: int) -> list[Row]:
             torch.cuda.synchronize()
 
     rows = []
-    for name, case in (("inference", _HOST), ("training", _HOST), ("many adapters", _HOST_MANY)):
+    for name, case in _HOST.items():
+        if case.M > 64 and device.type != "cuda":
+            continue  # where the products would take the time
         t = make_tensors(case, device, 0)
         for tensor in (t.x, *t.adapters[0]) if name == "inference" else ():
             tensor.requires_grad_(False)
-        steps = [partial(often, PEERS[peer].make(t)) for peer in ("ours-auto", "frozen")]
-        own, linear = timing.interleaved_seconds(steps, max(rounds, _HOST_ROUNDS)) / _HOST_CALLS
-        row = {"operation": f"host, {name}", "peer": "ours-auto", "label": "ours", **case.as_dict()}
-        row |= {"status": "ok", "reason": None, "timing": "perf_counter", "seconds": timing.p20_50_80(own)}
-        rows.append(row | {"ratio": timing.p20_50_80(own / linear), "beyond_linear_s": timing.p20_50_80(own - linear)})
+        peers = choose_peers("auto" if case.adapters else "auto,eager,peft", case.adapters is not None, device)
+        steps: dict[Peer, Callable[[], None]] = {}
+        for peer in peers:
+            try:
+                (step := peer.make(t))()
+                steps[peer] = partial(often, step)
+            except Exception:  # the rows of the cases say why
+                continue
+        linear, *times = timing.interleaved_seconds(list(steps.values()), max(rounds, _HOST_ROUNDS)) / _HOST_CALLS
+        for peer, own in zip(list(steps)[1:], times, strict=True):
+            row = {"operation": f"host, {name}", "peer": peer.name, "label": peer.label, **case.as_dict()}
+            row |= {"status": "ok", "reason": None, "timing": "perf_counter", "seconds": timing.p20_50_80(own)}
+            row |= {"ratio": timing.p20_50_80(own / linear), "beyond_linear_s": timing.p20_50_80(own - linear)}
+            rows.append(row)
     return rows
 
 
