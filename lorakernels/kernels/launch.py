@@ -41,6 +41,7 @@ class Launch:
         return first_tensor(self.args)
 
 
+_as_captured: ContextVar[bool] = ContextVar("as_captured", default=False)
 # A thread its own: what is recorded is not run, and `explain` may be asked beside another thread's training.
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 _taken_down: ContextVar[Any] = ContextVar("taken_down", default=None)  # by a `tape`, which runs what it takes down
@@ -210,9 +211,6 @@ def taken_down_by(tape: Any) -> Iterator[None]:
         yield
     finally:
         _taken_down.reset(outer)
-
-
-_as_captured: ContextVar[bool] = ContextVar("as_captured", default=False)
 
 
 @contextmanager

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import lorakernels as lk
 from lorakernels.configs import table
@@ -22,7 +21,7 @@ from lorakernels.kernels import tape
 from lorakernels.kernels.launch import as_if_captured
 from lorakernels.nn.quantized import pack
 from lorakernels.testing.cases import LINEAR_CASES, LinearCase, leaves_of, make_inputs
-from lorakernels.testing.device import COMPILED, DEVICE
+from lorakernels.testing.device import DEVICE
 from lorakernels.testing.multi_cases import MULTI_CASES, MultiCase, make_multi_inputs
 
 # Small blocks: several programs of everything, and planes that are added. Few tokens, and the kernels for many.
@@ -116,7 +115,7 @@ def test_a_batch_is_the_same(case: MultiCase, runs: list[int]) -> None:
 
 
 def test_a_group_is_the_same(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own operators are runs too: A's, and G's, are put together."""
+    """torch's own operators are steps too: A's, and G's, are put together."""
     monkeypatch.setattr(table, "FEW_TOKENS", 0)
 
     def call(seed: int) -> list[Any]:
@@ -201,20 +200,18 @@ def test_experts_are_the_same(runs: list[int]) -> None:
     assert_same(call, runs, 3)  # the route is one
 
 
-@pytest.mark.skipif(COMPILED, reason="numpy's memory is not a GPU's")
 def test_a_tape_holds_no_tensor(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does what it gives hold what it was given. With descriptors too, which have a tensor in them."""
     monkeypatch.setattr(table, "FEW_TOKENS", 0)
     forced = FORCED | {"linear_expand": KernelConfig(16, 16, 16, 16, tma=True)}
     with assume("sm_90"), table.forced_configs(forced):
         for _ in range(4):
-            memory = [numpy.ones(size, numpy.float32) for size in ((37, 64), (32, 64), (16, 64), (32, 16))]
-            gone: list[Any] = [weakref.ref(array) for array in memory]
-            y = lk.lora_linear(*map(torch.from_numpy, memory), impl="triton")
-            gone.append(weakref.ref(y))
-            del memory, y
+            tensors = [torch.ones(size, device=DEVICE) for size in ((37, 64), (32, 64), (16, 64), (32, 16))]
+            y = lk.lora_linear(*tensors, impl="triton")
+            memory = [StorageWeakRef(tensor.untyped_storage()) for tensor in (*tensors, y)]
+            del tensors, y
             gc.collect()
-            assert all(each() is None for each in gone)
+            assert all(each.expired() for each in memory)
     assert len(runs) == 2
 
 
